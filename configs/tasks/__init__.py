@@ -1,0 +1,1 @@
+"""Task specifications shipped with the package (yaml only)."""

@@ -1,0 +1,1 @@
+"""Demonstrations: scripted experts, recording, the dataset store and its exchange formats."""

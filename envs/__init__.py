@@ -1,0 +1,1 @@
+"""Environments: the one interface, task specifications, robots and the MuJoCo backend."""

@@ -1,0 +1,1 @@
+"""Evaluation: success statistics, paired comparison and reports."""

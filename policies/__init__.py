@@ -1,0 +1,1 @@
+"""Policies: encoders, diffusion and regression policies, the trainer and checkpoints."""

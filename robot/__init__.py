@@ -1,0 +1,1 @@
+"""Robots: ROS 2 bridge, simulated twin, safety gate, cameras and deployment."""

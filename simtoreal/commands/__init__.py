@@ -1,0 +1,1 @@
+"""One module per command-line verb: a ``Config`` dataclass (the flags) and ``main(config)``."""

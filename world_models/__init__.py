@@ -1,0 +1,1 @@
+"""Learned video world models, the third backend of the environment interface (not built yet)."""
