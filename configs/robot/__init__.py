@@ -1,0 +1,1 @@
+"""Robots: topic names, frames, joints and staleness limits, one yaml each."""
