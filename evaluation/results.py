@@ -1,0 +1,207 @@
+"""The folder an evaluation leaves behind, whatever the backend: one line per episode and a summary with intervals.
+
+    episodes.jsonl   one JSON object per episode, appended durably as the episodes end
+    results.json     success rate with n and 95 % interval, milestones, failures, provenance
+
+Simulation and deployment write the same files, so that ``compare`` and the report read both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simtoreal.envs.errors import SimtorealError
+from simtoreal.envs.rollout import EpisodeResult
+from simtoreal.evaluation.statistics import graded_posterior, posterior_interval
+
+EPISODES_FILE = "episodes.jsonl"
+RESULTS_FILE = "results.json"
+
+
+class EvaluationError(SimtorealError):
+    """An evaluation folder is missing, damaged, or does not fit what is asked of it."""
+
+
+def failure_tag(result: EpisodeResult) -> str:
+    """Short reason of a failure: empty on success, ``"timeout:<first milestone not reached>"`` or the fault."""
+    if result.success:
+        return ""
+    missed = next((name for name, reached in result.milestones.items() if not reached), "")
+    return f"{result.failure}:{missed}" if result.failure == "timeout" and missed else result.failure
+
+
+def append_episode(folder: Path, result: EpisodeResult) -> None:
+    """Append one episode to the table, durably: a crash loses at most the running episodes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / EPISODES_FILE
+    line = json.dumps({**dataclasses.asdict(result), "failure_tag": failure_tag(result)}, allow_nan=False)
+    with open(path, "a+b") as handle:
+        # A line cut off by a crash must not swallow this one.
+        if handle.tell() and not _ends_with_newline(handle):
+            handle.truncate(_last_line_start(handle))
+        handle.write(line.encode() + b"\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _ends_with_newline(handle: Any) -> bool:
+    handle.seek(-1, os.SEEK_END)
+    return bool(handle.read(1) == b"\n")
+
+
+def _last_line_start(handle: Any) -> int:
+    handle.seek(0)
+    return int(handle.read().rfind(b"\n")) + 1
+
+
+def read_episodes(folder: Path) -> list[EpisodeResult]:
+    """Return the episodes of an evaluation, ordered by seed; a last line cut off by a crash is left out.
+
+    Raises:
+        EvaluationError: a complete line is not an episode, or a seed occurs twice.
+    """
+    path = Path(folder) / EPISODES_FILE
+    if not path.is_file():
+        return []
+    names = {field.name for field in dataclasses.fields(EpisodeResult)}
+    *lines, _unfinished = path.read_text().split("\n")
+    results: list[EpisodeResult] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            content = json.loads(line)
+            results.append(EpisodeResult(**{name: content[name] for name in names}))
+        except (ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(
+                f"{path}, line {number} is not an episode ({error!r}); delete the line or evaluate again"
+            ) from error
+    twice = [seed for seed, count in Counter(result.seed for result in results).items() if count > 1]
+    if twice:
+        raise EvaluationError(f"{path} holds seed {twice[0]} more than once; evaluate again into an empty folder")
+    return sorted(results, key=lambda result: result.seed)
+
+
+def summarize(results: Sequence[EpisodeResult]) -> dict[str, Any]:
+    """Success rate with n and 95 % interval, milestones, graded completion, time to success and failures.
+
+    Returns:
+        ``success_rate``, ``successes``, ``n``, ``interval`` ``[low, high]``; ``milestones`` name -> the same;
+        ``completion`` (mean fraction of milestones and its interval); ``time_to_success_s`` (quartiles over the
+        successes, or None); ``failures`` tag -> count.
+
+    Raises:
+        EvaluationError: there are no episodes.
+    """
+    if not results:
+        raise EvaluationError("there are no episodes to summarize")
+    summary = _rate([result.success for result in results])
+    names = list(dict.fromkeys(name for result in results for name in result.milestones))
+    reached = {name: [result.milestones.get(name, False) for result in results] for name in names}
+    summary["milestones"] = {name: _rate(flags) for name, flags in reached.items()}
+    summary["completion"] = _completion(results, len(names)) if names else None
+    times = [result.duration_s for result in results if result.success]
+    quartiles = np.quantile(times, [0.25, 0.5, 0.75]) if times else []
+    summary["time_to_success_s"] = (
+        dict(zip(("q25", "median", "q75"), map(float, quartiles), strict=True)) if times else None
+    )
+    summary["failures"] = dict(Counter(failure_tag(result) for result in results if not result.success).most_common())
+    return summary
+
+
+def _rate(flags: Sequence[bool]) -> dict[str, Any]:
+    successes, n = int(sum(flags)), len(flags)
+    return {
+        "success_rate": successes / n,
+        "successes": successes,
+        "n": n,
+        "interval": list(posterior_interval(successes, n)),
+    }
+
+
+def _completion(results: Sequence[EpisodeResult], levels: int) -> dict[str, Any]:
+    counts = [0] * (levels + 1)
+    for result in results:
+        # The task's goal implies its milestones, also when one of them was passed between two control steps.
+        counts[levels if result.success else sum(result.milestones.values())] += 1
+    mean, interval = graded_posterior(counts, [level / levels for level in range(levels + 1)])
+    return {"posterior_mean": mean, "interval": list(interval), "counts": counts}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """A finished evaluation as it lies on disk.
+
+    Attributes:
+        folder: where it was read from.
+        label: short name for tables and plots.
+        results: content of ``results.json``.
+        episodes: the table, ordered by seed.
+    """
+
+    folder: Path
+    label: str
+    results: dict[str, Any]
+    episodes: tuple[EpisodeResult, ...]
+
+    @property
+    def task(self) -> str:
+        """Name of the evaluated task."""
+        return str(self.results["task"])
+
+    @property
+    def backend(self) -> str:
+        """``"simulation"``, ``"twin"``, ``"robot"`` or ``"world_model"``."""
+        return str(self.results.get("backend", "simulation"))
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Initial conditions, ascending."""
+        return tuple(result.seed for result in self.episodes)
+
+    @property
+    def outcomes(self) -> list[bool]:
+        """Success per initial condition, in the order of :attr:`seeds`."""
+        return [result.success for result in self.episodes]
+
+
+def load_evaluation(folder: Path | str, label: str | None = None) -> Evaluation:
+    """Read an evaluation folder.
+
+    Args:
+        folder: made by ``simtoreal evaluate`` or ``simtoreal deploy``.
+        label: name to use instead of the stored one.
+
+    Raises:
+        EvaluationError: files are missing, damaged, or contradict each other.
+    """
+    folder = Path(folder)
+    path = folder / RESULTS_FILE
+    if not path.is_file():
+        raise EvaluationError(
+            f"{folder} is not a finished evaluation: it has no {RESULTS_FILE}. "
+            "Make one with: simtoreal evaluate --policy RUN --task TASK --output DIR"
+        )
+    try:
+        content = json.loads(path.read_text())
+        task, n, successes = content["task"], content["n"], content["successes"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise EvaluationError(
+            f"{path} is not the result of an evaluation ({error!r}); expected task, n, successes"
+        ) from error
+    episodes = read_episodes(folder)
+    counted = (len(episodes), sum(result.success for result in episodes))
+    if counted != (n, successes):
+        raise EvaluationError(
+            f"{folder}: {RESULTS_FILE} says {successes}/{n} successes on {task}, but {EPISODES_FILE} holds "
+            f"{counted[1]}/{counted[0]}; run the same evaluate command again to finish or repair it"
+        )
+    stored = content.get("label") or folder.name
+    return Evaluation(folder=folder, label=label or str(stored), results=content, episodes=tuple(episodes))
