@@ -1,0 +1,185 @@
+"""The small language of goals and milestones, e.g. ``on(cube, plate) and not grasped(cube)``.
+
+Predicates are evaluated for all simulations of a batch at once. Text is parsed with Python's ``ast`` and only
+calls of known predicates, ``and``, ``or``, ``not`` and numbers are accepted; nothing is executed.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from simtoreal.envs import rotation
+from simtoreal.envs.errors import TaskError, closest
+
+if TYPE_CHECKING:
+    from simtoreal.envs.task import ObjectSpec
+
+Array = np.ndarray
+
+
+@dataclass
+class SceneView:
+    """State that predicates read; every array has a leading axis of simulations.
+
+    Attributes:
+        positions: object name or ``"tcp"`` -> ``(B, 3)`` metres, base frame.
+        quaternions: object name or ``"tcp"`` -> ``(B, 4)`` wxyz.
+        velocities: free object name -> ``(B, 3)`` m/s.
+        openings: drawer name -> ``(B,)`` metres.
+        touches: object name -> ``(B, 2)`` bool, contact with the left and right finger.
+        gripper_opening: ``(B,)`` 0 closed to 1 open.
+    """
+
+    positions: dict[str, Array]
+    quaternions: dict[str, Array]
+    velocities: dict[str, Array]
+    openings: dict[str, Array]
+    touches: dict[str, Array]
+    gripper_opening: Array
+
+
+Predicate = Callable[[SceneView], Array]
+
+
+def _horizontal_distance(scene: SceneView, a: str, b: str) -> Array:
+    return np.linalg.norm((scene.positions[a] - scene.positions[b])[:, :2], axis=-1)
+
+
+def _on(scene: SceneView, a: ObjectSpec, b: ObjectSpec) -> Array:
+    """``a`` rests on ``b``: its centre above the support and its base within 12 mm of the surface."""
+    gap = scene.positions[a.name][:, 2] - a.half_height_m - (scene.positions[b.name][:, 2] + b.top_m)
+    return (_horizontal_distance(scene, a.name, b.name) < b.half_extent_m) & (np.abs(gap) < 0.012)
+
+
+def _inserted(scene: SceneView, peg: ObjectSpec, socket: ObjectSpec) -> Array:
+    """The base of ``peg`` is inside the hole of ``socket``, at most a quarter of its depth from the bottom."""
+    base = scene.positions[peg.name][:, 2] - peg.half_height_m - scene.positions[socket.name][:, 2]
+    inside = _horizontal_distance(scene, peg.name, socket.name) < socket.size_m[0]
+    return inside & (base < 0.5 * socket.size_m[2])
+
+
+def _grasped(scene: SceneView, a: ObjectSpec) -> Array:
+    """Both fingers touch ``a``."""
+    return scene.touches[a.name].all(axis=-1)
+
+
+def _upright(scene: SceneView, a: ObjectSpec) -> Array:
+    """The z axis of ``a`` is within 15 degrees of vertical."""
+    return rotation.to_matrix(scene.quaternions[a.name])[..., 2, 2] > np.cos(np.deg2rad(15.0))
+
+
+def _left_of(scene: SceneView, a: ObjectSpec, b: ObjectSpec) -> Array:
+    """``a`` is to the robot's left (+y) of ``b`` by at least 2 cm."""
+    return scene.positions[a.name][:, 1] > scene.positions[b.name][:, 1] + 0.02
+
+
+def _at(scene: SceneView, a: ObjectSpec, b: ObjectSpec, tolerance_m: float) -> Array:
+    """``a`` is within ``tolerance_m`` of ``b`` in space."""
+    return np.linalg.norm(scene.positions[a.name] - scene.positions[b.name], axis=-1) < tolerance_m
+
+
+def _lifted(scene: SceneView, a: ObjectSpec, height_m: float) -> Array:
+    """The base of ``a`` is at least ``height_m`` above the table."""
+    return scene.positions[a.name][:, 2] - a.half_height_m > height_m
+
+
+def _still(scene: SceneView, a: ObjectSpec) -> Array:
+    """``a`` moves slower than 5 cm/s."""
+    return np.linalg.norm(scene.velocities[a.name], axis=-1) < 0.05
+
+
+# name -> (argument kinds, function). Kinds: any object or tcp, free object, fixed object, drawer, number.
+PREDICATES: dict[str, tuple[tuple[str, ...], Callable[..., Array]]] = {
+    "on": (("free", "object"), _on),
+    "stacked": (("free", "free"), _on),
+    "inserted": (("free", "object"), _inserted),
+    "grasped": (("object",), _grasped),
+    "released": (("object",), lambda scene, a: ~scene.touches[a.name].any(axis=-1)),
+    "lifted": (("free", "number"), _lifted),
+    "upright": (("free",), _upright),
+    "still": (("free",), _still),
+    "left_of": (("object", "object"), _left_of),
+    "right_of": (("object", "object"), lambda scene, a, b: _left_of(scene, b, a)),
+    "at": (("place", "place", "number"), _at),
+    "above": (
+        ("place", "object", "number"),
+        lambda scene, a, b, radius_m: _horizontal_distance(scene, a.name, b.name) < radius_m,
+    ),
+    "open": (("drawer",), lambda scene, d: scene.openings[d.name] > 0.10),
+    "closed": (("drawer",), lambda scene, d: scene.openings[d.name] < 0.015),
+}
+
+
+class _Tcp:
+    """Stands for the end effector where a predicate accepts a place."""
+
+    name = "tcp"
+    fixed = False
+    articulated = False
+
+
+def parse_predicate(text: str, objects: Sequence[ObjectSpec], where: str = "predicate") -> Predicate:
+    """Compile predicate text into a function of a :class:`SceneView` that returns ``(B,)`` bool.
+
+    Args:
+        text: e.g. ``"stacked(red_cube, blue_cube) and released(red_cube)"``.
+        objects: objects of the task.
+        where: file and key, for messages.
+
+    Raises:
+        TaskError: syntax error, unknown predicate or object (with the closest valid name), wrong arguments.
+    """
+    try:
+        tree = ast.parse(text.strip(), mode="eval")
+    except SyntaxError as error:
+        raise TaskError(f"{where}: cannot read predicate '{text}': {error.msg} at column {error.offset}") from error
+    return _compile(tree.body, {item.name: item for item in objects}, where)
+
+
+def _compile(node: ast.expr, objects: dict[str, Any], where: str) -> Predicate:
+    if isinstance(node, ast.BoolOp):
+        parts = [_compile(value, objects, where) for value in node.values]
+        combine = np.logical_and if isinstance(node.op, ast.And) else np.logical_or
+        return lambda scene: combine.reduce([part(scene) for part in parts])
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        inner = _compile(node.operand, objects, where)
+        return lambda scene: ~inner(scene)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+        return _compile_call(node.func.id, node.args, objects, where)
+    raise TaskError(f"{where}: '{ast.unparse(node)}' is not a predicate call, and, or, not")
+
+
+def _compile_call(name: str, nodes: list[ast.expr], objects: dict[str, Any], where: str) -> Predicate:
+    if name not in PREDICATES:
+        raise TaskError(f"{where}: unknown predicate '{name}'. {closest(name, PREDICATES)}")
+    kinds, function = PREDICATES[name]
+    if len(nodes) != len(kinds):
+        raise TaskError(f"{where}: {name}({', '.join(kinds)}) takes {len(kinds)} arguments, got {len(nodes)}")
+    arguments = [_argument(name, kind, node, objects, where) for kind, node in zip(kinds, nodes, strict=True)]
+    return lambda scene: function(scene, *arguments)
+
+
+def _argument(predicate: str, kind: str, node: ast.expr, objects: dict[str, Any], where: str) -> Any:
+    text = ast.unparse(node)
+    if kind == "number":
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
+            return float(node.value)
+        raise TaskError(f"{where}: {predicate} expects a number in metres, got '{text}'")
+    if kind == "place" and text == "tcp":
+        return _Tcp()
+    accepted = {
+        "object": lambda item: True,
+        "place": lambda item: True,
+        "free": lambda item: not item.fixed,
+        "drawer": lambda item: item.articulated,
+    }[kind]
+    valid = [item_name for item_name, item in objects.items() if accepted(item)]
+    if text not in valid:
+        hint = closest(text, [*valid, "tcp"] if kind == "place" else valid)
+        raise TaskError(f"{where}: {predicate} got '{text}' where it needs a {kind} name. {hint}")
+    return objects[text]

@@ -1,0 +1,495 @@
+"""Task specifications: a task is data, a yaml file turned into a validated :class:`TaskSpec`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from simtoreal.envs.errors import TaskError, closest
+from simtoreal.envs.predicates import Predicate, parse_predicate
+
+FREE_SHAPES = ("box", "cylinder", "sphere")
+FIXED_SHAPES = ("plate", "region", "point", "socket", "drawer")
+SHAPE_DIMENSIONS = {
+    "box": ("half_x", "half_y", "half_z"),
+    "cylinder": ("radius", "half_height"),
+    "sphere": ("radius",),
+    "plate": ("radius", "half_height"),
+    "region": ("radius",),
+    "point": ("radius",),
+    "socket": ("hole_half_width", "wall", "half_height"),
+    "drawer": ("half_depth", "half_width", "half_height"),
+}
+COLORS = {
+    "red": (0.85, 0.12, 0.12), "green": (0.15, 0.65, 0.2), "blue": (0.15, 0.3, 0.85),
+    "yellow": (0.95, 0.8, 0.1), "purple": (0.55, 0.2, 0.7), "orange": (0.95, 0.5, 0.1),
+    "white": (0.92, 0.92, 0.92), "gray": (0.5, 0.5, 0.52), "brown": (0.55, 0.36, 0.2),
+}  # fmt: skip
+SKILLS: dict[str, tuple[str, ...]] = {
+    "reach": ("point",),
+    "pick": ("object",),
+    "lift": ("object", "height_m"),
+    "place": ("object", "on"),
+    "push": ("object", "to"),
+    "insert": ("object", "into"),
+    "open": ("drawer",),
+    "close": ("drawer",),
+}
+DRAWER_TRAVEL_M = 0.16
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectSpec:
+    """A thing on the table.
+
+    Attributes:
+        name: identifier used in predicates and plans.
+        shape: one of ``FREE_SHAPES`` (moved by forces) or ``FIXED_SHAPES``.
+        size_m: dimensions in metres, see ``SHAPE_DIMENSIONS``.
+        color: name of ``COLORS``.
+        mass_kg: mass of a free object.
+        friction: sliding friction coefficient.
+    """
+
+    name: str
+    shape: str
+    size_m: tuple[float, ...]
+    color: str
+    mass_kg: float = 0.05
+    friction: float = 1.0
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the object stays where it was put."""
+        return self.shape in FIXED_SHAPES
+
+    @property
+    def articulated(self) -> bool:
+        """Whether the object has a joint of its own."""
+        return self.shape == "drawer"
+
+    @property
+    def half_height_m(self) -> float:
+        """Distance from the body origin down to its base, 0 for shapes whose origin is their base."""
+        if self.shape in ("box", "cylinder"):
+            return self.size_m[-1]
+        return self.size_m[0] if self.shape == "sphere" else 0.0
+
+    @property
+    def top_m(self) -> float:
+        """Height of the supporting surface above the body origin."""
+        if self.shape in ("plate",):
+            return 2 * self.size_m[1]
+        return 0.0 if self.shape in ("region", "point") else self.half_height_m
+
+    @property
+    def half_extent_m(self) -> float:
+        """Horizontal half extent of the supporting surface."""
+        return min(self.size_m[:2]) if self.shape == "box" else self.size_m[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitialSpec:
+    """Uniform initial distribution of one object, in the robot base frame.
+
+    Attributes:
+        x_m, y_m: range of the position.
+        z_m: range of the height of the body origin; None rests the object on the table.
+        yaw_deg: range of the rotation about z.
+        opening_m: range of a drawer's opening.
+    """
+
+    x_m: tuple[float, float]
+    y_m: tuple[float, float]
+    z_m: tuple[float, float] | None = None
+    yaw_deg: tuple[float, float] = (0.0, 0.0)
+    opening_m: tuple[float, float] = (0.0, 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkillStep:
+    """One step of the plan that the scripted expert executes: a skill of ``SKILLS`` and its arguments."""
+
+    skill: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskSpec:
+    """A validated task.
+
+    Attributes:
+        name: identifier, also of its Gymnasium id.
+        description: one sentence.
+        horizon: control steps after which an episode is truncated.
+        instructions: language templates; one is drawn per episode.
+        objects: in the order of ``object_state``.
+        initial: object name -> initial distribution.
+        min_distances: ``(a, b, metres)`` enforced between initial horizontal positions.
+        goal: predicate text; success is the goal holding for five control steps.
+        milestones: name -> predicate text, in the order they are usually reached.
+        plan: skills for the scripted expert.
+        source: file it was read from, for error messages.
+    """
+
+    name: str
+    description: str
+    horizon: int
+    instructions: tuple[str, ...]
+    objects: tuple[ObjectSpec, ...]
+    initial: dict[str, InitialSpec]
+    goal: str
+    milestones: dict[str, str]
+    plan: tuple[SkillStep, ...]
+    min_distances: tuple[tuple[str, str, float], ...] = ()
+    source: str = field(default="", compare=False)
+
+    @functools.cached_property
+    def object_state_names(self) -> tuple[str, ...]:
+        """Names of the ``object_state`` observation: position, quaternion and any joint of every object."""
+        names: list[str] = []
+        for item in self.objects:
+            names += [f"{item.name}_{axis}" for axis in ("x", "y", "z", "qw", "qx", "qy", "qz")]
+            names += [f"{item.name}_opening"] if item.articulated else []
+        return tuple(names)
+
+    @functools.cached_property
+    def goal_predicate(self) -> Predicate:
+        """Compiled goal."""
+        return parse_predicate(self.goal, self.objects, where=f"{self.source}: goal")
+
+    @functools.cached_property
+    def milestone_predicates(self) -> dict[str, Predicate]:
+        """Compiled milestones."""
+        return {
+            name: parse_predicate(text, self.objects, where=f"{self.source}: milestones.{name}")
+            for name, text in self.milestones.items()
+        }
+
+    def object(self, name: str) -> ObjectSpec:
+        """Return the object called ``name``.
+
+        Raises:
+            TaskError: there is none.
+        """
+        for item in self.objects:
+            if item.name == name:
+                return item
+        raise TaskError(
+            f"task '{self.name}' has no object '{name}'. {closest(name, [item.name for item in self.objects])}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionary in the layout of the yaml file; :func:`parse_task` inverts it."""
+        objects = {}
+        for item in self.objects:
+            entry: dict[str, Any] = {"shape": item.shape, "size_m": list(item.size_m), "color": item.color}
+            if not item.fixed:
+                entry |= {"mass_kg": item.mass_kg}
+            objects[item.name] = entry | {"friction": item.friction}
+        initial = {
+            name: {
+                key: list(value) for key, value in dataclasses.asdict(spec).items() if value is not None
+            }
+            for name, spec in self.initial.items()
+        }
+        return {
+            "name": self.name,
+            "description": self.description,
+            "horizon": self.horizon,
+            "instructions": list(self.instructions),
+            "objects": objects,
+            "initial": initial,
+            "min_distances": [list(entry) for entry in self.min_distances],
+            "goal": self.goal,
+            "milestones": dict(self.milestones),
+            "plan": [{"skill": step.skill, **step.arguments} for step in self.plan],
+        }
+
+
+@dataclass(frozen=True)
+class InitialCondition:
+    """What one seed means: object poses, drawer openings and the instruction."""
+
+    positions: np.ndarray
+    quaternions: np.ndarray
+    openings: np.ndarray
+    instruction: str
+
+
+def sample_initial_condition(task: TaskSpec, rng: np.random.Generator, *, attempts: int = 1000) -> InitialCondition:
+    """Draw initial object poses that keep the task's minimum distances.
+
+    Returns:
+        positions ``(objects, 3)`` metres, quaternions ``(objects, 4)`` wxyz, openings ``(objects,)`` metres.
+
+    Raises:
+        TaskError: no draw satisfies the distances, so the specification is contradictory.
+    """
+    names = [item.name for item in task.objects]
+    pairs = [(names.index(a), names.index(b), distance) for a, b, distance in task.min_distances]
+    low = np.array([[task.initial[n].x_m[0], task.initial[n].y_m[0]] for n in names]).reshape(-1, 2)
+    high = np.array([[task.initial[n].x_m[1], task.initial[n].y_m[1]] for n in names]).reshape(-1, 2)
+    for _ in range(attempts):
+        xy = rng.uniform(low, high)
+        if all(np.hypot(*(xy[a] - xy[b])) >= distance for a, b, distance in pairs):
+            break
+    else:
+        raise TaskError(
+            f"{task.source or task.name}: no initial placement satisfies min_distances after {attempts} draws. "
+            "Widen 'initial' or lower 'min_distances'."
+        )
+    positions, quaternions, openings = np.zeros((len(names), 3)), np.zeros((len(names), 4)), np.zeros(len(names))
+    for index, item in enumerate(task.objects):
+        spec = task.initial[item.name]
+        height = item.half_height_m if spec.z_m is None else rng.uniform(*spec.z_m)
+        positions[index] = (*xy[index], height)
+        half_turn = np.deg2rad(rng.uniform(*spec.yaw_deg)) / 2
+        quaternions[index] = (np.cos(half_turn), 0.0, 0.0, np.sin(half_turn))
+        openings[index] = rng.uniform(*spec.opening_m)
+    instruction = task.instructions[int(rng.integers(len(task.instructions)))]
+    return InitialCondition(positions, quaternions, openings, instruction)
+
+
+class _Reader:
+    """Reads typed values out of parsed yaml and reports file, key and expected type."""
+
+    def __init__(self, content: Any, source: str, path: str = "") -> None:
+        self.source, self.path = source, path
+        if not isinstance(content, Mapping):
+            raise TaskError(f"{source}: '{path or 'document'}' must be a mapping, got {type(content).__name__}")
+        self.content = content
+        self.used: set[str] = set()
+
+    def fail(self, key: str, expected: str, value: Any) -> TaskError:
+        return TaskError(f"{self.source}: key '{self.join(key)}' must be {expected}, got {value!r}")
+
+    def join(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else key
+
+    def get(self, key: str, kind: type, expected: str, default: Any = ...) -> Any:
+        self.used.add(key)
+        if key not in self.content:
+            if default is ...:
+                raise TaskError(f"{self.source}: key '{self.join(key)}' is missing; it must be {expected}")
+            return default
+        value = self.content[key]
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            value = float(value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise self.fail(key, expected, value)
+        return value
+
+    def numbers(self, key: str, count: int | None, expected: str, default: Any = ...) -> tuple[float, ...] | None:
+        value = self.get(key, list, expected, default)
+        if value is None or (value is default and default is not ...):
+            return default  # type: ignore[no-any-return]
+        if (count is not None and len(value) != count) or not all(
+            isinstance(entry, int | float) and not isinstance(entry, bool) for entry in value
+        ):
+            raise self.fail(key, expected, value)
+        return tuple(float(entry) for entry in value)
+
+    def interval(self, key: str, default: Any = ...) -> Any:
+        value = self.numbers(key, 2, "a list [low, high] of two numbers", default)
+        if value is not None and value[0] > value[1]:
+            raise self.fail(key, "a list [low, high] with low <= high", list(value))
+        return value
+
+    def finish(self) -> None:
+        for key in self.content:
+            if key not in self.used:
+                raise TaskError(f"{self.source}: unknown key '{self.join(str(key))}'. {closest(str(key), self.used)}")
+
+
+def parse_task(content: Any, source: str = "task") -> TaskSpec:
+    """Turn the parsed yaml of a task into a validated specification.
+
+    Args:
+        content: mapping as read by ``yaml.safe_load``.
+        source: file name for messages.
+
+    Raises:
+        TaskError: names the file, the key, the expected type or the closest valid name.
+    """
+    reader = _Reader(content, source)
+    objects = _parse_objects(reader)
+    names = [item.name for item in objects]
+    initial_reader = _Reader(reader.get("initial", dict, "a mapping of object name to ranges"), source, "initial")
+    initial = {}
+    for item in objects:
+        entry = _Reader(
+            initial_reader.get(item.name, dict, "a mapping with x_m, y_m, yaw_deg"), source, f"initial.{item.name}"
+        )
+        opening = entry.interval("opening_m", (0.0, 0.0))
+        if item.articulated and opening[1] > DRAWER_TRAVEL_M:
+            raise entry.fail("opening_m", f"at most {DRAWER_TRAVEL_M}", list(opening))
+        initial[item.name] = InitialSpec(
+            x_m=entry.interval("x_m"), y_m=entry.interval("y_m"), z_m=entry.interval("z_m", None),
+            yaw_deg=entry.interval("yaw_deg", (0.0, 0.0)), opening_m=opening,
+        )  # fmt: skip
+        entry.finish()
+    initial_reader.finish()
+    spec = TaskSpec(
+        name=reader.get("name", str, "a string"),
+        description=reader.get("description", str, "a string", ""),
+        horizon=reader.get("horizon", int, "a positive whole number of control steps"),
+        instructions=_parse_instructions(reader),
+        objects=objects,
+        initial=initial,
+        min_distances=_parse_distances(reader, names),
+        goal=reader.get("goal", str, "a predicate such as 'on(cube, plate)'"),
+        milestones=_parse_milestones(reader),
+        plan=_parse_plan(reader, names),
+        source=source,
+    )
+    reader.finish()
+    if spec.horizon < 1:
+        raise reader.fail("horizon", "a positive whole number of control steps", spec.horizon)
+    _ = spec.goal_predicate, spec.milestone_predicates
+    return spec
+
+
+def _parse_objects(reader: _Reader) -> tuple[ObjectSpec, ...]:
+    content = _Reader(reader.get("objects", dict, "a mapping of name to object"), reader.source, "objects")
+    parsed = []
+    for name in content.content:
+        if not str(name).isidentifier() or name == "tcp":
+            raise content.fail(str(name), "an identifier other than 'tcp'", name)
+        entry = _Reader(content.get(name, dict, "a mapping with shape, size_m, color"), reader.source, f"objects.{name}")
+        shape = entry.get("shape", str, "a shape name")
+        if shape not in SHAPE_DIMENSIONS:
+            raise TaskError(
+                f"{reader.source}: key 'objects.{name}.shape' is '{shape}'. {closest(shape, SHAPE_DIMENSIONS)}"
+            )
+        dimensions = SHAPE_DIMENSIONS[shape]
+        expected = f"{len(dimensions)} lengths in metres: {', '.join(dimensions)}"
+        size = entry.numbers("size_m", len(dimensions), expected)
+        assert size is not None
+        if min(size) <= 0:
+            raise entry.fail("size_m", f"positive {expected}", list(size))
+        color = entry.get("color", str, "a color name")
+        if color not in COLORS:
+            raise TaskError(f"{reader.source}: key 'objects.{name}.color' is '{color}'. {closest(color, COLORS)}")
+        mass = entry.get("mass_kg", float, "a positive mass in kg", 0.05)
+        friction = entry.get("friction", float, "a positive friction coefficient", 1.0)
+        for key, value in (("mass_kg", mass), ("friction", friction)):
+            if value <= 0:
+                raise entry.fail(key, "positive", value)
+        parsed.append(
+            ObjectSpec(name=name, shape=shape, size_m=size, color=color, mass_kg=mass, friction=friction)
+        )
+        entry.finish()
+    return tuple(parsed)
+
+
+def _parse_instructions(reader: _Reader) -> tuple[str, ...]:
+    value = reader.get("instructions", list, "a list with at least one sentence")
+    if not value or not all(isinstance(entry, str) and entry.strip() for entry in value):
+        raise reader.fail("instructions", "a list with at least one sentence", value)
+    return tuple(value)
+
+
+def _parse_distances(reader: _Reader, names: list[str]) -> tuple[tuple[str, str, float], ...]:
+    expected = "a list of [object, object, metres]"
+    parsed = []
+    for entry in reader.get("min_distances", list, expected, []):
+        if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[2], int | float):
+            raise reader.fail("min_distances", expected, entry)
+        for name in entry[:2]:
+            if name not in names:
+                raise TaskError(
+                    f"{reader.source}: key 'min_distances' names object '{name}'. {closest(str(name), names)}"
+                )
+        parsed.append((entry[0], entry[1], float(entry[2])))
+    return tuple(parsed)
+
+
+def _parse_milestones(reader: _Reader) -> dict[str, str]:
+    value = reader.get("milestones", dict, "a mapping of name to predicate", {})
+    for name, text in value.items():
+        if not isinstance(text, str):
+            raise reader.fail(f"milestones.{name}", "a predicate such as 'grasped(cube)'", text)
+    return {str(name): text for name, text in value.items()}
+
+
+def _parse_plan(reader: _Reader, names: list[str]) -> tuple[SkillStep, ...]:
+    steps = []
+    for index, entry in enumerate(reader.get("plan", list, "a list of skills", [])):
+        step = _Reader(entry, reader.source, f"plan[{index}]")
+        skill = step.get("skill", str, "a skill name")
+        if skill not in SKILLS:
+            raise TaskError(f"{reader.source}: key 'plan[{index}].skill' is '{skill}'. {closest(skill, SKILLS)}")
+        arguments: dict[str, Any] = {}
+        for key in SKILLS[skill]:
+            if key.endswith("_m"):
+                arguments[key] = step.get(key, float, "a length in metres")
+                continue
+            arguments[key] = step.get(key, str, "an object name")
+            if arguments[key] not in names:
+                raise TaskError(
+                    f"{reader.source}: key 'plan[{index}].{key}' names object '{arguments[key]}'. "
+                    f"{closest(arguments[key], names)}"
+                )
+        step.finish()
+        steps.append(SkillStep(skill=skill, arguments=arguments))
+    return tuple(steps)
+
+
+@functools.cache
+def _shipped_tasks() -> dict[str, str]:
+    folder = resources.files("simtoreal.configs.tasks")
+    return {
+        entry.name.removesuffix(".yaml"): entry.read_text()
+        for entry in sorted(folder.iterdir(), key=lambda item: item.name)
+        if entry.name.endswith(".yaml")
+    }
+
+
+def list_tasks() -> list[str]:
+    """Names of the tasks shipped with the package."""
+    return sorted(_shipped_tasks())
+
+
+def load_task(task: str | Path | TaskSpec) -> TaskSpec:
+    """Return a task by name, or from a yaml file.
+
+    Args:
+        task: a shipped name such as ``"pick_place"``, a path that ends in ``.yaml``, or a specification.
+
+    Raises:
+        TaskError: unknown name (with the closest one), missing file, or malformed yaml.
+    """
+    if isinstance(task, TaskSpec):
+        return task
+    if str(task).endswith((".yaml", ".yml")):
+        path = Path(task)
+        if not path.is_file():
+            raise TaskError(f"task file '{path}' does not exist")
+        return parse_task_text(path.read_text(), str(path))
+    shipped = _shipped_tasks()
+    if task not in shipped:
+        guess = difflib.get_close_matches(str(task), shipped, n=1)
+        raise TaskError(
+            f"unknown task '{task}'. {closest(str(task), shipped)}"
+            + ("" if guess else " A path that ends in .yaml loads a task of your own.")
+        )
+    return parse_task_text(shipped[str(task)], f"configs/tasks/{task}.yaml")
+
+
+def parse_task_text(text: str, source: str) -> TaskSpec:
+    """Parse yaml text into a specification; see :func:`parse_task`."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise TaskError(f"{source}: not valid yaml: {error}") from error
+    return parse_task(content, source)
