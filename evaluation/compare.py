@@ -1,0 +1,174 @@
+"""Are these policies different? Paired and unpaired comparison of finished evaluations."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simtoreal.evaluation.results import Evaluation, EvaluationError, load_evaluation
+from simtoreal.evaluation.statistics import (
+    bonferroni,
+    e_process,
+    letter_display,
+    paired_test,
+    unpaired_p_value,
+)
+
+NOT_DISTINGUISHABLE = "not distinguishable"
+_DRAWS = 20_000
+
+
+def load_arms(folders: Sequence[Path | str], labels: Sequence[str] = ()) -> list[Evaluation]:
+    """Read the evaluations to compare and give them distinct labels.
+
+    Raises:
+        EvaluationError: fewer than two folders, a folder twice, the wrong number of labels, or labels that repeat.
+    """
+    paths = [Path(folder) for folder in folders]
+    if len(paths) < 2:
+        raise EvaluationError(f"a comparison needs at least two evaluation folders, got {len(paths)}")
+    repeated = [str(path) for path, count in Counter(path.resolve() for path in paths).items() if count > 1]
+    if repeated:
+        raise EvaluationError(f"evaluation folder {repeated[0]} is given twice")
+    if labels and len(labels) != len(paths):
+        raise EvaluationError(f"{len(labels)} labels for {len(paths)} evaluation folders; give one each, or none")
+    if labels:
+        arms = [load_evaluation(path, label) for path, label in zip(paths, labels, strict=True)]
+    else:
+        arms = [load_evaluation(path) for path in paths]
+        if len({arm.label for arm in arms}) < len(arms):
+            arms = [load_evaluation(path, label) for path, label in zip(paths, _distinct_names(paths), strict=True)]
+    names = Counter(arm.label for arm in arms)
+    if max(names.values()) > 1:
+        raise EvaluationError(f"label '{names.most_common(1)[0][0]}' is used twice; give distinct --labels")
+    return arms
+
+
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    """Shortest endings of the paths that tell them apart, e.g. ``runA/evaluation`` and ``runB/evaluation``."""
+    resolved = [path.resolve().parts for path in paths]
+    for length in range(1, max(len(parts) for parts in resolved) + 1):
+        names = ["/".join(parts[-length:]) for parts in resolved]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+def compare(arms: Sequence[Evaluation], *, paired: bool = True, alpha: float = 0.05) -> dict[str, Any]:
+    """Compare every pair of evaluations; the probability of *any* false claim of a difference is at most ``alpha``.
+
+    Args:
+        arms: evaluations of one task, with distinct labels.
+        paired: compare on equal initial conditions (exact test on discordant pairs, e-process); otherwise Barnard's
+            test, which needs more episodes for the same difference.
+        alpha: error probability over all pairs together (Bonferroni).
+
+    Returns:
+        ``arms`` (rate, interval, letters), ``pairs`` (difference, p-values, e-value, verdict), ``notes``.
+
+    Raises:
+        EvaluationError: different tasks or horizons, or initial conditions that cannot be paired.
+    """
+    notes = _check_comparable(arms, paired)
+    pairs = [_pair(first, second, paired) for first, second in itertools.combinations(arms, 2)]
+    for pair, adjusted in zip(pairs, bonferroni([pair["p_value"] for pair in pairs]), strict=True):
+        pair["p_adjusted"] = adjusted
+        better = pair["second"] if pair["difference"] > 0 else pair["first"]
+        pair["verdict"] = f"{better} is better" if adjusted <= alpha else NOT_DISTINGUISHABLE
+        if paired:
+            pair["e_decided_after"] = _first_crossing(pair.pop("e_path"), len(pairs) / alpha)
+    different = [(pair["first"], pair["second"]) for pair in pairs if pair["verdict"] != NOT_DISTINGUISHABLE]
+    letters = letter_display({arm.label: arm.results["success_rate"] for arm in arms}, different)
+    return {
+        "kind": "comparison",
+        "task": arms[0].task,
+        "paired": paired,
+        "alpha": alpha,
+        "test": "exact binomial on discordant pairs" if paired else "Barnard exact",
+        "arms": [
+            {
+                "label": arm.label,
+                "folder": str(arm.folder),
+                "backend": arm.backend,
+                "letters": letters[arm.label],
+                **{key: arm.results[key] for key in ("success_rate", "successes", "n", "interval")},
+                "time_to_success_s": arm.results.get("time_to_success_s"),
+            }
+            for arm in arms
+        ],
+        "pairs": pairs,
+        "notes": notes,
+    }
+
+
+def _check_comparable(arms: Sequence[Evaluation], paired: bool) -> list[str]:
+    reference, notes = arms[0], []
+    for arm in arms[1:]:
+        both = f"{reference.label} ({reference.folder}) and {arm.label} ({arm.folder})"
+        if arm.task != reference.task:
+            raise EvaluationError(
+                f"{both} are evaluations of different tasks, '{reference.task}' and '{arm.task}'; "
+                "their success rates cannot be compared"
+            )
+        horizons = reference.results.get("horizon"), arm.results.get("horizon")
+        if None not in horizons and horizons[0] != horizons[1]:
+            raise EvaluationError(f"{both} allow {horizons[0]} and {horizons[1]} steps; evaluate with the same horizon")
+        if paired and arm.seeds != reference.seeds:
+            common = len(set(arm.seeds) & set(reference.seeds))
+            raise EvaluationError(
+                f"{both} cannot be paired: of {len(reference.seeds)} and {len(arm.seeds)} initial conditions only "
+                f"{common} are common. Evaluate both with the same --seed and --episodes, or compare with --unpaired"
+            )
+        if arm.backend != reference.backend:
+            notes.append(f"{both}: different worlds ({reference.backend}, {arm.backend}); the difference is a gap")
+        shifts = reference.results.get("randomization"), arm.results.get("randomization")
+        if shifts[0] != shifts[1]:
+            notes.append(f"{both}: different randomization ({shifts[0]}, {shifts[1]})")
+    if not paired:
+        common = set(reference.seeds).intersection(*(arm.seeds for arm in arms[1:]))
+        if common:
+            notes.append("some initial conditions are common; the paired test would be sharper")
+    return notes
+
+
+def _pair(first: Evaluation, second: Evaluation, paired: bool) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "first": first.label,
+        "second": second.label,
+        "difference": second.results["success_rate"] - first.results["success_rate"],
+    }
+    rng = np.random.default_rng(0)
+    if paired:
+        test = paired_test(first.outcomes, second.outcomes)
+        path = e_process(first.outcomes, second.outcomes)
+        cells = [test.both, test.neither, test.only_first, test.only_second]
+        # Dirichlet(1/2, ...) over the four outcomes of a pair gives each policy the uniform prior on its own rate.
+        draws = rng.dirichlet(0.5 + np.asarray(cells, dtype=np.float64), size=_DRAWS)
+        differences = draws[:, 3] - draws[:, 2]
+        result |= {
+            "both": test.both,
+            "neither": test.neither,
+            "only_first": test.only_first,
+            "only_second": test.only_second,
+            "p_value": test.p_value,
+            "e_value": float(path[-1]),
+            "e_path": path,
+        }
+    else:
+        counts = [(arm.results["successes"], arm.results["n"]) for arm in (first, second)]
+        samples = [rng.beta(1 + k, 1 + n - k, size=_DRAWS) for k, n in counts]
+        differences = samples[1] - samples[0]
+        result["p_value"] = unpaired_p_value(*counts[0], *counts[1])
+    result["difference_interval"] = [float(value) for value in np.quantile(differences, [0.025, 0.975])]
+    return result
+
+
+def _first_crossing(path: np.ndarray, threshold: float) -> int | None:
+    """Pairs after which the e-process had decided, or None."""
+    crossed = np.flatnonzero(path >= threshold)
+    return int(crossed[0]) + 1 if len(crossed) else None

@@ -1,0 +1,125 @@
+"""Plots of evaluations, for reports and comparisons. Matplotlib draws them without a display."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from simtoreal.envs.files import atomic_path
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Okabe-Ito: distinguishable with colour-vision deficiency.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
+_GRID = "#d9dee5"
+_TEXT = "#39424e"
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = [figure.add_subplot(1, columns, index + 1) for index in range(columns)]
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.spines[["left", "bottom"]].set_color("#aab2bd")
+        ax.tick_params(colors=_TEXT, labelsize=9)
+        ax.grid(color=_GRID, linewidth=0.7)
+        ax.set_axisbelow(True)
+    return figure, axes
+
+
+def success_plot(arms: Sequence[Mapping[str, Any]]) -> Figure:
+    """Success rates as posterior shapes with their 95 % intervals, one row per arm.
+
+    Args:
+        arms: mappings with ``label``, ``successes``, ``n``, ``success_rate``, ``interval`` and optionally ``letters``.
+    """
+    from scipy.stats import beta
+
+    figure, (ax,) = _figure(7.2, 0.75 + 0.62 * len(arms))
+    grid = np.linspace(0.0, 1.0, 401)
+    for row, arm in enumerate(arms):
+        color = COLORS[row % len(COLORS)]
+        density = beta.pdf(grid, 1 + arm["successes"], 1 + arm["n"] - arm["successes"])
+        ax.fill_between(100 * grid, -row, -row + 0.62 * density / density.max(), color=color, alpha=0.25, linewidth=0)
+        low, high = arm["interval"]
+        ax.plot([100 * low, 100 * high], [-row, -row], color=color, linewidth=3, solid_capstyle="round")
+        ax.plot([100 * arm["success_rate"]], [-row], "o", color=color, markersize=8)
+        letters = f"  {arm['letters']}" if arm.get("letters") else ""
+        text = f"{100 * arm['success_rate']:.0f} %  ({arm['successes']}/{arm['n']}){letters}"
+        ax.text(102, -row, text, va="center", ha="left", color=_TEXT, fontsize=9)
+    ax.set_yticks([-row for row in range(len(arms))], [str(arm["label"]) for arm in arms])
+    ax.set_ylim(-len(arms) + 0.6, 0.8)
+    ax.set_xlim(0, 100)
+    ax.set_xlabel("success rate [%]: measured (dot), 95 % interval (bar), posterior (shape)", fontsize=9, color=_TEXT)
+    ax.grid(axis="y", visible=False)
+    return figure
+
+
+def learning_plot(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]) -> Figure:
+    """Learning curves, one panel per quantity.
+
+    Args:
+        curves: panel title -> run name -> points ``(optimisation step, value)``.
+    """
+    figure, axes = _figure(7.2, 2.6, columns=max(1, len(curves)))
+    for ax, (title, runs) in zip(axes, curves.items(), strict=False):
+        for index, (name, points) in enumerate(runs.items()):
+            steps, values = np.asarray(points, dtype=np.float64).T
+            marker = "o" if len(steps) < 12 else ""
+            ax.plot(steps, values, color=COLORS[index], linewidth=1.6, label=name, marker=marker, markersize=3.5)
+        ax.set_title(title, fontsize=10, color=_TEXT)
+        ax.set_xlabel("optimisation step", fontsize=9, color=_TEXT)
+        if all(value > 0 for points in runs.values() for _, value in points):
+            ax.set_yscale("log")
+        if len(runs) > 1:
+            ax.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def timing_plot(period_errors_ms: Sequence[float], *, period_ms: float) -> Figure:
+    """Histogram of the control loop's period error on a logarithmic count axis.
+
+    Args:
+        period_errors_ms: measured minus nominal period of every control step.
+        period_ms: nominal period.
+    """
+    errors = np.asarray(period_errors_ms, dtype=np.float64)
+    figure, (ax,) = _figure(7.2, 2.6)
+    span = max(1.0, float(np.abs(errors).max(initial=0.0)) * 1.05)
+    ax.hist(errors, bins=np.linspace(-span, span, 81), color=COLORS[0])
+    ax.set_yscale("log")
+    p99 = float(np.percentile(np.abs(errors), 99)) if len(errors) else 0.0
+    for side in (-1, 1):
+        ax.axvline(side * p99, color=COLORS[1], linewidth=1.2, linestyle="--")
+    ax.set_title(
+        f"{len(errors)} control steps of {period_ms:.0f} ms; dashed: 99 % lie within {p99:.2f} ms", fontsize=10
+    )
+    ax.set_xlabel("period error [ms]", fontsize=9, color=_TEXT)
+    ax.set_ylabel("steps", fontsize=9, color=_TEXT)
+    return figure
+
+
+def save_png(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG, atomically."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=160)
+    return path
+
+
+def to_svg(figure: Figure) -> str:
+    """Return a figure as an SVG element to put into a page; text stays text in the page's font."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "simtoreal", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
