@@ -69,7 +69,9 @@ def build_config(cls: type[T], content: dict[str, Any], *, source: str) -> T:
 
 def _build(cls: type, content: Any, source: str, where: str) -> Any:
     if not isinstance(content, dict):
-        raise ConfigError(f"{source}: '{where}' is {content!r}; expected a mapping with the fields of {cls.__name__}")
+        raise ConfigError(
+            f"{source}: '{where.rstrip('.')}' is {content!r}; expected a mapping with the fields of {cls.__name__}"
+        )
     values = _fields(cls, content, source, where)
     missing = [
         field.name

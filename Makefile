@@ -1,0 +1,59 @@
+# One command per purpose: `make demo` shows the product, `make test` proves it. Both install what they need first.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+EXTRAS := ros,realsense,ik,dev
+# pip warns once per package about every local package folder that lacks it; errors and other warnings stay visible.
+QUIET_PIP := 2> >(grep -v '^WARNING: Location .* is ignored' >&2 || true)
+# Without an NVIDIA driver the CPU build of torch saves gigabytes; folders of wheels given to pip come first.
+CPU_TORCH := https://download.pytorch.org/whl/cpu
+
+.PHONY: help setup demo test lint benchmark
+
+help:
+	@sed -n 's/^## //p' Makefile
+
+## make setup      create .venv, install pinned dependencies and missing system libraries
+setup: $(READY)
+
+$(READY): pyproject.toml constraints.txt requirements/robomimic.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, $$($(PYTHON) --version) found: make setup PYTHON=python3.12"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' || \
+	  { echo "Python cannot create virtual environments. Run: sudo apt-get install -y python3-venv"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing dependencies into $(VENV) (a few minutes)"
+	@index=""; \
+	if ! command -v nvidia-smi >/dev/null && ! $(BIN)/pip config list | grep -q find-links; then \
+	  index="--extra-index-url $(CPU_TORCH)"; fi; \
+	$(BIN)/pip install -q $$index -c constraints.txt -e '.[$(EXTRAS)]' $(QUIET_PIP); \
+	$(BIN)/pip install -q --no-deps -r requirements/robomimic.txt $(QUIET_PIP)
+	@$(BIN)/simtoreal doctor --install
+	@touch $@
+
+## make demo       learn a skill from demonstrations and deploy it over ROS 2; ends with a report
+demo: $(READY)
+	@$(BIN)/simtoreal demo
+
+## make test       run the test suite
+test: $(READY)
+	@$(BIN)/python -m pytest -n 2
+
+## make lint       ruff on everything, mypy --strict on the contract modules
+lint: $(READY)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@# mypy resolves imports from folders: show it the package as it is installed (see pyproject.toml, package-dir).
+	@rm -rf build/types && mkdir -p build/types/simtoreal && ln -s $(CURDIR)/simtoreal/* build/types/simtoreal/
+	@for folder in envs data_collection policies evaluation world_models robot configs; do \
+	  ln -s $(CURDIR)/$$folder build/types/simtoreal/$$folder; done
+	@$(BIN)/mypy
+
+## make benchmark  run every script in benchmarks/ and store its JSON (takes long)
+benchmark: $(READY)
+	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
