@@ -29,7 +29,7 @@ $(READY): pyproject.toml constraints.txt requirements/robomimic.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "Installing dependencies into $(VENV) (a few minutes)"
 	@index=""; \
-	if ! command -v nvidia-smi >/dev/null && ! $(BIN)/pip config list | grep -q find-links; then \
+	if ! command -v nvidia-smi >/dev/null && ! $(BIN)/pip config list | grep find-links >/dev/null; then \
 	  index="--extra-index-url $(CPU_TORCH)"; fi; \
 	$(BIN)/pip install -q $$index -c constraints.txt -e '.[$(EXTRAS)]' $(QUIET_PIP); \
 	$(BIN)/pip install -q --no-deps -r requirements/robomimic.txt $(QUIET_PIP)
