@@ -1,0 +1,150 @@
+"""Run a policy on many initial conditions and keep what happened, episode by episode."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+
+from simtoreal.envs.errors import ConfigError
+from simtoreal.envs.files import write_json
+from simtoreal.envs.provenance import provenance
+from simtoreal.envs.rollout import Actor, EpisodeResult, Listener, rollout
+from simtoreal.evaluation.results import (
+    RESULTS_FILE,
+    EvaluationError,
+    append_episode,
+    read_episodes,
+    summarize,
+)
+from simtoreal.evaluation.videos import EpisodeVideos, list_videos
+
+# Collection uses seeds from 0 upwards; evaluation starts here, so that no initial condition was ever demonstrated.
+FIRST_SEED = 100_000
+SETTINGS_FILE = "settings.json"
+
+
+class _Writer(Listener):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_episode(self, slot: int, result: EpisodeResult) -> None:
+        append_episode(self.folder, result)
+
+
+def check_unseen(seeds: Sequence[int], training_seeds: Sequence[int], *, allowed: bool = False) -> str:
+    """Make sure that no initial condition of the evaluation was demonstrated.
+
+    Args:
+        seeds: of the evaluation.
+        training_seeds: of the demonstrations.
+        allowed: return a warning instead of raising.
+
+    Returns:
+        Empty, or the warning to print with the result.
+
+    Raises:
+        ConfigError: seeds overlap and ``allowed`` is False.
+    """
+    common = sorted(set(seeds) & set(training_seeds))
+    if not common:
+        return ""
+    message = (
+        f"{len(common)} of {len(seeds)} evaluation seeds are initial conditions of the training demonstrations "
+        f"({common[0]}{f' to {common[-1]}' if len(common) > 1 else ''})"
+    )
+    if allowed:
+        return f"{message}: the success rate says little about unseen conditions"
+    raise ConfigError(f"{message}. Use --seed {FIRST_SEED}, or --allow-training-seeds to measure memorisation")
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+    """Remember what decides the outcome of an evaluation, or refuse to continue a different one.
+
+    Raises:
+        EvaluationError: the folder holds an evaluation with other settings.
+    """
+    path = folder / SETTINGS_FILE
+    settings = json.loads(json.dumps(settings))  # As it will be read back: tuples become lists.
+    if not path.is_file():
+        if read_episodes(folder) or (folder / RESULTS_FILE).is_file():
+            raise EvaluationError(f"{folder} holds results but no {SETTINGS_FILE}; choose another --output")
+        write_json(path, settings)
+        return
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError as error:
+        raise EvaluationError(f"{path} is damaged ({error}); choose another --output") from error
+    differing = [key for key in {**stored, **settings} if stored.get(key) != settings.get(key)]
+    if differing:
+        lines = [f"{key}: {stored.get(key)!r} there, {settings.get(key)!r} now" for key in differing]
+        raise EvaluationError(
+            f"{folder} holds a different evaluation:\n  " + "\n  ".join(lines) + "\n"
+            "Choose another --output, or delete the folder to evaluate again."
+        )
+
+
+def evaluate(
+    env: gym.vector.VectorEnv | gym.Env,
+    actor: Actor,
+    seeds: Sequence[int],
+    folder: Path,
+    settings: dict[str, Any],
+    *,
+    videos: int = 3,
+    listeners: Sequence[Listener] = (),
+    notes: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Run one episode per seed, skipping those already in ``folder``, and write the evaluation folder.
+
+    Episodes are independent of each other, so an interrupted evaluation that is run again gives the same table up
+    to floating-point differences between batch sizes.
+
+    Args:
+        env: see :func:`rollout`.
+        actor: acts; called with the seed of every episode, on which its own randomness must depend.
+        seeds: initial conditions.
+        folder: output; see :mod:`simtoreal.evaluation.results`.
+        settings: what decides the outcome (at least ``task``); stored in the results and checked on resume.
+        videos: number of videos of successes, and of failures.
+        listeners: in addition to the writer and the videos.
+        notes: warnings to keep with the result.
+
+    Returns:
+        The content of ``results.json``.
+
+    Raises:
+        EvaluationError: the folder holds another evaluation.
+    """
+    started = time.monotonic()
+    check_settings(folder, settings)
+    done = {result.seed for result in read_episodes(folder)}
+    surplus = done - set(seeds)
+    if surplus:
+        raise EvaluationError(
+            f"{folder} holds {len(done)} episodes, {len(surplus)} of which were not asked for now "
+            f"(e.g. seed {min(surplus)}); ask for at least as many episodes, or choose another --output"
+        )
+    remaining = [seed for seed in seeds if seed not in done]
+    if remaining:
+        embodiment = env.unwrapped.embodiment  # type: ignore[attr-defined]
+        visible = [key for key in embodiment.image_keys if key in env.observation_space]  # type: ignore[operator]
+        recorder = EpisodeVideos(folder / "videos", visible, embodiment.control_hz, videos if visible else 0)
+        rollout(env, actor, remaining, listeners=[_Writer(folder), recorder, *listeners])
+    results = {
+        "kind": "evaluation",
+        **settings,
+        "seeds": {"first": min(seeds), "last": max(seeds)},
+        **summarize(read_episodes(folder)),
+        "videos": list_videos(folder / "videos"),
+        "notes": list(notes),
+        "seconds": time.monotonic() - started,
+        "episodes_this_run": len(remaining),
+        "provenance": provenance([min(seeds), max(seeds)]),
+    }
+    write_json(folder / RESULTS_FILE, results)
+    return results
