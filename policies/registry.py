@@ -1,0 +1,45 @@
+"""Which policy types exist: ours, and those that installed packages announce. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING
+
+from simtoreal.envs.errors import ConfigError, MissingDependencyError, closest
+
+if TYPE_CHECKING:
+    from simtoreal.policies.base import Policy
+
+ENTRY_POINT_GROUP = "simtoreal.policies"
+
+# A family (``robomimic``) serves every type that begins with its name and a slash (``robomimic/bc_rnn``).
+BUILTIN = {
+    "bc": "simtoreal.policies.bc:BCPolicy",
+    "diffusion": "simtoreal.policies.diffusion:DiffusionPolicy",
+    "robomimic": "simtoreal.policies.robomimic:RobomimicPolicy",
+}
+
+
+def policy_types() -> dict[str, str]:
+    """Return every policy type (or family) and the ``module:class`` that implements it."""
+    found = {entry.name: entry.value for entry in importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)}
+    return {**found, **BUILTIN}
+
+
+def policy_class(name: str) -> type[Policy]:
+    """Import and return the class of a policy type.
+
+    Raises:
+        ConfigError: there is no such type.
+        MissingDependencyError: its module cannot be imported.
+    """
+    known = policy_types()
+    target = known.get(name) or known.get(name.split("/")[0])
+    if target is None:
+        raise ConfigError(f"unknown policy type '{name}'. {closest(name, known)}")
+    module, _, attribute = target.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
+    except (ImportError, AttributeError) as error:
+        raise MissingDependencyError(f"policy type '{name}' ({target}) cannot be imported: {error}") from error

@@ -1,0 +1,109 @@
+"""Noise processes: how chunks are corrupted in training and generated at run time (schedulers of diffusers)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simtoreal.policies.base import Generators
+from simtoreal.policies.config import DiffusionConfig
+from simtoreal.policies.normalization import CLIP
+
+# (noisy actions (N, T, A), time (N,) in [0, 1]) -> what the process asks the network to predict, (N, T, A)
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+def spread_times(rows: int, samples: int, device: torch.device) -> Tensor:
+    """Return times ``(rows, samples)`` in [0, 1), one in each of ``samples`` equal parts.
+
+    Stratified over the samples of one observation, which lowers the variance of the gradient.
+    """
+    part = torch.arange(samples, device=device)
+    return (part + torch.rand(rows, samples, device=device)) / samples
+
+
+class NoiseProcess(ABC):
+    """Corrupts clean chunks and generates chunks from noise. Times run from 0 (clean) to 1 (noise)."""
+
+    @abstractmethod
+    def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return noisy chunks ``(N, T, A)``, the time given to the network ``(N,)``, and the target ``(N, T, A)``."""
+
+    @abstractmethod
+    def generate(self, denoiser: Denoiser, noise: Tensor, generator: Generators) -> Tensor:
+        """Return chunks ``(N, T, A)`` made from ``noise`` of the same shape."""
+
+
+class Flow(NoiseProcess):
+    """Rectified flow (Liu et al. 2022; Lipman et al. 2023) with Euler steps; the target is the velocity."""
+
+    def __init__(self, steps: int) -> None:
+        from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+        self.steps = steps
+        self.scheduler: Any = FlowMatchEulerDiscreteScheduler()
+
+    def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.lerp(clean, noise, time[:, None, None]), time, noise - clean
+
+    def generate(self, denoiser: Denoiser, noise: Tensor, generator: Generators) -> Tensor:
+        levels = [1 - index / self.steps for index in range(self.steps)]
+        self.scheduler.set_timesteps(sigmas=levels, device=noise.device)
+        sample = noise
+        for timestep, level in zip(self.scheduler.timesteps, levels, strict=True):
+            velocity = denoiser(sample, sample.new_full((len(sample),), level))
+            sample = self.scheduler.step(velocity.float(), timestep, sample, return_dict=False)[0]
+        return sample
+
+
+class Diffusion(NoiseProcess):
+    """Denoising diffusion with a cosine schedule (Nichol & Dhariwal 2021); the target is the noise.
+
+    Args:
+        kind: ``ddpm`` (Ho et al. 2020), ``ddim`` (Song et al. 2021) or ``dpm`` (DPM-Solver++ 2M, Lu et al. 2022).
+        levels: noise levels of the process.
+        steps: denoising steps at run time.
+    """
+
+    def __init__(self, kind: str, levels: int, steps: int) -> None:
+        from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+        from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
+
+        self.levels, self.steps = levels, steps
+        common: dict[str, Any] = {
+            "num_train_timesteps": levels,
+            "beta_schedule": "squaredcos_cap_v2",
+            "prediction_type": "epsilon",
+            "timestep_spacing": "trailing",
+        }
+        if kind == "dpm":
+            self.scheduler: Any = DPMSolverMultistepScheduler(**common)
+        else:
+            scheduler = DDPMScheduler if kind == "ddpm" else DDIMScheduler
+            self.scheduler = scheduler(**common, clip_sample=True, clip_sample_range=CLIP)
+
+    def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        level = (time * self.levels).long().clamp_max(self.levels - 1)
+        return self.scheduler.add_noise(clean, noise, level), level / self.levels, noise
+
+    def generate(self, denoiser: Denoiser, noise: Tensor, generator: Generators) -> Tensor:
+        self.scheduler.set_timesteps(self.steps, device=noise.device)
+        # DPM-Solver++ is deterministic and DDIM is used so; only DDPM draws noise while sampling.
+        extra = {} if generator is None else {"generator": generator}
+        sample = noise
+        for timestep in self.scheduler.timesteps:
+            time = sample.new_full((len(sample),), float(timestep) / self.levels)
+            sample = self.scheduler.step(denoiser(sample, time).float(), timestep, sample, **extra).prev_sample
+        return sample
+
+
+def noise_process(config: DiffusionConfig) -> NoiseProcess:
+    """Return the process named by ``config.scheduler``."""
+    if config.scheduler == "flow":
+        return Flow(config.inference_steps)
+    return Diffusion(config.scheduler, config.train_timesteps, config.inference_steps)
