@@ -1,0 +1,193 @@
+"""A dataset is a folder of episode files with one description beside them.
+
+::
+
+    my_dataset/
+      meta.json              embodiment, task specifications, format version, episode list, masks, statistics
+      episodes/000000.hdf5   see simtoreal.data_collection.episode
+      dataset.hdf5           the same episodes as robomimic sees them; derived, never read by us
+
+``episodes/`` is the truth. ``meta.json`` lists the episodes that were complete when it was written, so that one
+that goes missing later is noticed; newer files (of a collection that is still running or was killed) are used as well.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from simtoreal.data_collection.episode import (
+    Arrays,
+    EpisodeInfo,
+    embodiment_digest,
+    open_episode,
+    read_episode,
+    read_info,
+)
+from simtoreal.envs.embodiment import Embodiment
+from simtoreal.envs.errors import DatasetError, EmbodimentMismatchError, closest
+
+FORMAT = "simtoreal-dataset"
+FORMAT_VERSION = 1
+META = "meta.json"
+EPISODES = "episodes"
+VIEW = "dataset.hdf5"
+
+
+class Dataset:
+    """A dataset opened for reading. Create it with :meth:`open`.
+
+    Attributes:
+        path: folder.
+        embodiment: robot, cameras and action space of every episode.
+        tasks: task name -> specification as a plain dictionary.
+        episodes: every episode, in the order of its number.
+        meta: content of ``meta.json``.
+    """
+
+    def __init__(self, path: Path, embodiment: Embodiment, meta: dict[str, Any], episodes: list[EpisodeInfo]) -> None:
+        self.path, self.embodiment, self.meta, self.episodes = path, embodiment, meta, episodes
+
+    @classmethod
+    def open(cls, path: str | Path, *, embodiment: Embodiment | None = None) -> Dataset:
+        """Open a dataset folder and check every episode's structure (not its values).
+
+        Args:
+            path: the folder.
+            embodiment: what the caller needs the data to be made with, if it matters.
+
+        Raises:
+            DatasetError: something is missing, damaged or unsafe.
+            EmbodimentMismatchError: the data are of another embodiment than asked for, or mixed.
+        """
+        path = Path(path)
+        meta = read_meta(path)
+        own = Embodiment.from_dict(meta["embodiment"])
+        if embodiment is not None:
+            own.require_equal(embodiment, f"dataset {path}", "what is needed here")
+        files = sorted((path / EPISODES).glob("[0-9]*.hdf5"))
+        missing = sorted(set(meta.get("episodes", {})) - {file.stem for file in files})
+        if missing:
+            raise DatasetError(
+                f"{path / EPISODES / missing[0]}.hdf5: is missing ({len(missing)} of {len(meta['episodes'])} listed in "
+                f"{META}). Restore it, or run 'simtoreal data recover {path}' to continue without it."
+            )
+        episodes = [_check_episode(file, own, path) for file in files]
+        return cls(path, own, meta, episodes)
+
+    @property
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        """Task name -> specification."""
+        return dict(self.meta["tasks"])
+
+    @property
+    def task(self) -> dict[str, Any]:
+        """Specification of the only task.
+
+        Raises:
+            DatasetError: the dataset holds several tasks.
+        """
+        if len(self.tasks) != 1:
+            raise DatasetError(f"{self.path}: holds several tasks ({', '.join(self.tasks)}); one was expected here.")
+        return next(iter(self.tasks.values()))
+
+    @property
+    def masks(self) -> dict[str, list[str]]:
+        """Name -> episode numbers. ``train`` and ``valid`` are derived unless ``meta.json`` sets them."""
+        return {**split_masks(self.episodes), **self.meta.get("masks", {})}
+
+    def filter(self, mask: str | None = None) -> list[EpisodeInfo]:
+        """Episodes of a mask (``train``, ``valid``, ``success``, ``failure`` or one of the dataset's own), or all.
+
+        Raises:
+            DatasetError: there is no such mask, or it names no episode.
+        """
+        if mask is None:
+            return list(self.episodes)
+        masks = self.masks
+        if mask not in masks:
+            raise DatasetError(f"{self.path}: has no mask '{mask}'. {closest(mask, masks)}")
+        chosen = set(masks[mask])
+        found = [episode for episode in self.episodes if episode.name in chosen]
+        if not found:
+            raise DatasetError(f"{self.path}: mask '{mask}' selects none of {len(self.episodes)} episodes.")
+        return found
+
+    def read(self, episode: EpisodeInfo, names: Iterable[str] | None = None) -> Arrays:
+        """Arrays of an episode by their path in its file, e.g. ``"obs/proprio"``; all of them by default.
+
+        Raises:
+            DatasetError: the file is damaged or lacks an array.
+        """
+        if episode.path is None:
+            raise DatasetError("this episode was not read from a file; take it from Dataset.episodes.")
+        return read_episode(episode.path, names)[1]
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """Content of ``meta.json`` of the dataset folder ``path``.
+
+    Raises:
+        DatasetError: not a dataset, or of another format version.
+    """
+    file = path / META
+    if not file.is_file():
+        raise DatasetError(f"{path}: is not a dataset, it has no {META}. Make one with 'simtoreal collect --output'.")
+    try:
+        meta = json.loads(file.read_text())
+    except ValueError as error:
+        raise DatasetError(f"{file}: is not valid JSON ({error}). Restore it from a copy.") from error
+    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+        raise DatasetError(f'{file}: is not the description of a dataset; expected "format": "{FORMAT}".')
+    if meta.get("format_version") != FORMAT_VERSION:
+        raise DatasetError(
+            f"{file}: has format version {meta.get('format_version')}, this program reads {FORMAT_VERSION}. "
+            "Use the simtoreal version that wrote it."
+        )
+    for key in ("embodiment", "tasks"):
+        if not isinstance(meta.get(key), Mapping):
+            raise DatasetError(f"{file}: key '{key}' is missing or not a mapping.")
+    return meta
+
+
+def _check_episode(file: Path, embodiment: Embodiment, dataset: Path) -> EpisodeInfo:
+    with open_episode(file) as handle:
+        info = read_info(handle, file)
+        if info.embodiment != embodiment_digest(embodiment):
+            raise EmbodimentMismatchError(
+                f"{file}: was recorded with another embodiment (digest {info.embodiment}) than its dataset {dataset} "
+                f"(digest {embodiment_digest(embodiment)}). Move it to a dataset of its own."
+            )
+        _check_shape(handle, "actions", (info.steps, embodiment.action.dim), file)
+        for camera in embodiment.cameras:
+            name = f"obs/{camera.name}_image"
+            if name in handle:
+                _check_shape(handle, name, (info.steps, camera.height, camera.width, 3), file)
+        if "obs/proprio" in handle:
+            _check_shape(handle, "obs/proprio", (info.steps, embodiment.proprio.dim), file)
+    return info
+
+
+def _check_shape(handle: h5py.File, name: str, expected: tuple[int, ...], file: Path) -> None:
+    if handle[name].shape != expected:
+        raise EmbodimentMismatchError(
+            f"{file}: '{name}' has shape {handle[name].shape}, but the dataset's embodiment says {expected}."
+        )
+
+
+def split_masks(episodes: list[EpisodeInfo]) -> dict[str, list[str]]:
+    """Masks that follow from the episodes: ``success``, ``failure``, and ``train``/``valid`` over the successful ones.
+
+    Every tenth success validates. Which episodes do only depends on their order, so the split of a growing dataset
+    is stable.
+    """
+    successes = [episode.name for episode in episodes if episode.success]
+    failures = [episode.name for episode in episodes if not episode.success]
+    valid = successes[9::10] or successes[1:][-1:]
+    train = [name for name in successes if name not in set(valid)]
+    masks = {"success": successes, "failure": failures, "train": train, "valid": valid}
+    return {name: members for name, members in masks.items() if members}

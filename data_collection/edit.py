@@ -1,0 +1,183 @@
+"""Repairs, joins and divides datasets without ever deleting an episode: files are hard-linked or copied."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from simtoreal.data_collection.dataset import EPISODES, META, Dataset, read_meta
+from simtoreal.data_collection.episode import EpisodeInfo, disk_errors, open_episode, read_info
+from simtoreal.data_collection.takes import EmptyPartError, read_part
+from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.envs.embodiment import Embodiment
+from simtoreal.envs.errors import ConfigError, DatasetError
+from simtoreal.envs.files import atomic_path, fsync_folder, write_json
+
+DAMAGED = "damaged"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovery:
+    """What :func:`recover` did.
+
+    Attributes:
+        recovered: episodes made from parts, marked ``aborted``.
+        emptied: parts without any complete step; removed, as they hold nothing.
+        set_aside: unreadable files, moved to ``damaged/``, with the reason.
+        missing: numbers of listed episodes that no longer exist.
+    """
+
+    recovered: tuple[EpisodeInfo, ...]
+    emptied: tuple[Path, ...]
+    set_aside: tuple[tuple[Path, str], ...]
+    missing: tuple[str, ...]
+
+
+def recover(path: str | Path) -> Recovery:
+    """Bring a dataset back into a readable state after a crash, a full disk or a lost file.
+
+    Parts of killed writers become episodes with ``failure="aborted"`` (not used for training by default),
+    unreadable files move to ``damaged/``, and the description is rebuilt from what is there.
+
+    Raises:
+        DatasetError: not a dataset, being written by a process, or the disk is full.
+    """
+    path = Path(path)
+    meta = read_meta(path)
+    episodes = path / EPISODES
+    recovered: list[EpisodeInfo] = []
+    emptied: list[Path] = []
+    set_aside: list[tuple[Path, str]] = []
+    with DatasetWriter(path, Embodiment.from_dict(meta["embodiment"]), {}) as writer:
+        for file in sorted(episodes.glob("[0-9]*.hdf5")):
+            try:
+                with open_episode(file) as handle:
+                    read_info(handle, file)
+            except DatasetError as error:
+                set_aside.append((_set_aside(file, path), str(error)))
+        missing = sorted(set(meta.get("episodes", {})) - {file.stem for file in episodes.glob("[0-9]*.hdf5")})
+        missing = [name for name in missing if name not in {file.stem for file, _ in set_aside}]
+        for part in sorted(episodes.glob("*.part")):
+            try:
+                info, arrays = read_part(part)
+            except DatasetError as error:
+                if isinstance(error, EmptyPartError) or part.stat().st_size == 0:
+                    part.unlink()
+                    emptied.append(part)
+                else:
+                    set_aside.append((_set_aside(part, path), str(error)))
+                continue
+            target = writer.add(arrays, info)
+            part.unlink()
+            with open_episode(target) as handle:
+                recovered.append(read_info(handle, target))
+        # Dropping lost episodes from the list is the user's decision, made by running this command.
+        write_json(path / META, {**meta, "episodes": {}})
+    return Recovery(
+        recovered=tuple(recovered), emptied=tuple(emptied), set_aside=tuple(set_aside), missing=tuple(missing)
+    )
+
+
+def _set_aside(file: Path, dataset: Path) -> Path:
+    folder = dataset / DAMAGED
+    folder.mkdir(exist_ok=True)
+    target = folder / file.name
+    number = 1
+    while target.exists():
+        target = folder / f"{file.stem}.{number}{file.suffix}"
+        number += 1
+    os.replace(file, target)
+    fsync_folder(file.parent)
+    return target
+
+
+def merge(sources: Sequence[str | Path], output: str | Path) -> Dataset:
+    """Make a dataset of the episodes of several, in their order, by hard links where the file system allows.
+
+    Raises:
+        ConfigError: nothing to merge.
+        DatasetError: a source is damaged, two hold different specifications of a task, or ``output`` is not empty.
+        EmbodimentMismatchError: the sources were made with different embodiments.
+    """
+    if not sources:
+        raise ConfigError("merge needs at least one dataset.")
+    datasets = [Dataset.open(source) for source in sources]
+    first = datasets[0]
+    for other in datasets[1:]:
+        first.embodiment.require_equal(other.embodiment, f"dataset {first.path}", f"dataset {other.path}")
+    tasks: dict[str, dict[str, object]] = {}
+    for dataset in datasets:
+        for name, task in dataset.tasks.items():
+            if tasks.setdefault(name, task) != task:
+                raise DatasetError(
+                    f"{dataset.path}: has another specification of task '{name}' than a dataset before it. "
+                    "Merge only data of the same task version."
+                )
+    return _collect_links([episode for dataset in datasets for episode in dataset.episodes], first, tasks, Path(output))
+
+
+def split(
+    source: str | Path, output: str | Path, fractions: Mapping[str, float], *, seed: int = 0
+) -> dict[str, Dataset]:
+    """Divide the episodes of a dataset at random into datasets ``output/<name>``, by hard links where possible.
+
+    Args:
+        source: dataset to divide; it is left as it is.
+        output: folder of the new datasets.
+        fractions: name -> share of the episodes, positive, together at most 1.
+        seed: of the random assignment.
+
+    Raises:
+        ConfigError: the fractions are wrong, or a part would be empty.
+        DatasetError: the source is damaged, or a part's folder is not empty.
+    """
+    total = sum(fractions.values())
+    if not fractions or min(fractions.values()) <= 0 or total > 1 + 1e-9:
+        raise ConfigError(f"fractions {dict(fractions)} must be positive and sum to at most 1 (they sum to {total:g}).")
+    dataset = Dataset.open(source)
+    count = len(dataset.episodes)
+    order = np.random.default_rng(seed).permutation(count)
+    ends = np.round(np.cumsum(list(fractions.values())) * count).astype(int)
+    starts = np.concatenate([[0], ends[:-1]])
+    chosen = {name: sorted(order[a:b]) for name, a, b in zip(fractions, starts, ends, strict=True)}
+    empty = [name for name, members in chosen.items() if not members]
+    if empty:
+        raise ConfigError(f"part '{empty[0]}' would be empty: {fractions[empty[0]]:g} of {count} episodes.")
+    return {
+        name: _collect_links([dataset.episodes[i] for i in members], dataset, dataset.tasks, Path(output) / name)
+        for name, members in chosen.items()
+    }
+
+
+def _collect_links(
+    episodes: Sequence[EpisodeInfo], like: Dataset, tasks: Mapping[str, Mapping[str, object]], output: Path
+) -> Dataset:
+    if (output / EPISODES).exists() and any((output / EPISODES).iterdir()):
+        raise DatasetError(f"{output}: already holds episodes. Choose a new folder.")
+    with DatasetWriter(output, like.embodiment, tasks) as writer:
+        for episode in episodes:
+            link_or_copy(Path(str(episode.path)), writer.next_path())
+    return Dataset.open(output)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make ``target`` the same file as ``source``, or a copy where hard links are impossible.
+
+    Raises:
+        DatasetError: the disk is full.
+    """
+    try:
+        os.link(source, target)
+        return
+    except FileExistsError:
+        raise
+    except OSError:
+        # Another file system, or one without hard links: the copy below reports every real problem.
+        pass
+    with disk_errors(target), atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)

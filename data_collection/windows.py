@@ -1,0 +1,167 @@
+"""Windows of observations and actions for training, gathered from memory without a Python loop over samples."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors, open_episode, read_episode
+from simtoreal.envs.errors import ConfigError, DatasetError
+from simtoreal.envs.files import atomic_path
+
+CACHE = ".window_cache"
+
+
+class WindowSampler:
+    """Every window of a set of episodes, by index.
+
+    The window at time t of an episode of T steps holds the observations t - n_obs + 1 … t, the first one repeated
+    before the start, and the actions t … t + horizon - 1, the last one repeated after the end and masked. There is
+    one window per control step. Episodes lie end to end in one array per key, so a batch is one gather per key.
+
+    Args:
+        data: a dataset, or one dictionary of arrays per episode with keys as in an episode file
+            (``"actions"``, ``"obs/proprio"``, …).
+        episodes: which episodes of a dataset to use, e.g. ``dataset.filter("train")``; ignored for arrays.
+        observation_steps: n_obs, at least 1.
+        horizon: actions per window, at least 1.
+        keys: observation keys without ``obs/``, e.g. ``("front_image", "wrist_image", "proprio")``.
+        actions: array used as the action, e.g. ``"step/target"`` for absolute targets.
+        memory_map: keep the joined arrays in files below the dataset instead of in memory, for datasets larger
+            than it; the operating system then caches what is used.
+
+    Raises:
+        ConfigError: a size is below 1 or there is no episode.
+        DatasetError: an episode is damaged or lacks a key, or shapes differ between episodes.
+    """
+
+    def __init__(
+        self,
+        data: Dataset | Sequence[Arrays],
+        episodes: Sequence[EpisodeInfo] | None = None,
+        observation_steps: int = 1,
+        horizon: int = 1,
+        keys: Sequence[str] = (),
+        *,
+        actions: str = "actions",
+        memory_map: bool = False,
+    ) -> None:
+        if observation_steps < 1 or horizon < 1:
+            raise ConfigError(f"observation_steps = {observation_steps} and horizon = {horizon} must be at least 1.")
+        self.observation_steps, self.horizon, self.keys = observation_steps, horizon, tuple(keys)
+        names = {**{key: f"obs/{key}" for key in self.keys}, "": actions}
+        if isinstance(data, Dataset):
+            chosen = list(data.episodes if episodes is None else episodes)
+            lengths = [episode.steps for episode in chosen]
+            self.instructions, self._instruction = _instructions(chosen)
+            joined = _map_episodes(data.path, chosen, names) if memory_map else _join_episodes(chosen, names)
+        else:
+            lengths = [len(arrays[actions]) for arrays in data]
+            self.instructions, self._instruction = [""], np.zeros(sum(lengths), dtype=np.int64)
+            joined = {key: np.concatenate([arrays[name] for arrays in data]) for key, name in names.items() if data}
+        if not lengths:
+            raise ConfigError("there is no episode to draw windows from.")
+        self.actions = np.ascontiguousarray(joined.pop(""), dtype=np.float32)
+        self.observations = joined
+        self.episode_starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
+        # Row t of the joined arrays belongs to the episode that covers rows `_first[t]` … `_last[t]`.
+        episode = np.repeat(np.arange(len(lengths)), lengths)
+        self._first = self.episode_starts[episode]
+        self._last = self._first + np.asarray(lengths)[episode] - 1
+        self._history = np.arange(1 - observation_steps, 1)
+        self._future = np.arange(horizon)
+
+    def __len__(self) -> int:
+        """Number of windows, which is the number of control steps."""
+        return len(self._first)
+
+    def batch(self, indices: np.ndarray) -> dict[str, Any]:
+        """Gather windows.
+
+        Args:
+            indices: (B,) integers in [0, len(self)).
+
+        Returns:
+            ``observation``: key -> (B, n_obs, ...) in the stored dtype (images uint8, proprio float32);
+            ``actions`` (B, horizon, A) float32; ``action_mask`` (B, horizon) bool, False after the episode's
+            end; ``instruction``: list of B texts.
+
+        Raises:
+            IndexError: an index is out of range.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.ndim != 1 or (len(indices) and (indices.min() < 0 or indices.max() >= len(self))):
+            raise IndexError(f"window indices must be a vector of integers from 0 to {len(self) - 1}")
+        past = np.maximum(indices[:, None] + self._history, self._first[indices][:, None])
+        last = self._last[indices][:, None]
+        future = indices[:, None] + self._future
+        return {
+            "observation": {key: array.take(past, axis=0) for key, array in self.observations.items()},
+            "actions": self.actions.take(np.minimum(future, last), axis=0),
+            "action_mask": future <= last,
+            "instruction": [self.instructions[row] for row in self._instruction[indices]],
+        }
+
+
+def _instructions(episodes: Sequence[EpisodeInfo]) -> tuple[list[str], np.ndarray]:
+    """Every distinct instruction, and for every row the index of the one in force."""
+    texts: dict[str, int] = {}
+    rows = []
+    for episode in episodes:
+        used = [texts.setdefault(text, len(texts)) for text in episode.instructions or (episode.instruction,)]
+        index = np.zeros(episode.steps, dtype=np.int64)
+        if len(used) > 1:
+            index = read_episode(Path(str(episode.path)), ["step/instruction"])[1]["step/instruction"]
+        rows.append(np.asarray(used)[index])
+    return list(texts), np.concatenate(rows) if rows else np.zeros(0, dtype=np.int64)
+
+
+def _join_episodes(episodes: Sequence[EpisodeInfo], names: dict[str, str]) -> Arrays:
+    """Read the arrays of all episodes into one array each, straight into their place."""
+    joined: Arrays = {}
+    _fill(episodes, names, joined, lambda key, shape, dtype: np.empty(shape, dtype))
+    return joined
+
+
+def _map_episodes(dataset: Path, episodes: Sequence[EpisodeInfo], names: dict[str, str]) -> Arrays:
+    """As :func:`_join_episodes`, into files that are mapped, and reused while the episode files stay the same."""
+    files = [Path(str(episode.path)) for episode in episodes]
+    stamp = [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+    digest = hashlib.sha256(json.dumps([stamp, sorted(names.values())]).encode()).hexdigest()[:16]
+    folder = dataset / CACHE
+    paths = {key: folder / f"{digest}-{name.replace('/', '-')}.npy" for key, name in names.items()}
+    for key, path in paths.items():
+        if not path.exists():
+            with disk_errors(path), atomic_path(path) as temporary:
+                _fill(
+                    episodes, {key: names[key]}, {},
+                    lambda _, shape, dtype, to=temporary: np.lib.format.open_memmap(to, "w+", dtype, shape),
+                )  # fmt: skip
+    return {key: np.load(path, mmap_mode="r", allow_pickle=False) for key, path in paths.items()}
+
+
+def _fill(episodes: Sequence[EpisodeInfo], names: dict[str, str], joined: Arrays, allocate: Any) -> None:
+    total, row = sum(episode.steps for episode in episodes), 0
+    for episode in episodes:
+        path = Path(str(episode.path))
+        with open_episode(path) as file:
+            for key, name in names.items():
+                if name not in file:
+                    raise DatasetError(f"{path}: has no '{name}'; it holds obs keys {', '.join(file['obs'])}.")
+                source = file[name]
+                if key not in joined:
+                    joined[key] = allocate(key, (total, *source.shape[1:]), source.dtype)
+                target = joined[key][row : row + episode.steps]
+                if source.shape != target.shape or source.dtype != target.dtype:
+                    raise DatasetError(
+                        f"{path}: '{name}' is {source.shape} {source.dtype}, expected {target.shape} {target.dtype} "
+                        "as in the episodes before it."
+                    )
+                source.read_direct(target)
+        row += episode.steps

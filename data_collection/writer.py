@@ -1,0 +1,260 @@
+"""Writes a dataset folder: one process at a time, every file atomic, and the derived files rebuilt at will."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import h5py
+import numpy as np
+
+from simtoreal.data_collection.dataset import EPISODES, FORMAT, FORMAT_VERSION, META, VIEW, Dataset, read_meta
+from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors, embodiment_digest, write_episode
+from simtoreal.envs.embodiment import Embodiment
+from simtoreal.envs.errors import DatasetError
+from simtoreal.envs.files import atomic_path, fsync_folder, write_json
+from simtoreal.envs.provenance import git_commit, versions
+
+# robomimic 0.3.0 knows 1 (robosuite), 2 (gym) and 3 (iGibson); ours must be none of them.
+_ROBOMIMIC_ENV_TYPE = 101
+
+
+class DatasetWriter:
+    """Holds a dataset folder open for writing and numbers its episodes.
+
+    Use as a context manager; leaving it rebuilds ``meta.json`` and ``dataset.hdf5``. A killed writer leaves complete
+    episodes, which the next one continues.
+
+    Args:
+        path: folder, created if it does not exist.
+        embodiment: of everything that will be added.
+        tasks: task name -> specification (plain, JSON-compatible).
+        collection: how the data are made, for :func:`simtoreal.data_collection.collect.collect` to compare on resume.
+
+    Raises:
+        DatasetError: another process writes the folder, or a task has another specification there.
+        EmbodimentMismatchError: the folder holds data of another embodiment.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        embodiment: Embodiment,
+        tasks: Mapping[str, Mapping[str, Any]],
+        *,
+        collection: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.path, self.embodiment = Path(path), embodiment
+        self._lock = lock_folder(self.path)
+        try:
+            self._describe(dict(tasks), collection)
+        except BaseException:
+            self._lock.close()
+            raise
+        self._next = _after(self.path, "hdf5")
+        self._next_part = max(self._next, _after(self.path, "part"))
+
+    def _describe(self, tasks: dict[str, Any], collection: Mapping[str, Any] | None) -> None:
+        tasks = json.loads(json.dumps(tasks))
+        (self.path / EPISODES).mkdir(parents=True, exist_ok=True)
+        if (self.path / META).exists():
+            meta = read_meta(self.path)
+            Embodiment.from_dict(meta["embodiment"]).require_equal(
+                self.embodiment, f"dataset {self.path}", "the data to be added"
+            )
+            for name, task in tasks.items():
+                if meta["tasks"].get(name, task) != task:
+                    raise DatasetError(
+                        f"{self.path}: holds episodes of another specification of task '{name}'. Write to a new folder."
+                    )
+        else:
+            if any((self.path / EPISODES).glob("[0-9]*.hdf5")):
+                raise DatasetError(f"{self.path}: has episodes but no {META}; restore it or write to a new folder.")
+            meta = {
+                "format": FORMAT,
+                "format_version": FORMAT_VERSION,
+                "embodiment": self.embodiment.to_dict(),
+                "embodiment_digest": embodiment_digest(self.embodiment),
+                "tasks": {},
+                "created_with": {"commit": git_commit(), "versions": versions()},
+                "episodes": {},
+                "masks": {},
+                "statistics": {},
+            }
+        meta["tasks"] = {**meta["tasks"], **tasks}
+        if collection is not None:
+            meta["collection"] = dict(collection)
+        with disk_errors(self.path / META):
+            write_json(self.path / META, meta)
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            # Rebuilding needs space and readable files; the reason we leave must not be hidden by its failure.
+            with contextlib.suppress(DatasetError):
+                rebuild(self.path)
+            self._lock.close()
+
+    def next_path(self) -> Path:
+        """Path for the next episode file; every call returns another one."""
+        path = self.path / EPISODES / f"{self._next:06d}.hdf5"
+        self._next += 1
+        return path
+
+    def add(self, arrays: Arrays, info: EpisodeInfo) -> Path:
+        """Write an episode and return its path.
+
+        Raises:
+            DatasetError: the episode is inconsistent, or the disk is full.
+        """
+        path = self.next_path()
+        try:
+            write_episode(path, arrays, info)
+        except DatasetError:
+            self._next -= 1
+            raise
+        return path
+
+    def adopt(self, file: Path) -> Path:
+        """Move a finished episode file of the same file system into the dataset and return its new path."""
+        path = self.next_path()
+        with disk_errors(path):
+            os.replace(file, path)
+            fsync_folder(path.parent)
+        return path
+
+    def part_path(self) -> Path:
+        """Path for a running episode's ``.part`` file; every call returns another one.
+
+        See :class:`~simtoreal.data_collection.takes.StreamTake`.
+        """
+        path = self.path / EPISODES / f"{self._next_part:06d}.part"
+        self._next_part += 1
+        return path
+
+    def close(self) -> None:
+        """Rebuild the derived files and let other processes write."""
+        try:
+            rebuild(self.path)
+        finally:
+            self._lock.close()
+
+
+def _after(path: Path, suffix: str) -> int:
+    """First number above those of the existing files."""
+    return max((int(file.stem) for file in (path / EPISODES).glob(f"[0-9]*.{suffix}")), default=-1) + 1
+
+
+def lock_folder(path: Path) -> Any:
+    """Take the folder's write lock, which the kernel releases when this process ends in whatever way.
+
+    Raises:
+        DatasetError: another process holds it.
+    """
+    with disk_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        handle = open(path / ".lock", "a")  # noqa: SIM115 - lives as long as the lock
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        handle.close()
+        raise DatasetError(
+            f"{path}: is being written by another process. Wait for it or choose another folder."
+        ) from error
+    return handle
+
+
+def rebuild(path: Path) -> Dataset:
+    """Write ``meta.json``'s episode list and statistics and the robomimic view anew from ``episodes/``.
+
+    Raises:
+        DatasetError: an episode is damaged, or the disk is full.
+    """
+    dataset = Dataset.open(path)
+    meta = {
+        **dataset.meta,
+        "episodes": {episode.name: episode.steps for episode in dataset.episodes},
+        "statistics": statistics(dataset),
+    }
+    with disk_errors(path / META):
+        write_json(path / META, meta)
+    dataset.meta = meta
+    write_view(dataset)
+    return dataset
+
+
+def statistics(dataset: Dataset) -> dict[str, Any]:
+    """Counts, shape and type of every array, and per-dimension statistics of actions and low-dimensional observations.
+
+    Percentiles are the 2nd and 98th, as used for normalisation (Barreiros et al. 2025, LBM). They cover all
+    episodes; a policy computes its own over the episodes it is trained on.
+    """
+    summary: dict[str, Any] = {
+        "episodes": len(dataset.episodes),
+        "successes": sum(episode.success for episode in dataset.episodes),
+        "steps": sum(episode.steps for episode in dataset.episodes),
+        "arrays": {},
+        "values": {},
+    }
+    if not dataset.episodes:
+        return summary
+    values: dict[str, list[np.ndarray]] = {}
+    for episode in dataset.episodes:
+        with h5py.File(str(episode.path), "r") as file:
+            names = [
+                "actions",
+                *(f"obs/{key}" for key in file["obs"]),
+                *(f"step/{key}" for key in file.get("step", ())),
+            ]
+            for name in names:
+                shape = file[name].shape[1:]
+                summary["arrays"].setdefault(name, {"shape": list(shape), "dtype": str(file[name].dtype)})
+                if len(shape) == 1 and file[name].dtype.kind == "f":
+                    values.setdefault(name, []).append(file[name][()])
+    for name, parts in values.items():
+        rows = np.concatenate(parts).astype(np.float64)
+        low, high = np.percentile(rows, (2, 98), axis=0)
+        columns = {
+            "mean": rows.mean(axis=0), "std": rows.std(axis=0), "min": rows.min(axis=0), "max": rows.max(axis=0),
+            "percentile_2": low, "percentile_98": high,
+        }  # fmt: skip
+        summary["values"][name] = {key: column.tolist() for key, column in columns.items()}
+    return summary
+
+
+def write_view(dataset: Dataset) -> None:
+    """Write ``dataset.hdf5``: external links in robomimic's layout, with every mask.
+
+    robomimic's ``SequenceDataset`` reads it with ``hdf5_use_swmr=False`` (its default opens the linked files for a
+    concurrent writer, which finished files do not have).
+
+    Raises:
+        DatasetError: the disk is full.
+    """
+    task = next(iter(dataset.tasks), "")
+    env_args = {"env_name": task, "type": _ROBOMIMIC_ENV_TYPE, "env_kwargs": {"tasks": list(dataset.tasks)}}
+    with h5py.File("view", "w", driver="core", backing_store=False, libver="latest") as file:
+        data = file.create_group("data")
+        for episode in dataset.episodes:
+            data[f"demo_{int(episode.name)}"] = h5py.ExternalLink(f"{EPISODES}/{episode.name}.hdf5", "/")
+        data.attrs["total"] = sum(episode.steps for episode in dataset.episodes)
+        data.attrs["env_args"] = json.dumps(env_args)
+        for name, members in dataset.masks.items():
+            file[f"mask/{name}"] = np.array([f"demo_{int(member)}" for member in members], dtype="S")
+        file.flush()
+        image = file.id.get_file_image()
+    path = dataset.path / VIEW
+    with disk_errors(path), atomic_path(path) as temporary:
+        temporary.write_bytes(image)
