@@ -101,14 +101,14 @@ def _summary_row(result: Mapping[str, Any]) -> list[str]:
 def _effect(headline: Mapping[str, Any]) -> str:
     parts = []
     if headline["ratio"] is not None:
-        parts.append(f"{headline['ratio']:.2f}×")
+        parts.append(f"{headline['ratio']:.2f}x")
     elif headline["difference"] is not None:
         parts.append(f"{headline['difference']:+.3g}")
     if headline["interval"] is not None:
         parts.append(f"[{number(headline['interval'][0])}, {number(headline['interval'][1])}]")
     if headline["p_value"] is not None:
         parts.append(f"p = {headline['p_value']:.2g}")
-    return " ".join(parts) or "–"
+    return " ".join(parts) or "-"
 
 
 def _section(result: Mapping[str, Any]) -> list[str]:
@@ -122,7 +122,7 @@ def _section(result: Mapping[str, Any]) -> list[str]:
         rows = [["arm", "value", "n", "95 % interval", *extra]]
         for arm in arms:
             interval = arm.get("interval")
-            shown = f"{number(interval[0])} – {number(interval[1])}" if interval else "–"
+            shown = f"{number(interval[0])} to {number(interval[1])}" if interval else "-"
             cells = [str(arm["name"]), number(arm.get("value")), number(arm.get("n")), shown]
             rows.append([*cells, *(number(arm.get(key)) for key in extra)])
         lines += [_table(rows), ""]
@@ -147,14 +147,14 @@ def _seeds(seeds: Any) -> str:
     if not isinstance(seeds, list):
         return str(seeds)
     if len(seeds) > 6 and seeds == list(range(seeds[0], seeds[0] + len(seeds))):
-        return f"{seeds[0]}–{seeds[-1]}"
+        return f"{seeds[0]}-{seeds[-1]}"
     return ", ".join(str(seed) for seed in seeds) or "none"
 
 
 def number(value: Any) -> str:
     """Return a value for a table: three significant digits, thousands separated, a dash for null."""
     if value is None:
-        return "–"
+        return "-"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return str(value)
     if isinstance(value, int):
