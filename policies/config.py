@@ -45,7 +45,7 @@ class PolicyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class VisionConfig:
-    """Image encoder: residual network with GroupNorm, then spatial softmax (Levine et al. 2016; Chi et al. 2023, §IV)."""
+    """Image encoder: residual network with GroupNorm, then spatial softmax (Chi et al. 2023, §IV)."""
 
     widths: tuple[int, ...] = (32, 64, 64)
     """Channels of the first convolution and of each residual stage (multiples of 8)."""

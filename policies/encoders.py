@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -64,7 +65,7 @@ class ImageEncoder(nn.Module):
         widths = config.widths
         reductions = int(math.log2(config.output_stride)) - 1
         stages: list[nn.Module] = [nn.Conv2d(3, widths[0], 5, 2, 2), nn.ReLU()]
-        for index, (inputs, outputs) in enumerate(zip(widths, widths[1:], strict=False)):
+        for index, (inputs, outputs) in enumerate(itertools.pairwise(widths)):
             stages.append(ResidualBlock(inputs, outputs, 2 if index < reductions else 1))
             stages.extend(ResidualBlock(outputs, outputs, 1) for _ in range(config.blocks - 1))
         self.stages = nn.Sequential(*stages)
