@@ -1,0 +1,376 @@
+"""The robot on the ROS 2 graph as a Gymnasium environment: the same interface as the simulator, in real time."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+import uuid
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import gymnasium as gym
+import numpy as np
+
+from simtoreal.envs import rotation
+from simtoreal.envs.action import build_proprio, check_action, integrate_action
+from simtoreal.envs.embodiment import Embodiment
+from simtoreal.envs.errors import ConfigError, RobotError, StaleObservationError, closest
+from simtoreal.envs.rollout import Observation
+from simtoreal.envs.task import TaskSpec, sample_initial_condition
+from simtoreal.robot.inputs import Arm, RobotInputs
+from simtoreal.robot.kinematics import Kinematics
+from simtoreal.robot.timing import PeriodicClock
+from simtoreal.robot.topics import RobotConfig
+
+READY_TIMEOUT_S = 15.0
+TWIN_TIMEOUT_S = 10.0
+TWIN_RETRY_S = 0.5
+# Deadlines are put this long after the arrival of an image, so that cameras at the control rate are never one
+# period old because of a millisecond of jitter.
+IMAGE_JITTER_S = 0.006
+HOMING_SPEED_M_S = 0.15
+HOMING_TURN_RATE_RAD_S = 0.7
+HOME_TOLERANCE_RAD = 0.15
+
+
+class TargetSink(Protocol):
+    """Takes absolute targets; the safety gate in production (``simtoreal.robot.gate``)."""
+
+    def begin_episode(self, episode: int) -> None:
+        """Forget earlier targets and rest at the measured pose; only targets of ``episode`` count from now on."""
+
+    def send_target(self, target: np.ndarray, at_ns: int, episode: int) -> None:
+        """Move towards ``target`` ``(10,)`` (``TARGET_NAMES``), to be reached at monotonic time ``at_ns``."""
+
+
+class Ros2Env(gym.Env[Observation, np.ndarray]):
+    """One robot arm and its cameras, in real time: every step lasts one control period.
+
+    Observations, actions and info entries are those of ``TabletopEnv``. Added to info are ``robot_fault`` (why the
+    robot holds at the moment, empty when all is well) and ``observation_ns`` (monotonic time of arrival of the
+    oldest input used). While an input is stale, frozen or implausible no target is sent; after
+    ``staleness.stop_s`` the episode is truncated with the reason in ``info["sim_fault"]``.
+
+    Success, milestones and contacts are judged by the twin. A real robot has no judge: they stay False, and people
+    label the recording.
+
+    Args:
+        task: what the robot is told to do.
+        embodiment: robot, cameras, rate and limits; those of the policy's checkpoint.
+        config: topics, see :func:`simtoreal.robot.topics.load_robot_config`.
+        gate: where targets go.
+        operator: None when a twin answers. On a real robot: called at every reset as ``operator(task, seed)`` after
+            the arm has moved home; returns when the scene is arranged.
+        observe: ``"image"`` (cameras and proprio) or ``"state"`` (proprio only).
+        observe_truth: adds the twin's ``object_state``; for testing experts, never for policies.
+
+    Raises:
+        ConfigError: unknown camera, other robot, or contradictory options.
+        MissingDependencyError: ROS 2 is not installed.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": []}  # noqa: RUF012 (gymnasium's own declaration)
+    real_time = True
+
+    def __init__(
+        self,
+        task: TaskSpec,
+        *,
+        embodiment: Embodiment,
+        config: RobotConfig,
+        gate: TargetSink,
+        operator: Callable[[TaskSpec, int], None] | None = None,
+        observe: str = "image",
+        observe_truth: bool = False,
+    ) -> None:
+        _check_options(embodiment, config, observe, observe_truth, operator)
+        self.task, self.embodiment, self.config = task, embodiment, config
+        self._gate, self._operator = gate, operator
+        self._images, self._truth_observed = observe == "image", observe_truth
+        self.metadata = {"render_modes": [], "render_fps": embodiment.control_hz}
+        self.action_space = _action_space(embodiment)
+        self.observation_space = _observation_space(embodiment, task, self._images, observe_truth)
+        self._kinematics = Kinematics(embodiment)
+        self.clock = PeriodicClock(embodiment.control_period_s)
+        self._inputs = RobotInputs(
+            config,
+            embodiment if self._images else _without_cameras(embodiment),
+            self._kinematics.joint_low_rad,
+            self._kinematics.joint_high_rad,
+        )
+        self._twin = None if operator else _TwinClient(self._inputs, config)
+        self._episode = int.from_bytes(uuid.uuid4().bytes[:3], "big") << 16
+        self._seed_generator = np.random.default_rng()
+        self._steps = 0
+        self._instruction = ""
+        self._target = np.zeros(10)
+        self._observation: Observation = {}
+        self._fault, self._fault_since_ns = "", 0
+        self._observation_ns = 0
+        self._began = False
+
+    # -- Gymnasium -----------------------------------------------------------------------------------
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Begin an episode with the arm at home: the twin resets itself, an operator arranges a real scene.
+
+        Args:
+            seed: initial condition; None draws one.
+            options: none are known.
+
+        Raises:
+            ConfigError: an option was given.
+            StaleObservationError: the twin does not answer or an input stays silent.
+            RobotError: an input is implausible, or the arm is not at home afterwards.
+        """
+        if options:
+            raise ConfigError(f"unknown reset options {sorted(options)}; a robot has none")
+        super().reset(seed=seed)
+        if seed is None:
+            seed = int(self._seed_generator.integers(2**31))
+        self._episode += 1
+        self._instruction = task_instruction(self.task, seed)
+        home = self._kinematics.forward(np.array(self.embodiment.home_joint_positions_rad))
+        self._target = np.concatenate([home[0], rotation.to_6d(home[1]), [1.0]])
+        if self._twin is not None:
+            self._gate.begin_episode(self._episode)
+            self._twin.reset(self._episode, seed, self.task.name)
+        elif self._operator is not None:
+            self._move_home()
+            self._operator(self.task, seed)
+        self._inputs.forget()
+        self._inputs.wait_until_ready(READY_TIMEOUT_S)
+        self._check_at_home()
+        self._gate.begin_episode(self._episode)
+        self._align_clock()
+        self._steps, self._fault, self._began = 0, "", True
+        self._observe()
+        if self._fault:
+            raise StaleObservationError(f"the episode cannot begin: {self._fault}")
+        return self._copy_observation(), self._info()
+
+    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Send the target of ``action`` and return what is seen one control period later.
+
+        Raises:
+            ActionError: see :func:`simtoreal.envs.action.check_action`; nothing was sent.
+            RobotError: :meth:`reset` was not called.
+        """
+        bounded = self.embodiment.action.mode == "ee_delta"
+        action = check_action(action, (self.embodiment.action.dim,), bounded=bounded)
+        if not self._began:
+            raise RobotError("call reset before step")
+        if not self._fault:
+            self._target = integrate_action(self._target, action, self.embodiment)
+            self._gate.send_target(self._target.copy(), self.clock.deadline_ns, self._episode)
+        self.clock.wait()
+        self._observe()
+        self._steps += 1
+        info = self._info()
+        success = bool(info["success"])
+        held_s = (time.monotonic_ns() - self._fault_since_ns) * 1e-9 if self._fault else 0.0
+        if held_s > self.config.staleness.stop_s or (not self._fault and info["sim_fault"]):
+            info["sim_fault"] = self._fault or info["sim_fault"]
+            return self._copy_observation(), 0.0, False, True, info
+        info["sim_fault"] = ""
+        return self._copy_observation(), float(success), success, self._steps >= self.task.horizon, info
+
+    def set_instruction(self, text: str) -> None:
+        """Change the language instruction, also in the middle of an episode.
+
+        Raises:
+            ConfigError: not a text, or empty.
+        """
+        if not isinstance(text, str) or not text.strip():
+            raise ConfigError(f"an instruction must be a non-empty text, got {text!r}")
+        self._instruction = text
+
+    def close(self) -> None:
+        """Leave the ROS graph. The gate is not ours to close."""
+        self._inputs.close()
+
+    # -- parts ---------------------------------------------------------------------------------------
+
+    def _observe(self) -> None:
+        """Read all inputs; on a fault keep the previous observation and remember why."""
+        try:
+            arm = self._inputs.read_arm()
+            images = self._inputs.read_images(arm)
+        except RobotError as error:
+            if not self._fault:
+                self._fault_since_ns = time.monotonic_ns()
+            self._fault = str(error)
+            return
+        self._fault = ""
+        observation: Observation = dict(images)
+        position, quaternion = self._kinematics.forward(arm.joint_positions_rad)
+        observation["proprio"] = build_proprio(
+            position, quaternion, self._target, np.asarray(arm.opening), arm.joint_positions_rad
+        )
+        if self._truth_observed and self._twin is not None:
+            observation["object_state"] = np.array(self._twin.truth()["object_state"], dtype=np.float32)
+        self._observation = observation
+        arrivals = [self._inputs.newest(f"{key}") for key in images]
+        self._observation_ns = min([arm.arrived_ns, *(found[1] for found in arrivals if found)])
+
+    def _copy_observation(self) -> Observation:
+        return {key: value.copy() for key, value in self._observation.items()}
+
+    def _info(self) -> dict[str, Any]:
+        truth = self._twin.truth() if self._twin is not None else {}
+        return {
+            "success": bool(truth.get("success", False)),
+            "milestones": dict(truth.get("milestones", dict.fromkeys(self.task.milestones, False))),
+            "contacts": dict(truth.get("contacts", {})),
+            "instruction": self._instruction,
+            "target": self._target.copy(),
+            "sim_fault": str(truth.get("fault", "")),
+            "robot_fault": self._fault,
+            "observation_ns": self._observation_ns,
+        }
+
+    def _align_clock(self) -> None:
+        """Put the control deadlines just behind the arrival of images."""
+        camera = next(iter(self._inputs.streams), None)
+        if camera is not None:
+            seen = self._inputs.newest(f"{camera}_image")
+            deadline = time.monotonic_ns() + int(self.config.staleness.camera_s * 1e9)
+            while self._inputs.newest(f"{camera}_image") is seen and time.monotonic_ns() < deadline:
+                time.sleep(0.0005)
+            time.sleep(IMAGE_JITTER_S)
+        self.clock.restart()
+
+    def _check_at_home(self) -> None:
+        apart = self._inputs.read_arm().joint_positions_rad - self.embodiment.home_joint_positions_rad
+        index = int(np.abs(apart).argmax())
+        if abs(apart[index]) > HOME_TOLERANCE_RAD:
+            raise RobotError(
+                f"the arm is not at home: '{self.config.joint_names[index]}' is {apart[index]:.2f} rad away. "
+                "Is the gate stopped, or the path blocked?"
+            )
+
+    def _move_home(self) -> None:
+        """Drive a real arm home along a straight line through the gate, fingers open."""
+        self._inputs.wait_until_ready(READY_TIMEOUT_S)
+        arm: Arm = self._inputs.read_arm()
+        position, quaternion = self._kinematics.forward(arm.joint_positions_rad)
+        goal = rotation.from_6d(self._target[3:9])
+        turn = rotation.to_rotation_vector(
+            rotation.quaternion_multiply(goal, rotation.quaternion_conjugate(quaternion))
+        )
+        distance = float(np.linalg.norm(self._target[:3] - position))
+        seconds = max(distance / HOMING_SPEED_M_S, float(np.linalg.norm(turn)) / HOMING_TURN_RATE_RAD_S)
+        steps = max(1, int(np.ceil(seconds / self.embodiment.control_period_s)))
+        # Some periods at the end, for the arm to catch up.
+        settle = int(np.ceil(0.5 / self.embodiment.control_period_s))
+        self._gate.begin_episode(self._episode)
+        self.clock.restart()
+        for step in range(1, steps + settle + 1):
+            share = min(1.0, step / steps)
+            between = rotation.quaternion_multiply(rotation.from_rotation_vector(share * turn), quaternion)
+            target = self._target.copy()
+            target[:3] = position + share * (self._target[:3] - position)
+            target[3:9] = rotation.to_6d(between)
+            self._inputs.read_arm()
+            self._gate.send_target(target, self.clock.deadline_ns, self._episode)
+            self.clock.wait()
+
+
+class _TwinClient:
+    """Asks the twin for episodes and reads its truth."""
+
+    def __init__(self, inputs: RobotInputs, config: RobotConfig) -> None:
+        self._inputs = inputs
+        self._topic = config.topics.twin_command
+        inputs.listen("twin_truth", config.topics.twin_truth)
+        self._publisher = inputs.node.create_publisher(self._topic.message_class(), self._topic.name, self._topic.qos())
+        self._request = ""
+        self._parsed: tuple[Any, dict[str, Any]] = (None, {})
+
+    def truth(self) -> dict[str, Any]:
+        """Newest truth of the current request; empty before the twin has answered."""
+        found = self._inputs.newest("twin_truth")
+        if found is None:
+            return {}
+        if found[0] is not self._parsed[0]:
+            self._parsed = found[0], json.loads(found[0].data)
+        return self._parsed[1] if self._parsed[1].get("request") == self._request else {}
+
+    def reset(self, episode: int, seed: int, task: str) -> None:
+        """Ask for an episode and wait until the twin runs it.
+
+        Raises:
+            StaleObservationError: no answer.
+            RobotError: the twin refuses, e.g. because it runs another task.
+        """
+        self._request = uuid.uuid4().hex
+        content = {"request": self._request, "episode": episode, "seed": seed, "task": task}
+        message = self._topic.message_class()()
+        message.data = json.dumps(content)
+        begin = time.monotonic_ns()
+        sent = 0
+        while not (truth := self.truth()):
+            now = time.monotonic_ns()
+            if (now - begin) * 1e-9 > TWIN_TIMEOUT_S:
+                raise StaleObservationError(
+                    f"no twin answers on {self._topic.name} after {TWIN_TIMEOUT_S:g} s. "
+                    f"Start one with: simtoreal twin --task {task}  (same ROS_DOMAIN_ID)"
+                )
+            if (now - sent) * 1e-9 > TWIN_RETRY_S:
+                # Not repeated blindly: the twin ignores a request that it has already served.
+                self._publisher.publish(message)
+                sent = now
+            time.sleep(0.002)
+        if truth["error"]:
+            raise RobotError(f"the twin refuses the episode: {truth['error']}")
+
+
+def _check_options(
+    embodiment: Embodiment, config: RobotConfig, observe: str, observe_truth: bool, operator: object
+) -> None:
+    if observe not in ("image", "state"):
+        raise ConfigError(f"observe '{observe}' is unknown. {closest(observe, ('image', 'state'))}")
+    if observe_truth and operator is not None:
+        raise ConfigError("observe_truth needs the twin: a real robot has no scene truth")
+    if embodiment.name != config.robot:
+        raise ConfigError(f"the robot yaml describes '{config.robot}', the embodiment is '{embodiment.name}'")
+    if len(config.joint_names) != len(embodiment.home_joint_positions_rad):
+        raise ConfigError(
+            f"the robot yaml names {len(config.joint_names)} joints, the embodiment has "
+            f"{len(embodiment.home_joint_positions_rad)}"
+        )
+    if embodiment.action.mode not in ("ee_delta", "ee_abs"):
+        raise ConfigError(f"action mode '{embodiment.action.mode}' has no end-effector target")
+    for camera in embodiment.cameras:
+        if camera.name not in config.cameras:
+            raise ConfigError(
+                f"the robot yaml has no camera '{camera.name}' that the embodiment needs. "
+                f"{closest(camera.name, config.cameras)}"
+            )
+
+
+def task_instruction(task: TaskSpec, seed: int) -> str:
+    """Instruction that belongs to a seed, the same as in simulation."""
+    return sample_initial_condition(task, np.random.default_rng(seed)).instruction
+
+
+def _without_cameras(embodiment: Embodiment) -> Embodiment:
+    return dataclasses.replace(embodiment, cameras=())
+
+
+def _action_space(embodiment: Embodiment) -> gym.spaces.Box:
+    bound = 1.0 if embodiment.action.mode == "ee_delta" else np.inf
+    return gym.spaces.Box(-bound, bound, (embodiment.action.dim,), np.float32)
+
+
+def _observation_space(embodiment: Embodiment, task: TaskSpec, images: bool, truth: bool) -> gym.spaces.Dict:
+    spaces: dict[str, gym.Space[Any]] = {}
+    for camera in embodiment.cameras if images else ():
+        spaces[f"{camera.name}_image"] = gym.spaces.Box(0, 255, (camera.height, camera.width, 3), np.uint8)
+    spaces["proprio"] = gym.spaces.Box(-np.inf, np.inf, (embodiment.proprio.dim,), np.float32)
+    if truth:
+        spaces["object_state"] = gym.spaces.Box(-np.inf, np.inf, (len(task.object_state_names),), np.float32)
+    return gym.spaces.Dict(spaces)
