@@ -1,0 +1,190 @@
+"""One self-contained HTML page about a skill: how it was shown, learned, evaluated and driven on a robot.
+
+The page is assembled from the folders that the commands leave behind. Nothing is recomputed except statistics, and
+what is missing is left out rather than guessed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import simtoreal
+from simtoreal.envs.errors import SimtorealError
+from simtoreal.envs.files import atomic_path
+from simtoreal.envs.provenance import git_commit, machine, versions
+from simtoreal.evaluation import film, report_sections
+from simtoreal.evaluation.results import Evaluation, load_evaluation
+
+TEMPLATE = Path(__file__).with_name("report.html")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportSources:
+    """Folders that a report is made from; every one of them is optional.
+
+    Attributes:
+        dataset: demonstrations.
+        demonstration_video: a video of one of them.
+        runs: label -> training run; the first is the policy that the report is about.
+        evaluations: label -> evaluation in simulation, in the order of ``runs``.
+        deployment: run on a robot or its twin.
+        reproduce: command lines that make everything again.
+        total_seconds: duration of all stages together.
+    """
+
+    dataset: Path | None = None
+    demonstration_video: Path | None = None
+    runs: Mapping[str, Path] = field(default_factory=dict)
+    evaluations: Mapping[str, Path] = field(default_factory=dict)
+    deployment: Path | None = None
+    reproduce: Sequence[str] = ()
+    total_seconds: float | None = None
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """Return the ``results.json`` of a stage.
+
+    Raises:
+        SimtorealError: it is missing or damaged.
+    """
+    path = folder / "results.json"
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SimtorealError(f"cannot read {path} ({error}); finish the command that writes {folder}") from error
+    if not isinstance(content, dict):
+        raise SimtorealError(f"{path}: expected an object")
+    return content
+
+
+def write_report(sources: ReportSources, path: Path) -> Path:
+    """Write the page and return its path.
+
+    Raises:
+        SimtorealError: there is nothing to report, or a folder that was named cannot be read.
+    """
+    import jinja2
+
+    template = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    text = template.render(**build_context(sources))
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def build_context(sources: ReportSources) -> dict[str, Any]:
+    """Return the values of the template's variables.
+
+    Raises:
+        SimtorealError: see :func:`write_report`.
+    """
+    evaluations = [load_evaluation(folder, label) for label, folder in sources.evaluations.items()]
+    deployment = load_evaluation(sources.deployment) if sources.deployment else None
+    if not evaluations and not sources.runs and deployment is None and sources.dataset is None:
+        raise SimtorealError("a report needs at least one of: a dataset, a training run, an evaluation, a deployment")
+    collected = read_results(sources.dataset) if sources.dataset else None
+    trained = {label: read_results(folder) for label, folder in sources.runs.items()}
+    videos = _videos(sources, evaluations, deployment)
+    task = _task_name(collected, evaluations, deployment)
+    results = {"demonstrations": collected, **trained, **{arm.label: arm.results for arm in evaluations}}
+    return {
+        "title": f"{task}: from demonstrations to a robot on ROS 2" if deployment else f"{task}: report",
+        "subtitle": _subtitle(evaluations, deployment, sources.total_seconds),
+        "stages": report_sections.stages(collected, trained, evaluations, deployment, videos),
+        "videos": videos,
+        "videos_text": "Every picture is what the policy's cameras delivered at its own resolution, enlarged without "
+        "smoothing, and plays in real time.",
+        "success": report_sections.success(evaluations, deployment),
+        "progress": report_sections.progress(evaluations, deployment),
+        "learning": report_sections.learning(sources.runs, trained),
+        "deployment": report_sections.deployment(deployment),
+        "notes": report_sections.notes(evaluations, deployment, trained),
+        "reproduce_text": "The whole page is made again by the commands below; seeds are fixed.",
+        "reproduce": list(sources.reproduce) or _commands(results, deployment),
+        "details": _details(sources.runs, results),
+        "version": simtoreal.__version__,
+        "commit": git_commit()[:12],
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def _task_name(collected: dict[str, Any] | None, evaluations: list[Evaluation], deployment: Evaluation | None) -> str:
+    for content in [*(arm.results for arm in evaluations), deployment.results if deployment else None, collected]:
+        if content and content.get("task"):
+            return str(content["task"])
+    return "skill"
+
+
+def _subtitle(evaluations: list[Evaluation], deployment: Evaluation | None, seconds: float | None) -> str:
+    episode = next((e for arm in [*evaluations, deployment] if arm for e in arm.episodes if e.instruction), None)
+    parts = [f"“{episode.instruction}”" if episode else ""]
+    parts.append("Learned from camera images and joint readings only; judged by the task's own success test.")
+    if seconds:
+        parts.append(f"Everything on this page took {report_sections.minutes(seconds)} on {machine()['cores']} cores.")
+    return " ".join(part for part in parts if part)
+
+
+def _videos(
+    sources: ReportSources, evaluations: list[Evaluation], deployment: Evaluation | None
+) -> list[dict[str, Any]]:
+    """Return what the template's ``player`` needs, plus the file each video came from."""
+    found: list[dict[str, Any]] = []
+
+    def add(kind: str, path: Path, title: str, caption: str, badge: str = "", good: bool = True) -> None:
+        found.append(
+            {
+                "kind": kind,
+                "path": path,
+                "title": title,
+                "caption": caption,
+                "badge": badge,
+                "badge_kind": "good" if good else "bad",
+                "data": film.embed(path),
+            }
+        )
+
+    if sources.demonstration_video:
+        add("demonstration", sources.demonstration_video, "Demonstration", "by the scripted expert")
+    for arm in [*evaluations[:1], *([deployment] if deployment else [])]:
+        world = "simulation" if arm is not deployment else f"{arm.backend}, over ROS 2"
+        for success, badge in ((True, "success"), (False, "failure")):
+            video = next((v for v in arm.results.get("videos", []) if v["success"] is success), None)
+            if video:
+                add(
+                    arm.backend, arm.folder / video["file"], arm.label, f"{world}, seed {video['seed']}", badge, success
+                )
+    return found
+
+
+def _commands(results: Mapping[str, dict[str, Any] | None], deployment: Evaluation | None) -> list[str]:
+    contents = [*results.values(), deployment.results if deployment else None]
+    commands = [str(content.get("provenance", {}).get("command", "")) for content in contents if content]
+    return [command.replace("__main__.py", "simtoreal", 1) for command in dict.fromkeys(commands) if command]
+
+
+def _details(runs: Mapping[str, Path], results: Mapping[str, dict[str, Any] | None]) -> list[dict[str, Any]]:
+    blocks: list[dict[str, Any]] = []
+    for label, folder in runs.items():
+        config = report_sections.find_checkpoint(folder) / "config.yaml"
+        if config.is_file():
+            blocks.append({"title": f"Configuration of {label}", "text": config.read_text(encoding="utf-8")})
+    rows = [[name, version] for name, version in versions().items()]
+    hardware = machine()
+    rows += [["processor", f"{hardware['cpu']}, {hardware['cores']} cores"], ["system", hardware["system"]]]
+    blocks.append({"title": "Versions and machine", "table": {"columns": ["what", "version"], "rows": rows}})
+    commits = {name: str(content["provenance"]["commit"]) for name, content in results.items() if _has_commit(content)}
+    if commits:
+        table = {"columns": ["result", "commit"], "rows": [[name, commit] for name, commit in commits.items()]}
+        blocks.append({"title": "Source of every result", "table": table})
+    return blocks
+
+
+def _has_commit(content: dict[str, Any] | None) -> bool:
+    return bool(content and content.get("provenance", {}).get("commit"))

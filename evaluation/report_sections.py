@@ -1,0 +1,280 @@
+"""The sections of the report, each from what a stage left on disk; None where there is nothing to show."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from simtoreal.evaluation import film, plots
+from simtoreal.evaluation.compare import NOT_DISTINGUISHABLE, compare
+from simtoreal.evaluation.results import Evaluation, EvaluationError
+
+Points = list[tuple[float, float]]
+
+
+def percent(value: float) -> str:
+    """Return e.g. ``"93 %"``."""
+    return f"{100 * value:.0f} %"
+
+
+def rate(content: Mapping[str, Any]) -> str:
+    """Return e.g. ``"93/100, 95 % interval 86-97 %"`` of a result with ``successes``, ``n`` and ``interval``."""
+    low, high = content["interval"]
+    return f"{content['successes']}/{content['n']}, 95 % interval {100 * low:.0f}-{100 * high:.0f} %"
+
+
+def minutes(seconds: float) -> str:
+    """Return e.g. ``"7.7 min"``, or seconds below two minutes."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
+
+
+def stages(
+    collected: Mapping[str, Any] | None,
+    trained: Mapping[str, Mapping[str, Any]],
+    evaluations: Sequence[Evaluation],
+    deployment: Evaluation | None,
+    videos: Sequence[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """Return the cards of the pipeline picture."""
+    cards: list[dict[str, Any]] = []
+
+    def add(step: str, headline: str, detail: str, *kinds: str, moment: float) -> None:
+        video = next((v for kind in kinds for v in videos if v["kind"] == kind), None)
+        picture = film.thumbnail(video["path"], moment) if video else None
+        cards.append({"step": step, "headline": headline, "detail": detail, "picture": picture, "svg": None})
+
+    if collected:
+        speed = collected.get("episodes_per_s")
+        detail = "by a scripted expert" + (f", {speed:.0f} episodes/s" if speed else "")
+        add("1 Demonstrate", f"{collected.get('episodes', '?')} episodes", detail, "demonstration", moment=0.3)
+    if trained:
+        label, run = next(iter(trained.items()))
+        parts = [f"{run['parameters'] / 1e6:.1f} M parameters" if run.get("parameters") else ""]
+        parts.append(f"{run['steps']} steps" if run.get("steps") else "")
+        detail = ", ".join(part for part in [label, *parts] if part)
+        headline = minutes(run["seconds"]) if run.get("seconds") else label
+        add(f"{len(cards) + 1} Learn", headline, detail, "demonstration", "simulation", moment=0.6)
+    if evaluations:
+        main, *others = evaluations
+        detail = f"success in simulation ({rate(main.results)})"
+        detail += "".join(
+            f"; {arm.label} {percent(arm.results['success_rate'])} ({rate(arm.results)})" for arm in others
+        )
+        add(f"{len(cards) + 1} Evaluate", percent(main.results["success_rate"]), detail, "simulation", moment=0.75)
+    if deployment:
+        detail = f"success on the {world(deployment)} ({rate(deployment.results)})"
+        headline = percent(deployment.results["success_rate"])
+        add(f"{len(cards) + 1} Deploy", headline, detail, deployment.backend, moment=0.9)
+    return cards
+
+
+def world(arm: Evaluation) -> str:
+    """Return where an evaluation took place, e.g. ``"'standard' twin"``."""
+    gap = arm.results.get("gap")
+    return f"'{gap}' {arm.backend}" if gap else arm.backend
+
+
+def success(evaluations: Sequence[Evaluation], deployment: Evaluation | None) -> dict[str, Any] | None:
+    """Return plot, table and verdicts of all success rates."""
+    arms = [*evaluations, *([deployment] if deployment else [])]
+    if not arms:
+        return None
+    rows, drawn = [], []
+    for arm in arms:
+        low, high = arm.results["interval"]
+        time = arm.results.get("time_to_success_s")
+        label = f"{arm.label}, {world(arm)}"
+        rows.append(
+            [
+                label,
+                percent(arm.results["success_rate"]),
+                str(arm.results["n"]),
+                f"{100 * low:.0f}-{100 * high:.0f} %",
+                f"{time['median']:.1f} s" if time else "-",
+            ]
+        )
+        drawn.append(
+            {**{key: arm.results[key] for key in ("successes", "n", "success_rate", "interval")}, "label": label}
+        )
+    verdicts = [_verdict(evaluations[0], other) for other in evaluations[1:]]
+    if deployment and evaluations:
+        verdicts.append(_gap(evaluations[0], deployment))
+    return {
+        "svg": plots.to_svg(plots.success_plot(drawn)),
+        "table": {"columns": ["policy, world", "success", "episodes", "95 % interval", "median time"], "rows": rows},
+        "verdicts": verdicts,
+    }
+
+
+def _verdict(first: Evaluation, second: Evaluation) -> str:
+    try:
+        result = compare([first, second])
+    except EvaluationError:
+        result = compare([first, second], paired=False)
+    (pair,) = result["pairs"]
+    low, high = pair["difference_interval"]
+    test = f"{result['test']}, p = {pair['p_value']:.2g}, {first.results['n']} and {second.results['n']} episodes"
+    difference = f"{100 * -pair['difference']:+.0f} % (95 % interval {-100 * high:+.0f} to {-100 * low:+.0f} %)"
+    if pair["verdict"] == NOT_DISTINGUISHABLE:
+        return (
+            f"{first.label} and {second.label} are not distinguishable in simulation: {difference}; {test}. "
+            "More episodes would be needed to tell them apart."
+        )
+    return f"{pair['verdict']} in simulation: {first.label} minus {second.label} is {difference}; {test}."
+
+
+def _gap(simulated: Evaluation, deployed: Evaluation) -> str:
+    result = compare([simulated, deployed], paired=False)
+    (pair,) = result["pairs"]
+    low, high = pair["difference_interval"]
+    known = "is" if pair["verdict"] != NOT_DISTINGUISHABLE else "cannot be told from zero at this n, it is"
+    return (
+        f"The gap from simulation to the {world(deployed)} {known} {100 * pair['difference']:+.0f} % "
+        f"(95 % interval {100 * low:+.0f} to {100 * high:+.0f} %; Barnard's exact test, p = {pair['p_value']:.2g})."
+    )
+
+
+def progress(evaluations: Sequence[Evaluation], deployment: Evaluation | None) -> dict[str, Any] | None:
+    """Return how far episodes get and how they fail."""
+    arms = [*evaluations, *([deployment] if deployment else [])]
+    names = list(dict.fromkeys(name for arm in arms for name in arm.results.get("milestones", {})))
+    if not names:
+        return None
+    titles = [f"{arm.label}, {world(arm)}" for arm in arms]
+    reached = []
+    for name in names:
+        found = [arm.results.get("milestones", {}).get(name) for arm in arms]
+        reached.append(
+            [name, *(f"{percent(m['success_rate'])} ({m['successes']}/{m['n']})" if m else "-" for m in found)]
+        )
+    failures = [
+        [title, tag, str(count)]
+        for title, arm in zip(titles, arms, strict=True)
+        for tag, count in arm.results.get("failures", {}).items()
+    ]
+    return {
+        "text": "Milestones reached at any time during an episode, and the reason every failed episode ended; "
+        "'timeout:x' ran out of steps before reaching milestone x.",
+        "milestones": {"columns": ["milestone", *titles], "rows": reached},
+        "failures": {"columns": ["policy, world", "failure", "episodes"], "rows": failures or [["none", "-", "0"]]},
+    }
+
+
+def find_checkpoint(run: Path) -> Path:
+    """Return the newest checkpoint folder of a training run (or the folder itself if it is one)."""
+    for name in ("last", "checkpoints/last"):
+        if (run / name).exists():
+            return run / name
+    return run
+
+
+def read_metrics(run: Path) -> dict[str, Points]:
+    """Return quantity -> ``(step, value)`` points of a training run's ``metrics.jsonl``."""
+    path = run / "metrics.jsonl"
+    curves: dict[str, Points] = {}
+    if not path.is_file():
+        return curves
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            content = json.loads(line)
+            step = float(content["step"])
+        except (ValueError, KeyError, TypeError):
+            continue  # The line being written when training was interrupted.
+        for key, value in content.items():
+            if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                curves.setdefault(key, []).append((step, float(value)))
+    return curves
+
+
+# Panel title -> name in metrics.jsonl.
+CURVES = {"training loss": "loss", "action error on held-out episodes": "validation_error"}
+
+
+def learning(runs: Mapping[str, Path], trained: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Return learning curves and the size of every training."""
+    if not runs:
+        return None
+    metrics = {label: read_metrics(folder) for label, folder in runs.items()}
+    curves = {
+        title: {label: _smoothed(found[key]) for label, found in metrics.items() if key in found}
+        for title, key in CURVES.items()
+    }
+    curves = {title: lines for title, lines in curves.items() if lines}
+    rows = []
+    for label, content in trained.items():
+        parameters, steps, seconds = (content.get(key) for key in ("parameters", "steps", "seconds"))
+        rows.append(
+            [
+                label,
+                f"{parameters / 1e6:.2f} M" if parameters else "-",
+                f"{steps:,}" if steps else "-",
+                minutes(seconds) if seconds else "-",
+                f"{1000 * seconds / steps:.0f} ms" if steps and seconds else "-",
+            ]
+        )
+    return {
+        "text": "Both policies saw the same demonstrations. Losses of different methods are not comparable with each "
+        "other; the success rates above are."
+        if len(runs) > 1
+        else "One training run, one seed.",
+        "svg": plots.to_svg(plots.learning_plot(curves)) if curves else "",
+        "table": {"columns": ["policy", "parameters", "steps", "training time", "per step"], "rows": rows},
+    }
+
+
+def _smoothed(points: Points) -> Points:
+    """Average long curves over windows, so that the trend is visible and the page stays small."""
+    width = max(1, len(points) // 120)
+    groups = [points[start : start + width] for start in range(0, len(points), width)]
+    return [(sum(p[0] for p in group) / len(group), sum(p[1] for p in group) / len(group)) for group in groups]
+
+
+def deployment(deployed: Evaluation | None) -> dict[str, Any] | None:
+    """Return how punctual the control loop was, and what the twin changed."""
+    if deployed is None:
+        return None
+    content = deployed.results
+    timing = {key: value for key, value in content.get("timing", {}).items() if isinstance(value, int | float)}
+    svg = ""
+    errors = content.get("timing", {}).get("period_errors_ms")
+    if errors:
+        svg = plots.to_svg(plots.timing_plot(errors, period_ms=float(timing.get("period_ms", 50.0))))
+    gap = content.get("gap_changes")
+    return {
+        "text": f"The policy drove the {world(deployed)} over ROS 2 topics in real time, through the safety gate.",
+        "svg": svg,
+        "timing": {
+            "columns": ["control loop", "measured"],
+            "rows": [[key.replace("_", " "), f"{value:.4g}"] for key, value in timing.items()],
+        },
+        "gap": {"columns": ["what the twin changes", "by"], "rows": [[key, str(value)] for key, value in gap.items()]}
+        if gap
+        else None,
+    }
+
+
+def notes(
+    evaluations: Sequence[Evaluation], deployed: Evaluation | None, trained: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Return what limits the claims on the page."""
+    found = []
+    if deployed is not None and deployed.backend == "twin":
+        found.append(
+            "The robot is a MuJoCo twin in its own process behind the topics of a real arm, with physics, delays, "
+            "cameras and noise that differ from the training simulation. It is not hardware."
+        )
+    if deployed is not None and deployed.results["n"] < 50:
+        low, high = deployed.results["interval"]
+        found.append(
+            f"{deployed.results['n']} episodes on the {world(deployed)} leave an interval of "
+            f"{100 * (high - low):.0f} percentage points."
+        )
+    if trained:
+        found.append(
+            "One training seed each: the intervals cover the noise of the episodes, not of training. Repeat with other "
+            "seeds before claiming that one method is better than another."
+        )
+    found += [f"{arm.label}: {note}" for arm in evaluations for note in arm.results.get("notes", [])]
+    return found
