@@ -42,37 +42,57 @@ def check_action(action: np.ndarray, shape: tuple[int, ...], *, bounded: bool = 
     return array
 
 
-def integrate_action(target: np.ndarray, action: np.ndarray, embodiment: Embodiment) -> np.ndarray:
-    """Return the next absolute target.
+def integrate_pose(
+    position: np.ndarray, quaternion: np.ndarray, action: np.ndarray, embodiment: Embodiment
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the next target pose for an ``ee_delta`` action.
 
     The displacement applies to the previous *target*, not to the measured pose, so that the target does
     not sag under load; rotation deltas are in the base frame.
 
     Args:
+        position: ``(..., 3)`` current target position in metres, base frame.
+        quaternion: ``(..., 4)`` current target orientation, wxyz.
+        action: ``(..., 7)`` validated action.
+        embodiment: gives limits and workspace box.
+
+    Returns:
+        position ``(..., 3)`` inside the workspace box, quaternion ``(..., 4)``, opening ``(...)`` 0 or 1.
+    """
+    scaled = np.asarray(action, dtype=np.float64) * embodiment.action.limits
+    moved = position + scaled[..., :3]
+    low, high = embodiment.workspace_low_m, embodiment.workspace_high_m
+    moved = np.minimum(np.maximum(moved, low), high)
+    turned = rotation.quaternion_multiply(rotation.from_rotation_vector(scaled[..., 3:6]), quaternion)
+    turned /= np.sqrt((turned * turned).sum(-1, keepdims=True))
+    return moved, turned, (action[..., 6] > 0).astype(np.float64)
+
+
+def integrate_action(target: np.ndarray, action: np.ndarray, embodiment: Embodiment) -> np.ndarray:
+    """Return the next absolute target for an action in the embodiment's mode.
+
+    Args:
         target: ``(..., 10)`` current target (``TARGET_NAMES``: metres, 6-D rotation, opening in [0, 1]).
-        action: ``(..., action_dim)`` validated action in the embodiment's mode.
+        action: ``(..., action_dim)`` validated action.
         embodiment: gives mode, limits and workspace box.
 
     Returns:
         ``(..., 10)`` float64 target, position inside the workspace box.
+
+    Raises:
+        ActionError: the mode has no end-effector target.
     """
-    action = np.asarray(action, dtype=np.float64)
-    mode = embodiment.action.mode
-    if mode == "ee_delta":
-        scaled = action * np.asarray(embodiment.action.limits)
-        position = target[..., :3] + scaled[..., :3]
-        turn = rotation.from_rotation_vector(scaled[..., 3:6])
-        quaternion = rotation.quaternion_multiply(turn, rotation.from_6d(target[..., 3:9]))
-        opening = (action[..., 6:7] > 0).astype(np.float64)
-        result = np.concatenate([position, rotation.to_6d(quaternion), opening], axis=-1)
-    elif mode == "ee_abs":
-        result = np.array(action)
-        result[..., 3:9] = rotation.to_6d(rotation.from_6d(action[..., 3:9]))
-        result[..., 9] = np.clip(action[..., 9], 0.0, 1.0)
-    else:
-        raise ActionError(f"action mode '{mode}' has no end-effector target")
-    result[..., :3] = np.clip(result[..., :3], embodiment.workspace_low_m, embodiment.workspace_high_m)
-    return result
+    if embodiment.action.mode == "ee_delta":
+        pose = integrate_pose(target[..., :3], rotation.from_6d(target[..., 3:9]), action, embodiment)
+        position, quaternion, opening = pose
+        return np.concatenate([position, rotation.to_6d(quaternion), opening[..., None]], axis=-1)
+    if embodiment.action.mode == "ee_abs":
+        result = np.array(action, dtype=np.float64)
+        result[..., :3] = np.clip(result[..., :3], embodiment.workspace_low_m, embodiment.workspace_high_m)
+        result[..., 3:9] = rotation.to_6d(rotation.from_6d(result[..., 3:9]))
+        result[..., 9] = np.clip(result[..., 9], 0.0, 1.0)
+        return result
+    raise ActionError(f"action mode '{embodiment.action.mode}' has no end-effector target")
 
 
 def action_towards(target: np.ndarray, goal: np.ndarray, embodiment: Embodiment) -> np.ndarray:
@@ -101,8 +121,8 @@ def action_towards(target: np.ndarray, goal: np.ndarray, embodiment: Embodiment)
 
 def build_proprio(
     tcp_position: np.ndarray,
-    tcp_quaternion: np.ndarray,
-    target: np.ndarray,
+    tcp_matrix: np.ndarray,
+    target_position: np.ndarray,
     opening: np.ndarray,
     joint_positions: np.ndarray,
 ) -> np.ndarray:
@@ -110,13 +130,20 @@ def build_proprio(
 
     Args:
         tcp_position: ``(..., 3)`` metres, base frame.
-        tcp_quaternion: ``(..., 4)`` wxyz, base frame.
-        target: ``(..., 10)`` commanded target.
+        tcp_matrix: ``(..., 3, 3)`` rotation matrix, base frame.
+        target_position: ``(..., 3)`` commanded target, metres, base frame.
         opening: ``(...)`` measured finger opening, 0 closed to 1 open.
         joint_positions: ``(..., 7)`` radians.
 
     Returns:
         ``(..., 20)`` float32.
     """
-    parts = [tcp_position, rotation.to_6d(tcp_quaternion), target[..., :3], opening[..., None], joint_positions]
+    parts = [
+        tcp_position,
+        tcp_matrix[..., 0],
+        tcp_matrix[..., 1],
+        target_position,
+        opening[..., None],
+        joint_positions,
+    ]
     return np.concatenate(parts, axis=-1).astype(np.float32)

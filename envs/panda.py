@@ -81,8 +81,8 @@ def look_at(
 
 FRONT_POSITION_M = (1.06, 0.0, 0.52)
 FRONT_LOOKS_AT_M = (0.47, 0.0, 0.04)
-WRIST_POSITION_M = (0.07, 0.0, 0.0)
-WRIST_LOOKS_AT_M = (0.0, 0.0, 0.115)
+WRIST_POSITION_M = (0.075, 0.0, 0.03)
+WRIST_LOOKS_AT_M = (0.028, 0.0, 0.115)
 
 
 def panda_cameras(image_size: int = 64) -> tuple[CameraSpec, ...]:
@@ -96,7 +96,7 @@ def panda_cameras(image_size: int = 64) -> tuple[CameraSpec, ...]:
     wrist = rotation.from_matrix(np.stack([right, np.cross(back, right), back], axis=-1))
     return (
         CameraSpec(
-            name="front", height=image_size, width=image_size, fov_y_deg=42.0, mount="world",
+            name="front", height=image_size, width=image_size, fov_y_deg=36.0, mount="world",
             position_m=FRONT_POSITION_M, quaternion_wxyz=look_at(FRONT_POSITION_M, FRONT_LOOKS_AT_M),
         ),
         CameraSpec(
@@ -213,9 +213,7 @@ def _decorate(
 ) -> None:
     """Add a shape that is drawn but neither collides nor weighs."""
     kinds = {"capsule": mujoco.mjtGeom.mjGEOM_CAPSULE, "cylinder": mujoco.mjtGeom.mjGEOM_CYLINDER}
-    body.add_geom(
-        type=kinds[shape], size=[radius, 0, 0], fromto=fromto, rgba=color, contype=0, conaffinity=0, mass=0
-    )
+    body.add_geom(type=kinds[shape], size=[radius, 0, 0], fromto=fromto, rgba=color, contype=0, conaffinity=0, mass=0)
 
 
 def _add_actuators(spec: mujoco.MjSpec) -> None:
@@ -237,16 +235,19 @@ def _add_actuators(spec: mujoco.MjSpec) -> None:
     gripper.forcerange, gripper.forcelimited = [-40.0, 40.0], True
 
 
-def target_to_control(target: np.ndarray) -> np.ndarray:
-    """Actuator commands ``(..., 8)`` that make the impedance controller pull the TCP to ``target``.
+def pose_to_control(position: np.ndarray, quaternion: np.ndarray, opening: np.ndarray) -> np.ndarray:
+    """Actuator commands ``(..., 8)`` that make the impedance controller pull the TCP to a pose.
 
     Args:
-        target: ``(..., 10)`` absolute target (``TARGET_NAMES``).
+        position: ``(..., 3)`` metres, base frame.
+        quaternion: ``(..., 4)`` wxyz, base frame.
+        opening: ``(...)`` finger opening, 0 closed to 1 open.
     """
     from simtoreal.envs import rotation
-    from simtoreal.envs.action import GRIPPER_DOWN_WXYZ
 
-    down = rotation.quaternion_conjugate(np.array(GRIPPER_DOWN_WXYZ))
-    turn = rotation.to_rotation_vector(rotation.quaternion_multiply(down, rotation.from_6d(target[..., 3:9])))
-    null = np.zeros((*target.shape[:-1], 1))
-    return np.concatenate([target[..., :3], turn, null, target[..., 9:] * FINGER_TRAVEL_M], axis=-1)
+    # Relative to gripper-down (0, 1, 0, 0): its conjugate times q, written out.
+    w, x, y, z = np.moveaxis(quaternion, -1, 0)
+    turn = rotation.to_rotation_vector(np.stack([x, -w, z, -y], axis=-1))
+    result = np.zeros((*position.shape[:-1], len(ACTUATORS)))
+    result[..., :3], result[..., 3:6], result[..., 7] = position, turn, opening * FINGER_TRAVEL_M
+    return result

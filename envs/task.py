@@ -38,7 +38,7 @@ SKILLS: dict[str, tuple[str, ...]] = {
     "reach": ("point",),
     "pick": ("object",),
     "lift": ("object", "height_m"),
-    "place": ("object", "on"),
+    "place": ("object", "onto"),
     "push": ("object", "to"),
     "insert": ("object", "into"),
     "open": ("drawer",),
@@ -197,9 +197,7 @@ class TaskSpec:
                 entry |= {"mass_kg": item.mass_kg}
             objects[item.name] = entry | {"friction": item.friction}
         initial = {
-            name: {
-                key: list(value) for key, value in dataclasses.asdict(spec).items() if value is not None
-            }
+            name: {key: list(value) for key, value in dataclasses.asdict(spec).items() if value is not None}
             for name, spec in self.initial.items()
         }
         return {
@@ -365,7 +363,9 @@ def _parse_objects(reader: _Reader) -> tuple[ObjectSpec, ...]:
     for name in content.content:
         if not str(name).isidentifier() or name == "tcp":
             raise content.fail(str(name), "an identifier other than 'tcp'", name)
-        entry = _Reader(content.get(name, dict, "a mapping with shape, size_m, color"), reader.source, f"objects.{name}")
+        entry = _Reader(
+            content.get(name, dict, "a mapping with shape, size_m, color"), reader.source, f"objects.{name}"
+        )
         shape = entry.get("shape", str, "a shape name")
         if shape not in SHAPE_DIMENSIONS:
             raise TaskError(
@@ -385,9 +385,7 @@ def _parse_objects(reader: _Reader) -> tuple[ObjectSpec, ...]:
         for key, value in (("mass_kg", mass), ("friction", friction)):
             if value <= 0:
                 raise entry.fail(key, "positive", value)
-        parsed.append(
-            ObjectSpec(name=name, shape=shape, size_m=size, color=color, mass_kg=mass, friction=friction)
-        )
+        parsed.append(ObjectSpec(name=name, shape=shape, size_m=size, color=color, mass_kg=mass, friction=friction))
         entry.finish()
     return tuple(parsed)
 

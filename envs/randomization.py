@@ -1,0 +1,146 @@
+"""Domain randomisation and the reality gap of the twin: one description of how a world may differ."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import numpy as np
+
+from simtoreal.envs.errors import ConfigError, closest
+
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Randomization:
+    """Ranges from which a :class:`Variation` is drawn uniformly at every reset.
+
+    Attributes:
+        mass_scale, friction_scale: of free objects.
+        gain_scale: stiffness of the arm's Cartesian actuators.
+        latency_steps: control steps between a command and its effect, inclusive.
+        camera_offset_m, camera_tilt_deg: magnitude of a displacement and rotation in a random direction.
+        camera_fov_deg: change of the vertical field of view.
+        light_scale: brightness of the lamp and of the ambient light.
+        light_offset_m: magnitude of the lamp's displacement.
+        color_jitter: largest change of an object's colour channels.
+        table_looks: whether the table's texture changes.
+        image_noise: standard deviation of pixel noise, of 255.
+        joint_noise_rad: standard deviation of noise on measured joint positions.
+    """
+
+    mass_scale: Range = (1.0, 1.0)
+    friction_scale: Range = (1.0, 1.0)
+    gain_scale: Range = (1.0, 1.0)
+    latency_steps: tuple[int, int] = (0, 0)
+    camera_offset_m: Range = (0.0, 0.0)
+    camera_tilt_deg: Range = (0.0, 0.0)
+    camera_fov_deg: Range = (0.0, 0.0)
+    light_scale: Range = (1.0, 1.0)
+    light_offset_m: Range = (0.0, 0.0)
+    color_jitter: float = 0.0
+    table_looks: bool = False
+    image_noise: float = 0.0
+    joint_noise_rad: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple) and (len(value) != 2 or value[0] > value[1]):
+                raise ConfigError(f"randomization '{field.name}' must be (low, high) with low <= high, got {value}")
+
+
+# "standard" and "hard" are the reality gaps of the twin; "training" covers them for training.
+RANDOMIZATIONS: dict[str, Randomization] = {
+    "none": Randomization(),
+    "standard": Randomization(
+        mass_scale=(0.7, 1.3), friction_scale=(0.7, 0.7), gain_scale=(0.85, 0.85), latency_steps=(1, 2),
+        camera_offset_m=(0.01, 0.02), camera_tilt_deg=(2.0, 2.0), light_scale=(0.8, 1.2), light_offset_m=(0.0, 0.3),
+        color_jitter=0.04, image_noise=3.0, joint_noise_rad=0.002,
+    ),
+    "hard": Randomization(
+        mass_scale=(0.5, 2.0), friction_scale=(0.5, 0.7), gain_scale=(0.7, 0.8), latency_steps=(2, 3),
+        camera_offset_m=(0.02, 0.04), camera_tilt_deg=(3.0, 5.0), camera_fov_deg=(-2.0, 2.0), light_scale=(0.5, 1.5),
+        light_offset_m=(0.2, 0.8), color_jitter=0.1, table_looks=True, image_noise=6.0, joint_noise_rad=0.004,
+    ),
+    "training": Randomization(
+        mass_scale=(0.7, 1.4), friction_scale=(0.6, 1.1), gain_scale=(0.8, 1.1), latency_steps=(0, 2),
+        camera_offset_m=(0.0, 0.025), camera_tilt_deg=(0.0, 2.5), camera_fov_deg=(-1.0, 1.0), light_scale=(0.7, 1.3),
+        light_offset_m=(0.0, 0.5), color_jitter=0.06, image_noise=3.0, joint_noise_rad=0.002,
+    ),
+}  # fmt: skip
+
+
+def load_randomization(value: str | Randomization | None) -> Randomization:
+    """Return a randomisation by name; None is ``none``.
+
+    Raises:
+        ConfigError: unknown name.
+    """
+    if isinstance(value, Randomization):
+        return value
+    name = value or "none"
+    if name not in RANDOMIZATIONS:
+        raise ConfigError(f"unknown randomization '{name}'. {closest(name, RANDOMIZATIONS)}")
+    return RANDOMIZATIONS[name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variation:
+    """One drawn world: concrete values for every range of a :class:`Randomization`.
+
+    Attributes:
+        camera_offsets_m: ``(cameras, 3)``.
+        camera_rotations_rad: ``(cameras, 3)`` rotation vectors in the camera's mount.
+        light_offset_m: ``(3,)``.
+        color_offsets: ``(objects, 3)``.
+        table_look: index of the table's texture.
+    """
+
+    mass_scale: float
+    friction_scale: float
+    gain_scale: float
+    latency_steps: int
+    camera_offsets_m: np.ndarray
+    camera_rotations_rad: np.ndarray
+    camera_fov_deg: float
+    light_scale: float
+    light_offset_m: np.ndarray
+    color_offsets: np.ndarray
+    table_look: int
+    image_noise: float
+    joint_noise_rad: float
+
+
+def sample_variation(
+    randomization: Randomization, rng: np.random.Generator, *, cameras: int, objects: int, table_looks: int
+) -> Variation:
+    """Draw a :class:`Variation`.
+
+    Args:
+        randomization: the ranges.
+        rng: random generator.
+        cameras, objects, table_looks: how many of each the scene has.
+    """
+    r = randomization
+
+    def direction(count: int) -> np.ndarray:
+        vectors = rng.normal(size=(count, 3))
+        return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
+
+    return Variation(
+        mass_scale=rng.uniform(*r.mass_scale),
+        friction_scale=rng.uniform(*r.friction_scale),
+        gain_scale=rng.uniform(*r.gain_scale),
+        latency_steps=int(rng.integers(r.latency_steps[0], r.latency_steps[1] + 1)),
+        camera_offsets_m=direction(cameras) * rng.uniform(*r.camera_offset_m, size=(cameras, 1)),
+        camera_rotations_rad=direction(cameras) * np.deg2rad(rng.uniform(*r.camera_tilt_deg, size=(cameras, 1))),
+        camera_fov_deg=rng.uniform(*r.camera_fov_deg),
+        light_scale=rng.uniform(*r.light_scale),
+        light_offset_m=direction(1)[0] * rng.uniform(*r.light_offset_m),
+        color_offsets=rng.uniform(-r.color_jitter, r.color_jitter, size=(objects, 3)),
+        table_look=int(rng.integers(table_looks)) if r.table_looks else 0,
+        image_noise=r.image_noise,
+        joint_noise_rad=r.joint_noise_rad,
+    )

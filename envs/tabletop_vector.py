@@ -1,0 +1,461 @@
+"""The MuJoCo backend: many tabletop simulations stepped and drawn together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import mujoco
+import numpy as np
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from mujoco.batch import Batch, SimulationError
+
+from simtoreal.envs import rotation
+from simtoreal.envs.action import build_proprio, check_action, integrate_pose
+from simtoreal.envs.embodiment import Embodiment
+from simtoreal.envs.errors import ConfigError
+from simtoreal.envs.panda import FINGER_TRAVEL_M, panda_embodiment, pose_to_control
+from simtoreal.envs.predicates import SceneView
+from simtoreal.envs.randomization import Randomization, Variation, load_randomization, sample_variation
+from simtoreal.envs.rendering import DRAWN_FIELDS, BatchRenderer
+from simtoreal.envs.scene import TABLE_LOOKS, build_model, index_objects
+from simtoreal.envs.task import TaskSpec, load_task, sample_initial_condition
+
+SUCCESS_HOLD_STEPS = 5
+MAX_LATENCY_STEPS = 4
+HOME_NOISE_RAD = 0.02
+# Beyond any state the scenes can reach; MuJoCo itself only reacts at 1e10.
+DIVERGED_STATE = 1e6
+HEADLIGHT = ("vis.headlight.ambient", "vis.headlight.diffuse")
+_STAGE_NONE, _STAGE_VEL, _STAGE_ACC = 0, int(mujoco.mjtStage.mjSTAGE_VEL), int(mujoco.mjtStage.mjSTAGE_ACC)
+
+
+class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
+    """N independent tabletop simulations behind the vector interface of Gymnasium.
+
+    Observations: ``<camera>_image`` uint8 ``(N, H, W, 3)``, ``proprio`` float32 ``(N, 20)`` and, because this
+    is a simulation, ``object_state`` float32 ``(N, D)`` (names in ``task.object_state_names``). Actions and
+    info are described in docs/interface.md. The integer seed of a reset defines the initial condition
+    completely, independently of the slot it runs in and of the other simulations.
+
+    Args:
+        task: name, path or specification.
+        num_envs: number of simulations.
+        embodiment: default: the Panda with two cameras of ``image_size`` pixels.
+        image_size: pixels, when no embodiment is given.
+        render_profile: ``fast`` or ``high``, when no embodiment is given.
+        cameras: camera names, when no embodiment is given.
+        observe: ``"image"``, or ``"state"`` to leave the images out.
+        randomization: name of ``RANDOMIZATIONS`` or ranges, drawn anew per reset.
+        autoreset_mode: ``DISABLED`` (reset with ``options={"reset_mask": ...}``) or ``NEXT_STEP``.
+        threads: physics threads.
+        record_state: put ``sim_state`` (the exact state, see :meth:`get_state`) into every info.
+
+    Raises:
+        ConfigError, TaskError: see :func:`load_task`, :func:`load_randomization`.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "render_fps": 20}
+
+    def __init__(
+        self,
+        task: str | TaskSpec,
+        num_envs: int,
+        *,
+        embodiment: Embodiment | None = None,
+        image_size: int = 64,
+        render_profile: str = "fast",
+        cameras: tuple[str, ...] = ("front", "wrist"),
+        observe: str = "image",
+        randomization: str | Randomization | None = None,
+        autoreset_mode: AutoresetMode = AutoresetMode.DISABLED,
+        threads: int = 1,
+        record_state: bool = False,
+    ) -> None:
+        if observe not in ("image", "state"):
+            raise ConfigError(f"observe is '{observe}'; expected 'image' or 'state'")
+        if autoreset_mode not in (AutoresetMode.DISABLED, AutoresetMode.NEXT_STEP):
+            raise ConfigError(f"autoreset_mode {autoreset_mode} is not supported; use DISABLED or NEXT_STEP")
+        self.task = load_task(task)
+        self.embodiment = embodiment or panda_embodiment(image_size, cameras=cameras, render_profile=render_profile)
+        self.observe, self.autoreset_mode, self.record_state = observe, autoreset_mode, record_state
+        self.randomization = load_randomization(randomization)
+        self.num_envs = num_envs
+        self.metadata = {**type(self).metadata, "autoreset_mode": autoreset_mode}
+        self.model = build_model(self.task, self.embodiment)
+        self.objects = index_objects(self.model, self.task)
+        self.substeps = round(self.embodiment.control_period_s / self.model.opt.timestep)
+        self._define_spaces()
+        self._bind(threads)
+        self._allocate()
+        self._renderer: BatchRenderer | None = None
+        self._apply_all_variations = self.randomization != Randomization()
+        if self._apply_all_variations:
+            self._expand()
+
+    # Construction -----------------------------------------------------------------------------------------
+
+    def _define_spaces(self) -> None:
+        box = gym.spaces.Box
+        single: dict[str, gym.Space[Any]] = {}
+        if self.observe == "image":
+            for camera in self.embodiment.cameras:
+                single[f"{camera.name}_image"] = box(0, 255, (camera.height, camera.width, 3), np.uint8)
+        single["proprio"] = box(-np.inf, np.inf, (self.embodiment.proprio.dim,), np.float32)
+        single["object_state"] = box(-np.inf, np.inf, (len(self.task.object_state_names),), np.float32)
+        self.single_observation_space = gym.spaces.Dict(single)
+        self.single_action_space = box(-1.0, 1.0, (self.embodiment.action.dim,), np.float32)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+
+    def _bind(self, threads: int) -> None:
+        self.batch = Batch(self.model, self.num_envs, threads, persistent=True)
+        names = ["qpos", "qvel", "ctrl", "mocap_pos", "mocap_quat", "site_xpos", "site_xmat", "sensordata"]
+        names += list(DRAWN_FIELDS) if self.observe == "image" else []
+        self.fields = {name: self.batch.bind(name) for name in names}
+        self._tcp = self.model.site("tcp").id
+        self._finger = int(self.model.joint("panda_finger_joint1").qposadr[0])
+
+    def _allocate(self) -> None:
+        count = self.num_envs
+        self._position, self._quaternion = np.zeros((count, 3)), np.zeros((count, 4))
+        self._quaternion[:, 1] = 1.0
+        self._opening = np.ones(count)
+        self._commands = np.zeros((count, MAX_LATENCY_STEPS + 1, self.model.nu))
+        self._steps = np.zeros(count, dtype=np.int64)
+        self._hold = np.zeros(count, dtype=np.int64)
+        self._latency = np.zeros(count, dtype=np.int64)
+        self._ended = np.zeros(count, dtype=bool)
+        self._seeds = np.zeros(count, dtype=np.int64)
+        self._instructions = np.full(count, "", dtype=object)
+        self._faults = np.full(count, "", dtype=object)
+        self._noise = [np.random.default_rng(0) for _ in range(count)]
+        self._image_noise, self._joint_noise = np.zeros(count), np.zeros(count)
+        self._looks: dict[str, np.ndarray] = {}
+        self._started = False
+
+    def _expand(self) -> None:
+        """Give the fields that a variation changes their own values per simulation."""
+        physical = ("body_mass", "body_inertia", "geom_friction", "actuator_gainprm", "actuator_biasprm")
+        self._physics = {name: self.batch.expand(name) for name in (*physical, "cam_pos", "cam_quat", "light_pos")}
+        visual = ("geom_rgba", "geom_matid", "cam_fovy", "light_diffuse", *HEADLIGHT)
+        self._looks = {
+            name: np.repeat(np.array(attrgetter(name)(self.model))[None], self.num_envs, axis=0) for name in visual
+        }
+
+    # Gymnasium interface ----------------------------------------------------------------------------------
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Begin new episodes.
+
+        Args:
+            seed: one per simulation, or an integer s for s, s+1, ...; None draws from the generator.
+            options: ``reset_mask`` (N,) bool limits the reset to some simulations; ``init`` gives exact
+                states ``(N, D)`` from :meth:`get_state` to start from.
+
+        Returns:
+            Observation and info of all simulations.
+
+        Raises:
+            ConfigError: unknown option or wrong shapes.
+        """
+        options = dict(options or {})
+        mask = np.asarray(options.pop("reset_mask", np.ones(self.num_envs, dtype=bool)))
+        state = options.pop("init", None)
+        if options:
+            raise ConfigError(f"unknown reset options {sorted(options)}; expected 'reset_mask' or 'init'")
+        if mask.shape != (self.num_envs,) or mask.dtype != np.bool_:
+            raise ConfigError(f"reset_mask must be bool of shape ({self.num_envs},), got {mask.dtype} {mask.shape}")
+        if not self._started and not mask.all():
+            raise ConfigError("the first reset must reset every simulation; leave out reset_mask")
+        slots = np.flatnonzero(mask)
+        self._reset_slots(slots, self._complete_seeds(seed))
+        if state is not None:
+            self.set_state(np.asarray(state), mask)
+        self._started = True
+        return self._observe(slots), self._info(self._scene())
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Advance every running simulation by one control step.
+
+        Simulations that have ended keep their last state until they are reset (``DISABLED``) or begin a new
+        episode in this call, ignoring their action (``NEXT_STEP``).
+
+        Args:
+            actions: ``(N, 7)`` in [-1, 1].
+
+        Returns:
+            Observation, reward (1 on success), terminated (success), truncated (horizon or fault), info.
+
+        Raises:
+            ActionError: wrong shape or dtype, not finite, or out of range.
+        """
+        if not self._started:
+            raise ConfigError("call reset() before step()")
+        actions = check_action(actions, (self.num_envs, self.embodiment.action.dim))
+        restarted = np.flatnonzero(self._ended) if self.autoreset_mode is AutoresetMode.NEXT_STEP else np.empty(0, int)
+        if len(restarted):
+            self._reset_slots(restarted, self._complete_seeds(None))
+        running = ~self._ended
+        running[restarted] = False
+        self._advance(actions, running)
+        scene = self._scene()
+        reached = self.task.goal_predicate(scene)
+        self._hold[running] = np.where(reached, self._hold + 1, 0)[running]
+        success = self._hold >= SUCCESS_HOLD_STEPS
+        fault = self._faults != ""
+        terminated = success & ~fault
+        truncated = ((self._steps >= self.task.horizon) & ~terminated) | fault
+        self._ended = terminated | truncated
+        drawn = np.flatnonzero(running | np.isin(np.arange(self.num_envs), restarted))
+        info = self._info(scene, success)
+        return self._observe(drawn), terminated.astype(np.float64), terminated, truncated, info
+
+    def close(self, **kwargs: Any) -> None:
+        """Free the renderer."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+
+    # Simulation only --------------------------------------------------------------------------------------
+
+    def get_state(self) -> np.ndarray:
+        """Exact state ``(N, D)`` float64: MuJoCo's integration state, target, delayed commands, counters.
+
+        With :meth:`set_state` in an environment of the same task, replay is bit-identical. Drawn variations
+        and noise generators are not part of it; reset with the same seed restores the former.
+        """
+        counters = np.stack([self._opening, self._steps, self._hold, self._ended], axis=-1)
+        commands = self._commands.reshape(self.num_envs, -1)
+        return np.concatenate([self.batch.state, self._position, self._quaternion, counters, commands], axis=-1)
+
+    def set_state(self, state: np.ndarray, mask: np.ndarray | None = None) -> None:
+        """Restore rows of ``state`` ``(N, D)`` where ``mask`` ``(N,)`` is true (default: all).
+
+        Raises:
+            ConfigError: wrong shape, e.g. the state of another task.
+        """
+        width = self.batch.nstate + 11 + self._commands[0].size
+        if state.shape != (self.num_envs, width):
+            raise ConfigError(
+                f"state has shape {state.shape}; task '{self.task.name}' needs ({self.num_envs}, {width})"
+            )
+        slots = np.arange(self.num_envs) if mask is None else np.flatnonzero(mask)
+        rows = state[slots]
+        parts = np.split(rows, np.cumsum([self.batch.nstate, 3, 4, 4]), axis=-1)
+        self._position[slots], self._quaternion[slots] = parts[1], parts[2]
+        self._opening[slots] = parts[3][:, 0]
+        self._steps[slots], self._hold[slots] = parts[3][:, 1], parts[3][:, 2]
+        self._ended[slots] = parts[3][:, 3] > 0
+        self._commands[slots] = parts[4].reshape(len(slots), *self._commands.shape[1:])
+        self._faults[slots] = ""
+        self.batch.state[slots] = parts[0]
+        self.batch.forward(slots, _STAGE_VEL)
+        # forward() refreshes derived fields; the warm start of the solver must stay the recorded one.
+        self.batch.state[slots] = parts[0]
+
+    def set_instruction(self, text: str, mask: np.ndarray | None = None) -> None:
+        """Change the language instruction of the simulations where ``mask`` is true (default: all)."""
+        self._instructions[np.ones(self.num_envs, bool) if mask is None else mask] = text
+
+    # Reset ------------------------------------------------------------------------------------------------
+
+    def _complete_seeds(self, seed: int | Sequence[int | None] | None) -> list[int]:
+        if isinstance(seed, int | np.integer):
+            self._np_random = np.random.default_rng(int(seed))
+            return [int(seed) + index for index in range(self.num_envs)]
+        given = [None] * self.num_envs if seed is None else list(seed)
+        if len(given) != self.num_envs:
+            raise ConfigError(f"got {len(given)} seeds for {self.num_envs} simulations")
+        return [int(self.np_random.integers(2**31)) if value is None else int(value) for value in given]
+
+    def _reset_slots(self, slots: np.ndarray, seeds: list[int]) -> None:
+        self.batch.reset(slots, stage=_STAGE_NONE)
+        for slot in slots:
+            self._place(int(slot), np.random.default_rng(seeds[slot]))
+            self._seeds[slot] = seeds[slot]
+        if self._apply_all_variations:
+            self.batch.set_const(slots)
+        self.batch.forward(slots, _STAGE_ACC)
+        self._position[slots] = self.fields["site_xpos"][slots, self._tcp]
+        matrices = self.fields["site_xmat"][slots, self._tcp].reshape(-1, 3, 3)
+        self._quaternion[slots] = rotation.from_matrix(matrices)
+        self._opening[slots] = 1.0
+        commands = pose_to_control(self._position, self._quaternion, self._opening)
+        self._commands[slots] = commands[slots][:, None]
+        self.fields["ctrl"][slots] = commands[slots]
+        self._steps[slots], self._hold[slots], self._ended[slots] = 0, 0, False
+        self._faults[slots] = ""
+
+    def _place(self, slot: int, rng: np.random.Generator) -> None:
+        """Put robot and objects of one simulation where its seed says."""
+        initial = sample_initial_condition(self.task, rng)
+        home = np.array(self.embodiment.home_joint_positions_rad)
+        qpos = self.fields["qpos"][slot]
+        qpos[:7] = home + rng.normal(0.0, HOME_NOISE_RAD, 7)
+        qpos[self._finger : self._finger + 2] = FINGER_TRAVEL_M
+        for index, item in enumerate(self.task.objects):
+            where = self.objects[item.name]
+            if item.fixed:
+                self.fields["mocap_pos"][slot, where.mocap] = initial.positions[index]
+                self.fields["mocap_quat"][slot, where.mocap] = initial.quaternions[index]
+                if item.articulated:
+                    qpos[where.joint_qpos] = initial.openings[index]
+            else:
+                qpos[where.qpos : where.qpos + 3] = initial.positions[index]
+                qpos[where.qpos + 3 : where.qpos + 7] = initial.quaternions[index]
+        self._instructions[slot] = initial.instruction
+        if self._apply_all_variations:
+            variation = sample_variation(
+                self.randomization, rng, cameras=self.model.ncam, objects=len(self.task.objects),
+                table_looks=len(TABLE_LOOKS),
+            )  # fmt: skip
+            self._vary(slot, variation)
+            self._noise[slot] = rng
+
+    def _vary(self, slot: int, variation: Variation) -> None:
+        """Write a variation into the per-simulation model fields."""
+        physics, looks, model = self._physics, self._looks, self.model
+        for index, item in enumerate(self.task.objects):
+            where = self.objects[item.name]
+            if not item.fixed:
+                for name in ("body_mass", "body_inertia"):
+                    physics[name][slot, where.body] = getattr(model, name)[where.body] * variation.mass_scale
+                geoms = list(where.geoms)
+                physics["geom_friction"][slot, geoms] = model.geom_friction[geoms] * variation.friction_scale
+            for geom in where.geoms:
+                color = model.geom_rgba[geom, :3] + variation.color_offsets[index]
+                looks["geom_rgba"][slot, geom, :3] = np.clip(color, 0.0, 1.0)
+        for name in ("actuator_gainprm", "actuator_biasprm"):
+            physics[name][slot, :6] = getattr(model, name)[:6] * variation.gain_scale
+        for camera in range(model.ncam):
+            physics["cam_pos"][slot, camera] = model.cam_pos[camera] + variation.camera_offsets_m[camera]
+            turn = rotation.from_rotation_vector(variation.camera_rotations_rad[camera])
+            physics["cam_quat"][slot, camera] = rotation.quaternion_multiply(turn, model.cam_quat[camera])
+        looks["cam_fovy"][slot] = model.cam_fovy + variation.camera_fov_deg
+        physics["light_pos"][slot] = model.light_pos + variation.light_offset_m
+        looks["light_diffuse"][slot] = model.light_diffuse * variation.light_scale
+        for name in HEADLIGHT:
+            looks[name][slot] = attrgetter(name)(model) * variation.light_scale
+        looks["geom_matid"][slot, model.geom("table").id] = model.material(f"table{variation.table_look}").id
+        self._latency[slot] = variation.latency_steps
+        self._image_noise[slot], self._joint_noise[slot] = variation.image_noise, variation.joint_noise_rad
+
+    # Step -------------------------------------------------------------------------------------------------
+
+    def _advance(self, actions: np.ndarray, running: np.ndarray) -> None:
+        everyone = bool(running.all())
+        moved = integrate_pose(self._position, self._quaternion, actions, self.embodiment)
+        if everyone:
+            self._position, self._quaternion, self._opening = moved
+        else:
+            for kept, new in zip((self._position, self._quaternion, self._opening), moved, strict=True):
+                kept[running] = new[running]
+        slots = slice(None) if everyone else np.flatnonzero(running)
+        commands = pose_to_control(self._position[slots], self._quaternion[slots], self._opening[slots])
+        if self._apply_all_variations:
+            history = self._commands[slots]
+            history = np.concatenate([commands[:, None], history[:, :-1]], axis=1)
+            self._commands[slots] = history
+            commands = history[np.arange(len(history)), self._latency[slots]]
+        self.fields["ctrl"][slots] = commands
+        self._steps[slots] += 1
+        if everyone or running.any():
+            self._step_physics(None if everyone else slots)
+
+    def _step_physics(self, slots: np.ndarray | None) -> None:
+        try:
+            self.batch.step(slots, nstep=self.substeps, stage=_STAGE_VEL)
+        except SimulationError:
+            for slot in np.flatnonzero(self.batch.status):
+                self._faults[slot] = f"simulator error: {self.batch.error(int(slot))}"
+        # NaN fails the comparison, so it counts as diverged.
+        stepped = np.arange(self.num_envs) if slots is None else slots
+        state = self.batch.state[stepped]
+        sane = (np.abs(state) < DIVERGED_STATE).all(axis=-1)
+        for slot in stepped[~sane]:
+            self._faults[slot] = self._faults[slot] or "simulation diverged"
+
+    def _scene(self) -> SceneView:
+        """Collect what predicates read."""
+        fields = self.fields
+        positions = {"tcp": fields["site_xpos"][:, self._tcp]}
+        quaternions: dict[str, np.ndarray] = {}
+        velocities, openings, touches = {}, {}, {}
+        contact = fields["sensordata"] > 0
+        for index, item in enumerate(self.task.objects):
+            where = self.objects[item.name]
+            if item.fixed:
+                positions[item.name] = fields["mocap_pos"][:, where.mocap]
+                quaternions[item.name] = fields["mocap_quat"][:, where.mocap]
+            else:
+                positions[item.name] = fields["qpos"][:, where.qpos : where.qpos + 3]
+                quaternions[item.name] = fields["qpos"][:, where.qpos + 3 : where.qpos + 7]
+                velocities[item.name] = fields["qvel"][:, where.qvel : where.qvel + 3]
+            if item.articulated:
+                openings[item.name] = fields["qpos"][:, where.joint_qpos]
+            touches[item.name] = contact[:, 2 * index : 2 * index + 2]
+        opening = fields["qpos"][:, self._finger] / FINGER_TRAVEL_M
+        return SceneView(positions, quaternions, velocities, openings, touches, opening)
+
+    def _observe(self, drawn: np.ndarray) -> dict[str, np.ndarray]:
+        """Build the observation; images are drawn anew for the simulations ``drawn``."""
+        observation: dict[str, np.ndarray] = {}
+        if self.observe == "image":
+            observation |= self._draw(drawn)
+        qpos = self.fields["qpos"]
+        joints = qpos[:, :7]
+        if self._joint_noise.any():
+            joints = joints + self._joint_noise[:, None] * np.stack([noise.normal(size=7) for noise in self._noise])
+        matrices = self.fields["site_xmat"][:, self._tcp].reshape(-1, 3, 3)
+        observation["proprio"] = build_proprio(
+            self.fields["site_xpos"][:, self._tcp], matrices, self._position,
+            qpos[:, self._finger] / FINGER_TRAVEL_M, joints,
+        )  # fmt: skip
+        parts = []
+        for item in self.task.objects:
+            where = self.objects[item.name]
+            if item.fixed:
+                parts += [self.fields["mocap_pos"][:, where.mocap], self.fields["mocap_quat"][:, where.mocap]]
+            else:
+                parts.append(qpos[:, where.qpos : where.qpos + 7])
+            if item.articulated:
+                parts.append(qpos[:, where.joint_qpos : where.joint_qpos + 1])
+        observation["object_state"] = np.concatenate(parts, axis=-1, dtype=np.float32, casting="same_kind")
+        return observation
+
+    def _draw(self, drawn: np.ndarray) -> dict[str, np.ndarray]:
+        if self._renderer is None:
+            self._renderer = BatchRenderer(self.model, self.embodiment, self.num_envs)
+            spaces = self.observation_space.spaces
+            self._images = {key: np.zeros(spaces[key].shape, np.uint8) for key in self.embodiment.image_keys}
+        images = self._renderer.render(self.fields, drawn, self._looks)
+        for key, new in zip(self.embodiment.image_keys, images, strict=True):
+            for row, slot in enumerate(drawn):
+                if self._image_noise[slot]:
+                    noise = self._noise[slot].normal(0.0, self._image_noise[slot], new[row].shape)
+                    new[row] = np.clip(new[row] + noise, 0, 255).astype(np.uint8)
+            self._images[key][drawn] = new
+        return {key: image.copy() for key, image in self._images.items()}
+
+    def _info(self, scene: SceneView, success: np.ndarray | None = None) -> dict[str, Any]:
+        pose = [self._position, rotation.to_6d(self._quaternion), self._opening[:, None]]
+        info: dict[str, Any] = {
+            "success": np.zeros(self.num_envs, bool) if success is None else success,
+            "milestones": {name: predicate(scene) for name, predicate in self.task.milestone_predicates.items()},
+            "contacts": {name: touch.any(axis=-1) for name, touch in scene.touches.items()},
+            "instruction": self._instructions.copy(),
+            "target": np.concatenate(pose, axis=-1),
+            "sim_fault": self._faults.copy(),
+            "init_id": self._seeds.copy(),
+        }
+        if self.record_state:
+            info["sim_state"] = self.get_state()
+        return info
