@@ -1,0 +1,310 @@
+"""Collects demonstrations with several processes: reproducible, and continued where it was interrupted."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from gymnasium.vector import VectorEnv
+
+from simtoreal.data_collection.collect_worker import run_worker
+from simtoreal.data_collection.dataset import META, read_meta
+from simtoreal.data_collection.ledger import LOG, SEEDS_PER_COLLECTION, Ledger, Outcome
+from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.envs import errors
+from simtoreal.envs.embodiment import Embodiment
+from simtoreal.envs.errors import ConfigError, DatasetError, SimtorealError
+from simtoreal.envs.rollout import Actor
+
+# Give up on an expert that evidently cannot do the task: after this many tries, below this rate.
+_PATIENCE_TRIES, _HOPELESS_RATE = 64, 0.05
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectionPlan:
+    """What to collect. Everything but ``episodes``, ``workers`` and ``num_envs`` decides which data result.
+
+    Attributes:
+        output: dataset folder.
+        task: registered task or yaml file.
+        episodes: successful episodes wanted.
+        seed: collections of different seeds have disjoint initial conditions.
+        image_size: pixels.
+        style: settings of the expert's operator style that differ from its defaults.
+        randomization: domain randomisation of the simulation, None for none.
+        keep_failures: also store the episodes that ran out of time before the last success that counts.
+        workers: processes.
+        num_envs: environments per process.
+    """
+
+    output: Path
+    task: str
+    episodes: int
+    seed: int = 0
+    image_size: int = 64
+    style: tuple[tuple[str, Any], ...] = ()
+    randomization: str | None = None
+    keep_failures: bool = False
+    workers: int = 2
+    num_envs: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "image_size", "workers", "num_envs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; expected at least 0.")
+
+    @property
+    def first_seed(self) -> int:
+        """First candidate seed; it leaves every collection a range of its own."""
+        return self.seed * SEEDS_PER_COLLECTION
+
+    def identity(self) -> dict[str, Any]:
+        """What must be equal to continue a collection."""
+        return {
+            "task": self.task, "seed": self.seed, "image_size": self.image_size, "style": dict(self.style),
+            "randomization": self.randomization, "keep_failures": self.keep_failures,
+        }  # fmt: skip
+
+
+Setup = Callable[[CollectionPlan], tuple[VectorEnv, Actor]]
+"""Builds environment and expert inside a worker; a function of a module, so that it can be sent there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectionProgress:
+    """State of a running collection.
+
+    Attributes:
+        episodes: episodes that count so far, at most those wanted.
+        successes: successful ones of all seeds tried.
+        tried: seeds with an outcome.
+        session: those of them that were tried by this call.
+        seconds: duration of this call's rollouts.
+    """
+
+    episodes: int
+    successes: int
+    tried: int
+    session: int
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectionResult:
+    """Outcome of a collection.
+
+    Attributes:
+        outcomes: of every seed in order, up to the last success that counts.
+        session: seeds tried by this call (the rest was there before).
+        seconds: duration of this call's rollouts, without starting the processes.
+    """
+
+    outcomes: list[Outcome]
+    session: int
+    seconds: float
+
+
+def expert_setup(plan: CollectionPlan) -> tuple[VectorEnv, Actor]:
+    """The simulated task with the scripted expert."""
+    from gymnasium.vector import AutoresetMode
+
+    from simtoreal.data_collection.expert import OperatorStyle, ScriptedExpert
+    from simtoreal.envs import make_vector_env
+
+    env = make_vector_env(
+        plan.task,
+        plan.num_envs,
+        image_size=plan.image_size,
+        randomization=plan.randomization,
+        autoreset_mode=AutoresetMode.DISABLED,
+        record_state=True,
+    )
+    expert = ScriptedExpert(env.task, env.embodiment, style=OperatorStyle(**dict(plan.style)), seed=plan.seed)
+    return env, expert
+
+
+def collect(
+    plan: CollectionPlan,
+    *,
+    setup: Setup = expert_setup,
+    on_progress: Callable[[CollectionProgress], None] = lambda progress: None,
+) -> CollectionResult:
+    """Collect until ``plan.episodes`` successes are stored, continuing what the folder already holds.
+
+    Raises:
+        ConfigError: the folder holds a collection with other settings.
+        DatasetError: the folder is in use, the disk is full, or the expert hardly ever succeeds.
+        SimtorealError: a worker failed or died; what is finished stays and the call can be repeated.
+    """
+    if (done := _finished(plan)) is not None:
+        return done
+    with _Workers(plan, setup) as workers:
+        embodiment, tasks = workers.start()
+        with DatasetWriter(plan.output, embodiment, tasks, collection=plan.identity()) as writer:
+            ledger = Ledger(writer, plan.first_seed, plan.episodes)
+            try:
+                session, seconds = _run(plan, ledger, workers, on_progress)
+            finally:
+                ledger.close()
+    return CollectionResult(outcomes=ledger.decided(), session=session, seconds=seconds)
+
+
+def _run(
+    plan: CollectionPlan, ledger: Ledger, workers: _Workers, on_progress: Callable[[CollectionProgress], None]
+) -> tuple[int, float]:
+    begun, session = time.monotonic(), 0
+
+    def report() -> None:
+        on_progress(
+            CollectionProgress(
+                episodes=min(ledger.successes, plan.episodes),
+                successes=ledger.successes,
+                tried=ledger.tried,
+                session=session,
+                seconds=time.monotonic() - begun,
+            )
+        )
+
+    report()
+    while not ledger.complete:
+        for number, worker in enumerate(idle := workers.idle()):
+            want = ledger.want()
+            if want > 0:
+                workers.give(worker, ledger.assign(-(-want // (len(idle) - number))))
+        for outcome in workers.outcomes():
+            ledger.record(outcome)
+            session += 1
+            report()
+        if ledger.tried >= _PATIENCE_TRIES and ledger.successes < _HOPELESS_RATE * ledger.tried:
+            raise DatasetError(
+                f"{plan.output}: only {ledger.successes} of {ledger.tried} attempts at '{plan.task}' succeeded. "
+                f"Stopped; see {plan.output}/{LOG} for the failures, and look at the task with 'simtoreal view'."
+            )
+    return session, time.monotonic() - begun
+
+
+def _finished(plan: CollectionPlan) -> CollectionResult | None:
+    """Result of a collection that needs no more episodes, found without starting any process."""
+    if not (plan.output / META).exists():
+        return None
+    meta = read_meta(plan.output)
+    _require_same(plan, meta.get("collection"))
+    with DatasetWriter(plan.output, Embodiment.from_dict(meta["embodiment"]), {}) as writer:
+        ledger = Ledger(writer, plan.first_seed, plan.episodes)
+        ledger.close()
+    return CollectionResult(outcomes=ledger.decided(), session=0, seconds=0.0) if ledger.complete else None
+
+
+def _require_same(plan: CollectionPlan, earlier: dict[str, Any] | None) -> None:
+    if earlier is None:
+        raise ConfigError(f"{plan.output}: holds a dataset that was not made by collect. Choose a new folder.")
+    wanted = plan.identity()
+    different = [f"{key}: {earlier.get(key)} != {value}" for key, value in wanted.items() if earlier.get(key) != value]
+    if different:
+        listed = "\n  ".join(different)
+        raise ConfigError(
+            f"{plan.output}: holds a collection with other settings (there != asked for):\n  {listed}\n"
+            "Choose a new folder, or ask for the same settings to continue it."
+        )
+
+
+class _Workers:
+    """The processes of a collection, and what they are doing."""
+
+    def __init__(self, plan: CollectionPlan, setup: Setup) -> None:
+        self.plan, self.setup = plan, setup
+        self.processes: list[BaseProcess] = []
+        self.connections: list[Connection] = []
+        self.busy: set[Connection] = set()
+
+    def __enter__(self) -> _Workers:
+        context = multiprocessing.get_context("spawn")
+        with _one_thread_each():
+            for number in range(self.plan.workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(
+                    target=run_worker, args=(theirs, self.plan, self.setup), name=f"collect-{number}", daemon=True
+                )
+                process.start()
+                theirs.close()
+                self.processes.append(process)
+                self.connections.append(ours)
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        for connection in self.connections:
+            with contextlib.suppress(OSError):
+                connection.send(None)
+        for process, connection in zip(self.processes, self.connections, strict=True):
+            process.join(timeout=5)
+            if process.is_alive():
+                process.kill()
+                process.join()
+            connection.close()
+
+    def start(self) -> tuple[Embodiment, dict[str, Any]]:
+        """Wait until every worker has built its environment; return embodiment and tasks."""
+        ready = [self._receive(connection) for connection in self.connections]
+        return Embodiment.from_dict(ready[0]["embodiment"]), ready[0]["tasks"]
+
+    def idle(self) -> list[Connection]:
+        """Workers without seeds."""
+        return [connection for connection in self.connections if connection not in self.busy]
+
+    def give(self, connection: Connection, seeds: list[int]) -> None:
+        """Let a worker run the episodes of ``seeds``."""
+        connection.send(seeds)
+        self.busy.add(connection)
+
+    def outcomes(self) -> Iterator[Outcome]:
+        """Wait for workers to report and yield the outcomes that arrived."""
+        for connection in wait(list(self.busy)):
+            message = self._receive(connection)  # type: ignore[arg-type]
+            if message is None:
+                self.busy.discard(connection)  # type: ignore[arg-type]
+            else:
+                yield message
+
+    def _receive(self, connection: Connection) -> Any:
+        try:
+            kind, content = connection.recv()
+        except EOFError as error:
+            process = self.processes[self.connections.index(connection)]
+            process.join(timeout=5)
+            raise SimtorealError(
+                f"collection process {process.name} died (exit code {process.exitcode}; -9 often means out of "
+                "memory: lower --num-envs or --workers). Finished episodes are kept; run the command again to continue."
+            ) from error
+        if kind == "error":
+            name, text = content
+            raise getattr(errors, name, SimtorealError)(text)
+        return content
+
+
+@contextlib.contextmanager
+def _one_thread_each() -> Iterator[None]:
+    """Start processes whose libraries use one thread: the processes themselves fill the cores.
+
+    Mesa's software renderer (``LP_NUM_THREADS``) and OpenMP read these variables when they are loaded.
+    """
+    wanted = {"LP_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

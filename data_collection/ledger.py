@@ -1,0 +1,173 @@
+"""What became of every candidate seed of a collection, so that it can be killed at any moment and continued.
+
+A collection tries the seeds of its range in order and keeps the first N successes. Workers finish them in any order,
+so finished episodes wait in a staging folder until everything before them is decided. Which episodes a dataset ends
+up with, and their numbers, therefore depend neither on the number of workers nor on interruptions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.episode import disk_errors, open_episode, read_info
+from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.envs.errors import DatasetError
+
+SEEDS_PER_COLLECTION = 1_000_000
+STAGING = ".collect"
+LOG = "collection.jsonl"
+
+# Prior belief about a scripted expert, to ask for about as many seeds as will be needed: 19 of 20 succeed.
+_PRIOR_SUCCESSES, _PRIOR_TRIALS = 19, 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Result of one seed."""
+
+    seed: int
+    success: bool
+    failure: str
+    steps: int
+    stored: bool
+
+
+def staged_path(output: Path, seed: int) -> Path:
+    """Where a worker leaves the finished episode of ``seed``."""
+    return output / STAGING / f"seed_{seed:012d}.hdf5"
+
+
+class Ledger:
+    """Outcomes of a collection's seeds, backed by ``collection.jsonl``, and the order in which episodes are committed.
+
+    Args:
+        writer: of the dataset.
+        first_seed: the first candidate.
+        episodes: successes to collect.
+    """
+
+    def __init__(self, writer: DatasetWriter, first_seed: int, episodes: int) -> None:
+        self.writer, self.first_seed, self.episodes = writer, first_seed, episodes
+        self.outcomes: dict[int, Outcome] = {}
+        self.assigned: set[int] = set()
+        self._next = first_seed
+        self._committed: set[int] = set()
+        self._prefix_successes = 0
+        self._resume()
+        with disk_errors(writer.path / LOG):
+            self._log = open(writer.path / LOG, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self.advance()
+
+    def _resume(self) -> None:
+        path = self.writer.path
+        for line in _complete_lines(path / LOG):
+            outcome = Outcome(**json.loads(line))
+            self.outcomes[outcome.seed] = outcome
+        for info in Dataset.open(path).episodes:
+            self._committed.add(info.seed)
+            self.outcomes[info.seed] = Outcome(
+                seed=info.seed, success=info.success, failure=info.failure, steps=info.steps, stored=True
+            )
+        for file in sorted((path / STAGING).glob("seed_*.hdf5")):
+            try:
+                with open_episode(file) as handle:
+                    info = read_info(handle, file)
+            except DatasetError:
+                # Cannot happen through a kill, as staging is atomic; a disk that lost it gets the seed run again.
+                file.unlink()
+                continue
+            self.outcomes[info.seed] = Outcome(
+                seed=info.seed, success=info.success, failure=info.failure, steps=info.steps, stored=True
+            )
+        for seed, outcome in list(self.outcomes.items()):
+            # Surplus successes of an earlier, smaller request were removed; they are needed again now.
+            if outcome.stored and seed not in self._committed and not staged_path(path, seed).exists():
+                del self.outcomes[seed]
+
+    @property
+    def complete(self) -> bool:
+        """Whether the wanted successes are committed."""
+        return self._prefix_successes >= self.episodes
+
+    @property
+    def tried(self) -> int:
+        """Seeds with a known outcome."""
+        return len(self.outcomes)
+
+    @property
+    def successes(self) -> int:
+        """Successes among them."""
+        return sum(outcome.success for outcome in self.outcomes.values())
+
+    def decided(self) -> list[Outcome]:
+        """Outcomes of the seeds in order up to the last one that counts."""
+        return [self.outcomes[seed] for seed in range(self.first_seed, self._next)]
+
+    def want(self) -> int:
+        """How many more seeds should be running to expect enough successes."""
+        rate = (self.successes + _PRIOR_SUCCESSES) / (self.tried + _PRIOR_TRIALS)
+        return math.ceil((self.episodes - self.successes) / rate) - len(self.assigned)
+
+    def assign(self, count: int) -> list[int]:
+        """The next ``count`` seeds that nobody has run or is running.
+
+        Raises:
+            DatasetError: the collection's range of seeds is used up.
+        """
+        seeds: list[int] = []
+        seed = self._next
+        while len(seeds) < count:
+            if seed >= self.first_seed + SEEDS_PER_COLLECTION:
+                raise DatasetError(
+                    f"{self.writer.path}: all {SEEDS_PER_COLLECTION} seeds of this --seed are used. Use another --seed."
+                )
+            if seed not in self.outcomes and seed not in self.assigned:
+                seeds.append(seed)
+            seed += 1
+        self.assigned.update(seeds)
+        return seeds
+
+    def record(self, outcome: Outcome) -> None:
+        """Note the outcome of a seed; a stored episode must already be in the staging folder."""
+        self.assigned.discard(outcome.seed)
+        self.outcomes[outcome.seed] = outcome
+        with disk_errors(self.writer.path / LOG):
+            self._log.write(json.dumps(asdict(outcome)) + "\n")
+            self._log.flush()
+        self.advance()
+
+    def advance(self) -> None:
+        """Move staged episodes into the dataset as far as every earlier seed is decided."""
+        while not self.complete and (outcome := self.outcomes.get(self._next)) is not None:
+            if outcome.stored and outcome.seed not in self._committed:
+                self.writer.adopt(staged_path(self.writer.path, outcome.seed))
+                self._committed.add(outcome.seed)
+            self._prefix_successes += outcome.success
+            self._next += 1
+
+    def close(self) -> None:
+        """Close the log; once complete, remove the staging folder with the surplus."""
+        self._log.close()
+        staging = self.writer.path / STAGING
+        if self.complete:
+            for file in staging.glob("*"):
+                file.unlink()
+            with contextlib.suppress(FileNotFoundError):
+                staging.rmdir()
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """Lines of a log whose writer may have been killed: a torn last line is cut off the file."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    complete = content[: content.rfind(b"\n") + 1]
+    if len(complete) < len(content):
+        with open(path, "r+b") as handle:
+            handle.truncate(len(complete))
+    return complete.decode().splitlines()

@@ -1,0 +1,125 @@
+"""Collect demonstrations of a task in simulation with the scripted expert."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from simtoreal.data_collection.collect import CollectionPlan, CollectionResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Run again with the same flags to continue an interrupted collection, or with more episodes to extend it."""
+
+    task: str
+    """Registered task (see 'simtoreal list tasks') or path of a task's yaml file."""
+    output: Path
+    """Dataset folder; created, or continued if it holds the same collection."""
+    episodes: int = 200
+    """Successful episodes to store."""
+    image_size: int = 64
+    """Height and width of the camera images (pixels)."""
+    seed: int = 0
+    """Which initial conditions: collections of different seeds never share one."""
+    workers: int = 0
+    """Processes; 0 uses one per processor core. Does not change the data."""
+    num_envs: int = 16
+    """Simulations per process. Does not change the data."""
+    randomization: Literal["none", "standard"] = "none"
+    """Domain randomisation of masses, friction, gains, latency, colours, lights and cameras."""
+    speed: float = 1.0
+    """Operator style: speed of the expert's motions relative to its default."""
+    noise: float | None = None
+    """Operator style: standard deviation of the expert's action noise (fraction of the largest action)."""
+    keep_failures: bool = False
+    """Also store episodes that ran out of time; they are in the mask 'failure', never in 'train'."""
+
+
+def main(config: Config) -> None:
+    """Collect with a progress bar and write results.json."""
+    import os
+
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from simtoreal.data_collection.collect import CollectionPlan, CollectionProgress, collect
+    from simtoreal.evaluation.statistics import format_rate
+
+    console = Console()
+    style = {"speed": config.speed} if config.speed != 1.0 else {}
+    if config.noise is not None:
+        style["noise"] = config.noise
+    plan = CollectionPlan(
+        output=config.output,
+        task=config.task,
+        episodes=config.episodes,
+        seed=config.seed,
+        image_size=config.image_size,
+        style=tuple(style.items()),
+        randomization=None if config.randomization == "none" else config.randomization,
+        keep_failures=config.keep_failures,
+        workers=config.workers or len(os.sched_getaffinity(0)),
+        num_envs=config.num_envs,
+    )
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+        TextColumn("{task.fields[text]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task(f"Collecting {plan.task}", total=plan.episodes, text="starting")
+
+        def show(state: CollectionProgress) -> None:
+            text = f"success {format_rate(state.successes, state.tried)}"
+            if state.session and state.seconds > 0:
+                text += f", {state.session / state.seconds:.1f} episodes/s"
+            progress.update(bar, completed=state.episodes, text=text)
+
+        result = collect(plan, on_progress=show)
+        progress.update(bar, completed=plan.episodes, text="done")
+    summary = _summary(plan, result)
+    _write_results(plan, result, summary)
+    rate = format_rate(summary["successes"], summary["tried"])
+    speed = f"{summary['episodes_per_s']:.1f} episodes/s" if summary["episodes_per_s"] else "nothing left to do"
+    console.print(f"Collected {plan.episodes} episodes of {plan.task} in {plan.output}: expert success {rate}, {speed}")
+
+
+def _summary(plan: CollectionPlan, result: CollectionResult) -> dict[str, object]:
+    from simtoreal.evaluation.statistics import posterior_interval
+
+    successes = sum(outcome.success for outcome in result.outcomes)
+    tried = len(result.outcomes)
+    return {
+        "task": plan.task,
+        "episodes": plan.episodes,
+        "tried": tried,
+        "successes": successes,
+        "success_rate": successes / tried,
+        "interval": list(posterior_interval(successes, tried)),
+        "failures": [
+            {"seed": outcome.seed, "failure": outcome.failure, "steps": outcome.steps, "stored": outcome.stored}
+            for outcome in result.outcomes
+            if not outcome.success
+        ],
+        "seconds": result.seconds,
+        "episodes_per_s": result.session / result.seconds if result.session else None,
+        "workers": plan.workers,
+        "num_envs": plan.num_envs,
+        **{key: value for key, value in plan.identity().items() if key != "task"},
+    }
+
+
+def _write_results(plan: CollectionPlan, result: CollectionResult, summary: dict[str, object]) -> None:
+    from simtoreal.envs.files import write_json
+    from simtoreal.envs.provenance import provenance
+
+    path = plan.output / "results.json"
+    if result.session == 0 and path.exists():
+        return  # Nothing was run: the speed measured when it was is still the answer.
+    seeds = [outcome.seed for outcome in result.outcomes]
+    write_json(path, {"collect": summary, "provenance": provenance(seeds)})

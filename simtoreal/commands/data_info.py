@@ -1,0 +1,64 @@
+"""Show what a dataset holds: episodes, success, arrays, sizes, operators, embodiment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Every episode file is opened and checked on the way."""
+
+    dataset: tyro.conf.Positional[Path]
+    """Dataset folder."""
+
+
+def main(config: Config) -> None:
+    """Print the tables."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from simtoreal.data_collection.summary import summarize
+    from simtoreal.evaluation.statistics import format_rate
+
+    console = Console()
+    summary = summarize(config.dataset)
+    table = Table(title=str(config.dataset), show_header=False)
+    table.add_row("tasks", ", ".join(f"{name} ({count})" for name, count in summary["tasks"].items()))
+    table.add_row("episodes", f"{summary['episodes']}, {summary['steps']} steps, {_size(summary['bytes'])}")
+    table.add_row("successful", format_rate(summary["successes"], summary["episodes"]))
+    if summary["failures"]:
+        table.add_row("failures", ", ".join(f"{name} ({count})" for name, count in summary["failures"].items()))
+    if summary["episodes"]:
+        low, middle, high = summary["length_steps"]
+        rate = summary["control_hz"]
+        table.add_row("length", f"median {middle} steps ({middle / rate:.1f} s), from {low} to {high}")
+    for name in ("operators", "sources", "instructions"):
+        listed = [f"{key} ({count})" for key, count in summary[name].items()]
+        rest = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+        table.add_row(name, ", ".join(listed[:5]) + rest)
+    table.add_row("masks", ", ".join(f"{name} ({count})" for name, count in summary["masks"].items()))
+    table.add_row("embodiment", summary["embodiment"])
+    table.add_row("action", summary["action"])
+    if summary["unfinished"]:
+        table.add_row("unfinished", f"{summary['unfinished']} part(s); 'simtoreal data recover' makes them episodes")
+    console.print(table)
+    arrays = Table(title="arrays (per step)")
+    for name in ("name", "shape", "type", "size"):
+        arrays.add_column(name, justify="right" if name == "size" else "left")
+    for name, array in summary["arrays"].items():
+        arrays.add_row(name, " × ".join(map(str, array["shape"])) or "scalar", array["dtype"], _size(array["bytes"]))
+    console.print(arrays)
+    console.print(f"{config.dataset}: {summary['episodes']} episodes, {summary['steps']} steps, all readable")
+
+
+def _size(count: int) -> str:
+    value, unit = float(count), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
