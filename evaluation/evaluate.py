@@ -132,7 +132,7 @@ def evaluate(
     remaining = [seed for seed in seeds if seed not in done]
     if remaining:
         embodiment = env.unwrapped.embodiment  # type: ignore[attr-defined]
-        visible = [key for key in embodiment.image_keys if key in env.observation_space]  # type: ignore[operator]
+        visible = [key for key in embodiment.image_keys if key in env.observation_space.spaces]  # type: ignore[attr-defined]
         recorder = EpisodeVideos(folder / "videos", visible, embodiment.control_hz, videos if visible else 0)
         rollout(env, actor, remaining, listeners=[_Writer(folder), recorder, *listeners])
     results = {

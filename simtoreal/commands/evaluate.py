@@ -1,0 +1,152 @@
+"""Run a policy on unseen initial conditions in simulation and measure its success."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from simtoreal.envs.errors import ConfigError
+
+if TYPE_CHECKING:
+    from simtoreal.envs.rollout import Actor
+    from simtoreal.envs.tabletop_vector import TabletopVectorEnv
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """An interrupted evaluation continues when the same command is run again."""
+
+    output: Path
+    """Folder for episodes.jsonl, results.json and videos."""
+    policy: Path | None = None
+    """Training run or checkpoint folder; not needed for the expert."""
+    task: str | None = None
+    """Task name or yaml file; default: the task the policy was trained on."""
+    actor: Literal["policy", "expert"] = "policy"
+    """Who acts: the policy, or the scripted expert of the task."""
+    episodes: int = 100
+    """Number of initial conditions."""
+    seed: int = 100_000
+    """First initial condition; the others follow. Demonstrations use seeds from 0 upwards."""
+    policy_seed: int = 0
+    """Seed of the actor's own randomness (the noise that a diffusion policy starts from)."""
+    num_envs: int = 16
+    """Simulations stepped together; changes the speed, not which episodes are run."""
+    randomization: str | None = None
+    """Domain randomisation of the simulation; default: none."""
+    videos: int = 3
+    """Videos of successes, and of failures."""
+    image_size_px: int = 64
+    """Camera resolution for the expert's videos; a policy brings its own."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the policy runs; auto uses a GPU if there is one."""
+    allow_training_seeds: bool = False
+    """Accept initial conditions that were demonstrated."""
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "num_envs", "image_size_px"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
+        if min(self.seed, self.policy_seed, self.videos) < 0:
+            raise ConfigError("--seed, --policy-seed and --videos must not be negative")
+        if self.actor == "policy" and self.policy is None:
+            raise ConfigError("--policy is missing: give the folder of a training run, or use --actor expert")
+        if self.actor == "expert" and self.policy is not None:
+            raise ConfigError("--policy and --actor expert exclude each other")
+        if self.actor == "expert" and self.task is None:
+            raise ConfigError("--task is missing: the expert needs to know what to do")
+
+
+def main(config: Config) -> None:
+    """Evaluate, write the results and print them."""
+    from rich.console import Console
+
+    from simtoreal.evaluation.evaluate import check_unseen, evaluate
+    from simtoreal.evaluation.progress import EpisodeProgress
+    from simtoreal.evaluation.results import read_episodes
+    from simtoreal.evaluation.statistics import format_rate
+
+    console = Console()
+    seeds = range(config.seed, config.seed + config.episodes)
+    env, actor, settings, training_seeds = _prepare(config)
+    try:
+        warning = check_unseen(seeds, training_seeds, allowed=config.allow_training_seeds)
+        if warning:
+            console.print(f"[yellow]Warning:[/yellow] {warning}")
+        known = [result.success for result in read_episodes(config.output) if result.seed in seeds]
+        with EpisodeProgress(console, f"evaluating {settings['label']}", config.episodes, known) as progress:
+            results = evaluate(
+                env,
+                actor,
+                seeds,
+                config.output,
+                settings,
+                videos=config.videos,
+                listeners=[progress],
+                notes=[warning] if warning else [],
+            )
+    finally:
+        env.close()
+    for name, milestone in results["milestones"].items():
+        console.print(f"  {name:<16} {format_rate(milestone['successes'], milestone['n'])}", highlight=False)
+    for tag, count in results["failures"].items():
+        console.print(f"  failed by {tag}: {count}", highlight=False)
+    rate = format_rate(results["successes"], results["n"])
+    console.print(
+        f"Result: {settings['label']} on {settings['task']}: success {rate}; written to {config.output}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _prepare(config: Config) -> tuple[TabletopVectorEnv, Actor, dict[str, Any], set[int]]:
+    """Return environment, actor, the settings that decide the outcome, and the seeds of the training data."""
+    from simtoreal.envs import load_task, make_vector_env
+
+    num_envs = min(config.num_envs, config.episodes)
+    shared = {
+        "backend": "simulation",
+        "actor": config.actor,
+        "first_seed": config.seed,
+        "policy_seed": config.policy_seed,
+        "randomization": config.randomization,
+    }
+    if config.policy is None:
+        from simtoreal.data_collection.expert import ScriptedExpert
+
+        env = make_vector_env(
+            config.task,
+            num_envs,
+            image_size=config.image_size_px,
+            observe="image" if config.videos else "state",
+            randomization=config.randomization,
+        )
+        expert = ScriptedExpert(env.task, env.embodiment, seed=config.policy_seed)
+        task = env.task
+        settings = {"task": task.name, "label": "expert", "policy": None, "horizon": task.horizon, **shared}
+        return env, expert, settings, set()
+
+    from simtoreal.evaluation.policies import checkpoint_digest, load_actor, training_seeds
+
+    loaded, actor = load_actor(config.policy, device=config.device, seed=config.policy_seed)
+    if config.task is None and not loaded.task:
+        raise ConfigError(f"{config.policy} was trained on several tasks; say which one with --task")
+    task = load_task(config.task or loaded.task["name"])
+    images = bool(config.videos or loaded.config.image_keys)
+    env = make_vector_env(
+        task,
+        num_envs,
+        embodiment=loaded.embodiment,
+        observe="image" if images else "state",
+        randomization=config.randomization,
+    )
+    settings = {
+        "task": task.name,
+        "label": loaded.config.type,
+        "policy": str(config.policy),
+        "checkpoint": checkpoint_digest(loaded.folder),
+        "horizon": task.horizon,
+        **shared,
+    }
+    return env, actor, settings, training_seeds(loaded)

@@ -1,0 +1,166 @@
+"""Evaluation in the real simulator: the table, resuming, videos, determinism, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from simtoreal.commands import evaluate as command
+from simtoreal.envs import make_vector_env
+from simtoreal.envs.errors import ConfigError
+from simtoreal.envs.rollout import Observation
+from simtoreal.envs.video import read_video
+from simtoreal.evaluation.compare import NOT_DISTINGUISHABLE, compare
+from simtoreal.evaluation.evaluate import check_unseen, evaluate
+from simtoreal.evaluation.results import EvaluationError, load_evaluation, read_episodes
+
+SETTINGS = {"task": "reach", "label": "approach", "backend": "simulation"}
+SEEDS = range(100_000, 100_010)
+
+
+class Approach:
+    """Moves the target straight to the goal, for half of the seeds; the others stay where they are."""
+
+    observation_steps, execute_steps, ensembling = 1, 4, None
+
+    def __init__(self, interrupt_after: int | None = None) -> None:
+        self.moves: dict[int, bool] = {}
+        self.calls, self.interrupt_after = 0, interrupt_after
+
+    def reset(self, slots: np.ndarray, seeds: Sequence[int]) -> None:
+        self.moves |= {int(slot): bool(seed % 2) for slot, seed in zip(slots, seeds, strict=True)}
+
+    def act(self, observation: Observation, instructions: Sequence[str], slots: np.ndarray) -> np.ndarray:
+        self.calls += 1
+        if self.calls == self.interrupt_after:
+            raise KeyboardInterrupt
+        target, goal = observation["proprio"][:, -1, 9:12], observation["object_state"][:, -1, :3]
+        chunk = np.zeros((len(slots), 4, 7), np.float32)
+        chunk[:, :, :3] = np.clip((goal - target) / 0.02 / 4, -0.5, 0.5)[:, None]
+        chunk[[not self.moves[int(slot)] for slot in slots]] = 0.0
+        return chunk
+
+
+@pytest.fixture(scope="module")
+def env() -> Iterator[object]:
+    made = make_vector_env("reach", 4, image_size=32)
+    yield made
+    made.close()
+
+
+def test_outcomes_videos_and_summary(env: object, tmp_path: Path) -> None:
+    results = evaluate(env, Approach(), SEEDS, tmp_path, SETTINGS, videos=1)  # type: ignore[arg-type]
+    episodes = read_episodes(tmp_path)
+    assert [episode.seed for episode in episodes] == list(SEEDS)
+    assert [episode.success for episode in episodes] == [bool(seed % 2) for seed in SEEDS]
+    assert (results["n"], results["successes"], results["success_rate"]) == (10, 5, 0.5)
+    assert results["interval"][0] < 0.5 < results["interval"][1]
+    assert all(episode.failure == "timeout" for episode in episodes if not episode.success)
+    assert results["provenance"]["versions"]["mujoco"]
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    assert [video["success"] for video in results["videos"]] == [True, False]
+    shown = next(episode for episode in episodes if episode.seed == results["videos"][0]["seed"])
+    frames = read_video(tmp_path / results["videos"][0]["file"])
+    # Two 32-pixel cameras enlarged eight times, the first picture, one per step, and half a second at the end.
+    assert frames.shape[0] == 1 + shown.steps + 10
+    assert frames.shape[1] == 256
+    assert frames.std() > 5
+
+
+def test_interrupted_evaluation_continues_to_the_same_table(env: object, tmp_path: Path) -> None:
+    evaluate(env, Approach(), SEEDS, tmp_path / "whole", SETTINGS, videos=0)  # type: ignore[arg-type]
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(env, Approach(interrupt_after=30), SEEDS, tmp_path / "cut", SETTINGS, videos=0)  # type: ignore[arg-type]
+    half = read_episodes(tmp_path / "cut")
+    assert 0 < len(half) < len(SEEDS)
+    with pytest.raises(EvaluationError, match="not a finished evaluation"):
+        load_evaluation(tmp_path / "cut")
+    results = evaluate(env, Approach(), SEEDS, tmp_path / "cut", SETTINGS, videos=0)  # type: ignore[arg-type]
+    assert results["episodes_this_run"] == len(SEEDS) - len(half)
+    whole, cut = (load_evaluation(tmp_path / name) for name in ("whole", "cut"))
+    assert [(e.seed, e.success, e.steps) for e in cut.episodes] == [
+        (e.seed, e.success, e.steps) for e in whole.episodes
+    ]
+    again = evaluate(env, Approach(), SEEDS, tmp_path / "cut", SETTINGS, videos=0)  # type: ignore[arg-type]
+    assert again["episodes_this_run"] == 0
+
+
+def test_same_policy_twice_is_not_distinguishable(env: object, tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        evaluate(env, Approach(), SEEDS, tmp_path / name, SETTINGS, videos=0)  # type: ignore[arg-type]
+    first, second = (load_evaluation(tmp_path / name, name) for name in ("first", "second"))
+    assert [episode.steps for episode in first.episodes] == [episode.steps for episode in second.episodes]
+    (pair,) = compare([first, second])["pairs"]
+    assert (pair["only_first"], pair["only_second"], pair["p_value"]) == (0, 0, 1.0)
+    assert pair["verdict"] == NOT_DISTINGUISHABLE
+
+
+def test_number_of_environments_does_not_change_the_episodes(env: object, tmp_path: Path) -> None:
+    evaluate(env, Approach(), SEEDS, tmp_path / "four", SETTINGS, videos=0)  # type: ignore[arg-type]
+    other = make_vector_env("reach", 3, observe="state")
+    evaluate(other, Approach(), SEEDS, tmp_path / "three", SETTINGS)
+    other.close()
+    four, three = (load_evaluation(tmp_path / name).episodes for name in ("four", "three"))
+    assert [(e.seed, e.success, e.steps) for e in four] == [(e.seed, e.success, e.steps) for e in three]
+
+
+def test_another_evaluation_in_the_folder_is_refused(env: object, tmp_path: Path) -> None:
+    evaluate(env, Approach(), SEEDS[:4], tmp_path, SETTINGS, videos=0)  # type: ignore[arg-type]
+    with pytest.raises(EvaluationError, match=r"label: 'approach' there, 'other' now"):
+        evaluate(env, Approach(), SEEDS[:4], tmp_path, {**SETTINGS, "label": "other"})  # type: ignore[arg-type]
+    with pytest.raises(EvaluationError, match="not asked for"):
+        evaluate(env, Approach(), SEEDS[:2], tmp_path, SETTINGS)  # type: ignore[arg-type]
+    (tmp_path / "settings.json").unlink()
+    with pytest.raises(EvaluationError, match="no settings"):
+        evaluate(env, Approach(), SEEDS[:4], tmp_path, SETTINGS)  # type: ignore[arg-type]
+
+
+def test_demonstrated_conditions_are_refused() -> None:
+    assert check_unseen(SEEDS, range(200)) == ""
+    with pytest.raises(ConfigError, match=r"50 of 100 evaluation seeds .* \(150 to 199\)"):
+        check_unseen(range(150, 250), range(200))
+    assert "unseen" in check_unseen(range(150, 250), range(200), allowed=True)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained behaviour-cloning policy for ``reach``."""
+    import torch
+
+    from simtoreal.envs import load_task, panda_embodiment
+    from simtoreal.policies.bc import BCPolicy
+    from simtoreal.policies.checkpoint import save_policy
+    from simtoreal.policies.config import BCConfig, VisionConfig
+    from simtoreal.policies.normalization import Statistics
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("run")
+    config = BCConfig(vision=VisionConfig(widths=(8, 8), features=16, keypoints=8), hidden=32, layers=1)
+    embodiment = panda_embodiment(32)
+    statistics = {
+        "actions": Statistics(low=-np.ones(7, np.float32), high=np.ones(7, np.float32)),
+        "proprio": Statistics(low=-np.ones(20, np.float32), high=np.ones(20, np.float32)),
+    }
+    policy = BCPolicy(config, embodiment, statistics)
+    save_policy(folder, policy, training={"task": load_task("reach").to_dict(), "seeds": [0, 1, 2]})
+    return folder
+
+
+def test_command_evaluates_a_checkpoint(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = command.Config(policy=checkpoint, output=tmp_path / "out", episodes=3, num_envs=2, videos=1)
+    command.main(config)
+    assert "Result: bc on reach: success" in capsys.readouterr().out
+    found = load_evaluation(tmp_path / "out")
+    assert found.seeds == (100_000, 100_001, 100_002)
+    assert found.results["checkpoint"]
+    assert found.results["horizon"] == max(episode.steps for episode in found.episodes)
+    with pytest.raises(ConfigError, match="training demonstrations"):
+        command.main(command.Config(policy=checkpoint, output=tmp_path / "seen", seed=1))
+    with pytest.raises(ConfigError, match="--policy is missing"):
+        command.Config(output=tmp_path)
+    with pytest.raises(ConfigError, match="--episodes is 0"):
+        command.Config(policy=checkpoint, output=tmp_path, episodes=0)
