@@ -208,7 +208,11 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         observation: Observation = dict(images)
         position, quaternion = self._kinematics.forward(arm.joint_positions_rad)
         observation["proprio"] = build_proprio(
-            position, quaternion, self._target, np.asarray(arm.opening), arm.joint_positions_rad
+            position,
+            rotation.to_matrix(quaternion),
+            self._target[:3],
+            np.asarray(arm.opening),
+            arm.joint_positions_rad,
         )
         if self._truth_observed and self._twin is not None:
             observation["object_state"] = np.array(self._twin.truth()["object_state"], dtype=np.float32)

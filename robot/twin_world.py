@@ -1,0 +1,132 @@
+"""The simulated world behind the twin's topics, stepped in small ticks instead of control steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from simtoreal.envs import rotation
+from simtoreal.envs.embodiment import Embodiment
+from simtoreal.envs.errors import ConfigError
+from simtoreal.envs.panda import FINGER_TRAVEL_M, pose_to_control
+from simtoreal.envs.tabletop_vector import SUCCESS_HOLD_STEPS, TabletopVectorEnv
+from simtoreal.envs.task import TaskSpec
+from simtoreal.robot.gap import Latency, load_gap, sample_latency
+
+# Joint states are measured this often (100 Hz), and commands take effect with this resolution.
+TICK_S = 0.01
+# After a reset the arm follows commands only once they agree with where it is, as real controllers demand:
+# otherwise the last command of the previous episode would tear it away.
+ENGAGE_DISTANCE_M = 0.05
+ENGAGE_ANGLE_RAD = 0.3
+
+
+class TwinWorld(TabletopVectorEnv):
+    """One simulation with the reality gap of a named level, driven by poses instead of actions.
+
+    Args:
+        task: what is on the table.
+        embodiment: robot and cameras, with the pixels of the policy.
+        gap: ``none``, ``standard`` or ``hard``.
+    """
+
+    def __init__(self, task: TaskSpec, embodiment: Embodiment, gap: str) -> None:
+        super().__init__(task, 1, embodiment=embodiment, randomization=load_gap(gap))
+        self.substeps = round(TICK_S / self.model.opt.timestep)
+        if not np.isclose(self.substeps * self.model.opt.timestep, TICK_S):
+            raise ConfigError(f"the tick of {TICK_S} s is no multiple of the timestep {self.model.opt.timestep} s")
+        self.ticks_per_control = round(embodiment.control_period_s / TICK_S)
+        if not np.isclose(self.ticks_per_control * TICK_S, embodiment.control_period_s):
+            raise ConfigError(f"a control rate of {embodiment.control_hz} Hz is no multiple of {TICK_S} s")
+        self.latency = Latency(command_s=0.0, observation_s=0.0)
+        self.engaged = False
+        self.ticks = 0
+
+    def begin(self, seed: int) -> None:
+        """Start the episode of ``seed``: objects, arm near home, and a newly drawn gap."""
+        self.reset(seed=[seed])
+        self.latency = sample_latency(int(self._latency[0]), self.embodiment.control_period_s, seed)
+        self.engaged, self.ticks = False, 0
+
+    def command_pose(self, position: np.ndarray, quaternion: np.ndarray) -> None:
+        """Pull the TCP to a pose: ``(3,)`` m and unit quaternion ``(4,)`` wxyz, base frame.
+
+        Ignored after :meth:`begin` until a commanded pose is near the arm.
+        """
+        if not self.engaged:
+            away = rotation.quaternion_multiply(quaternion, rotation.quaternion_conjugate(self._quaternion[0]))
+            self.engaged = bool(
+                np.linalg.norm(position - self._position[0]) < ENGAGE_DISTANCE_M
+                and np.linalg.norm(rotation.to_rotation_vector(away)) < ENGAGE_ANGLE_RAD
+            )
+        if self.engaged:
+            self._position[0], self._quaternion[0] = position, quaternion
+            self._send()
+
+    def command_gripper(self, opening: float) -> None:
+        """Drive the fingers towards an opening between 0 and 1; ignored until a pose command has engaged the arm."""
+        if self.engaged:
+            self._opening[0] = min(max(opening, 0.0), 1.0)
+            self._send()
+
+    def _send(self) -> None:
+        self.fields["ctrl"][:] = pose_to_control(self._position, self._quaternion, self._opening)
+
+    @property
+    def fault(self) -> str:
+        """Why the simulation had to be stopped, or empty."""
+        return str(self._faults[0])
+
+    def tick(self) -> None:
+        """Advance the physics by ``TICK_S``, and judge the task whenever a control period is complete."""
+        self.ticks += 1
+        if self.fault:
+            return
+        self._step_physics(None)
+        if self.ticks % self.ticks_per_control == 0:
+            self._hold = np.where(self.task.goal_predicate(self._scene()), self._hold + 1, 0)
+
+    def measure_joints(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Arm positions (7,) rad and velocities (7,) rad/s with sensor noise, and finger positions (2,) m."""
+        qpos, qvel = self.fields["qpos"][0], self.fields["qvel"][0]
+        positions = qpos[:7] + self._joint_noise[0] * self._noise[0].normal(size=7)
+        return positions, qvel[:7].copy(), qpos[self._finger : self._finger + 2].copy()
+
+    def draw(self) -> dict[str, np.ndarray]:
+        """Camera name -> image ``(H, W, 3)`` uint8 of this moment, with the gap's camera errors and noise."""
+        images = self._draw(np.array([0]))
+        return {camera.name: images[f"{camera.name}_image"][0] for camera in self.embodiment.cameras}
+
+    def truth(self) -> dict[str, Any]:
+        """What only a simulation knows, as plain values: success, milestones, contacts and ``object_state``."""
+        scene = self._scene()
+        return {
+            "time_s": self.ticks * TICK_S,
+            "success": bool(self._hold[0] >= SUCCESS_HOLD_STEPS) and not self.fault,
+            "milestones": {
+                name: bool(predicate(scene)[0]) for name, predicate in self.task.milestone_predicates.items()
+            },
+            "contacts": {name: bool(touch.any()) for name, touch in scene.touches.items()},
+            "object_state": self._object_state(),
+            "fault": self.fault,
+        }
+
+    def _object_state(self) -> list[float]:
+        values: list[float] = []
+        qpos, mocap_pos, mocap_quat = (self.fields[name][0] for name in ("qpos", "mocap_pos", "mocap_quat"))
+        for item in self.task.objects:
+            where = self.objects[item.name]
+            if item.fixed:
+                values += [*mocap_pos[where.mocap].tolist(), *mocap_quat[where.mocap].tolist()]
+            else:
+                values += qpos[where.qpos : where.qpos + 7].tolist()
+            if item.articulated:
+                values.append(float(qpos[where.joint_qpos]))
+        return values
+
+
+def finger_positions(openings_m: np.ndarray, closed: float, opened: float, count: int) -> list[float]:
+    """Finger joint positions as the robot's driver would report them, from simulated finger travel in metres."""
+    share = float(openings_m.mean()) / FINGER_TRAVEL_M
+    return [closed + share * (opened - closed)] * count
