@@ -9,7 +9,8 @@ import numpy as np
 
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.panda import OBJECT_BIT, ROBOT_BIT, add_panda
-from simtoreal.envs.task import COLORS, DRAWER_TRAVEL_M, ObjectSpec, TaskSpec
+from simtoreal.envs.scene_layout import DRAWER_HANDLE_X_M, DRAWER_TRAVEL_M
+from simtoreal.envs.task import COLORS, ObjectSpec, TaskSpec
 
 TIMESTEP_S = 0.005
 TABLE_CENTER_M = (0.45, 0.0)
@@ -208,7 +209,7 @@ def _add_drawer(body: mujoco.MjsBody, item: ObjectSpec, solid: dict[str, object]
     ghost = {**solid, "contype": 0, "conaffinity": 0}
     tray.add_geom(type=box, pos=[depth, 0, 0.012], size=[depth - 0.01, inner, 0.006], mass=0.15, **ghost)
     grey = {**solid, "rgba": [0.25, 0.25, 0.28, 1.0], "friction": [1.5, 0.02, 0.001]}
-    tray.add_geom(type=box, pos=[-0.055, 0, height], size=[0.007, 0.03, 0.008], mass=0.03, **grey)
+    tray.add_geom(type=box, pos=[DRAWER_HANDLE_X_M, 0, height], size=[0.007, 0.03, 0.008], mass=0.03, **grey)
     for side in (-1, 1):
         tray.add_geom(
             type=box, pos=[-0.03, side * 0.024, height], size=[0.02, 0.005, 0.006], mass=0.01, **{**grey, **_NO_CONTACT}
@@ -216,7 +217,6 @@ def _add_drawer(body: mujoco.MjsBody, item: ObjectSpec, solid: dict[str, object]
 
 
 _NO_CONTACT = {"contype": 0, "conaffinity": 0}
-DRAWER_HANDLE_X_M = -0.055
 
 
 def _add_touch_sensors(spec: mujoco.MjSpec, item: ObjectSpec) -> None:

@@ -16,6 +16,7 @@ import yaml
 
 from simtoreal.envs.errors import TaskError, closest
 from simtoreal.envs.predicates import Predicate, parse_predicate
+from simtoreal.envs.scene_layout import DRAWER_TRAVEL_M
 
 FREE_SHAPES = ("box", "cylinder", "sphere")
 FIXED_SHAPES = ("plate", "region", "point", "socket", "drawer")
@@ -44,7 +45,6 @@ SKILLS: dict[str, tuple[str, ...]] = {
     "open": ("drawer",),
     "close": ("drawer",),
 }
-DRAWER_TRAVEL_M = 0.16
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,409 @@
+"""Scripted expert: executes the skill plan of a task as a feedback policy.
+
+At every control step the goal of the current skill is computed anew from the live poses, so the expert
+follows objects that move, returns to a dropped object and recovers from disturbances. It sees the scene
+truth (``object_state``) and ``proprio`` only, so the same code drives simulation and the ROS 2 twin.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from simtoreal.envs import rotation
+from simtoreal.envs.action import action_towards, integrate_action
+from simtoreal.envs.embodiment import Embodiment
+from simtoreal.envs.errors import ConfigError
+from simtoreal.envs.rollout import Observation
+from simtoreal.envs.scene_layout import DRAWER_HANDLE_X_M
+from simtoreal.envs.task import ObjectSpec, TaskSpec
+
+CLOSE_STEPS = 4
+GIVE_UP_STEPS = 14
+CLEARANCE_M = 0.06
+FINGER_HALF_M = 0.014
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatorStyle:
+    """How a demonstrator moves.
+
+    Attributes:
+        name: stored with every episode as its operator.
+        speed: largest action, as a fraction of the action limits, in (0, 1].
+        gain: share of the remaining distance covered per step, in (0, 1]; low is cautious.
+        approach_height_m: height above an object from which it is approached.
+        approach_offset_m: horizontal detour of the approach, base frame.
+        noise: standard deviation of noise on the translation action, as a fraction of its limit.
+    """
+
+    name: str = "expert"
+    speed: float = 1.0
+    gain: float = 0.55
+    approach_height_m: float = 0.07
+    approach_offset_m: tuple[float, float] = (0.0, 0.0)
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key in ("speed", "gain"):
+            if not 0 < getattr(self, key) <= 1:
+                raise ConfigError(f"operator style '{key}' is {getattr(self, key)}; expected a value in (0, 1]")
+        if self.noise < 0:
+            raise ConfigError(f"operator style 'noise' is {self.noise}; expected a value >= 0")
+
+
+STYLES = {
+    style.name: style
+    for style in (
+        OperatorStyle(),
+        OperatorStyle(name="careful", speed=0.5, gain=0.35, approach_height_m=0.1),
+        OperatorStyle(name="hasty", speed=1.0, gain=0.9, approach_height_m=0.045, noise=0.08),
+        OperatorStyle(name="from_left", approach_height_m=0.05, approach_offset_m=(0.0, 0.09)),
+        OperatorStyle(name="from_right", approach_height_m=0.05, approach_offset_m=(0.0, -0.09)),
+    )
+}
+
+
+@dataclass
+class _Goal:
+    """Where the end effector should go next: position (m), yaw of the gripper (rad), fingers, speed factor."""
+
+    position: np.ndarray
+    yaw: float
+    closed: bool
+    speed: float = 1.0
+
+
+@dataclass
+class _Scene:
+    """Live state of one episode, read from its observation."""
+
+    tcp: np.ndarray
+    tcp_yaw: float
+    target: np.ndarray
+    opening: float
+    poses: dict[str, tuple[np.ndarray, float]]
+    openings: dict[str, float]
+
+
+@dataclass
+class _Memory:
+    """What the expert remembers of one episode."""
+
+    rng: np.random.Generator
+    plan_step: int = 0
+    closing: int = 0
+    releasing: int = 0
+    retreating: bool = False
+    quaternion: np.ndarray | None = None
+    held: set[str] = field(default_factory=set)
+
+
+class ScriptedExpert:
+    """Actor that solves a task by its plan, seeing the scene truth.
+
+    Args:
+        task: the task, with a plan.
+        embodiment: must use the action mode ``ee_delta``.
+        style: how to move.
+        seed: combined with the seed of each episode for the style's noise.
+
+    Raises:
+        ConfigError: the task has no plan, or the action mode is not ``ee_delta``.
+    """
+
+    observation_steps = 1
+    execute_steps = 1
+    ensembling = None
+
+    def __init__(
+        self, task: TaskSpec, embodiment: Embodiment, *, style: OperatorStyle | None = None, seed: int = 0
+    ) -> None:
+        if not task.plan:
+            raise ConfigError(f"task '{task.name}' has no plan; add 'plan' to {task.source} to use the expert")
+        if embodiment.action.mode != "ee_delta":
+            raise ConfigError(f"the expert needs action mode 'ee_delta', not '{embodiment.action.mode}'")
+        self.task, self.embodiment, self.style, self.seed = task, embodiment, style or OperatorStyle(), seed
+        self.memories: dict[int, _Memory] = {}
+
+    def reset(self, slots: np.ndarray, seeds: Sequence[int]) -> None:
+        """Begin new episodes in ``slots``."""
+        for slot, seed in zip(slots, seeds, strict=True):
+            self.memories[int(slot)] = _Memory(np.random.default_rng([self.seed, seed]))
+
+    def act(self, observation: Observation, instructions: Sequence[str], slots: np.ndarray) -> np.ndarray:
+        """Return actions ``(len(slots), 1, 7)``.
+
+        Raises:
+            ConfigError: the observation lacks ``object_state``.
+        """
+        if "object_state" not in observation:
+            raise ConfigError("the scripted expert needs 'object_state' (scene truth) in the observation")
+        proprio, state = observation["proprio"][:, -1].astype(float), observation["object_state"][:, -1].astype(float)
+        targets, goals, speeds = np.zeros((len(slots), 10)), np.zeros((len(slots), 10)), np.ones(len(slots))
+        memories = [self.memories[int(slot)] for slot in slots]
+        for row, memory in enumerate(memories):
+            scene = self._scene(proprio[row], state[row])
+            if memory.quaternion is None:
+                memory.quaternion = rotation.from_6d(proprio[row, 3:9])
+            goal = self._goal(scene, memory)
+            turn = np.array([0.0, math.cos(goal.yaw / 2), math.sin(goal.yaw / 2), 0.0])
+            targets[row] = [*scene.target, *rotation.to_6d(memory.quaternion), 1.0]
+            goals[row] = [*goal.position, *rotation.to_6d(turn), 0.0 if goal.closed else 1.0]
+            speeds[row] = goal.speed * self.style.speed
+        return self._actions(targets, goals, speeds, memories)[:, None]
+
+    def _actions(
+        self, targets: np.ndarray, goals: np.ndarray, speeds: np.ndarray, memories: list[_Memory]
+    ) -> np.ndarray:
+        limits = np.asarray(self.embodiment.action.limits)
+        distance = np.linalg.norm(goals[:, :3] - targets[:, :3], axis=-1)
+        step = np.minimum(self.style.gain * distance, speeds * limits[0])
+        share = step / np.maximum(distance, 1e-9)
+        goals[:, :3] = targets[:, :3] + share[:, None] * (goals[:, :3] - targets[:, :3])
+        actions = action_towards(targets, goals, self.embodiment)
+        if self.style.noise:
+            noise = np.stack([memory.rng.normal(0.0, self.style.noise, 3) for memory in memories])
+            actions[:, :3] = np.clip(actions[:, :3] + noise, -1.0, 1.0)
+        after = rotation.from_6d(integrate_action(targets, actions, self.embodiment)[:, 3:9])
+        for memory, quaternion in zip(memories, after, strict=True):
+            memory.quaternion = quaternion
+        return actions
+
+    def _scene(self, proprio: np.ndarray, state: np.ndarray) -> _Scene:
+        poses, openings, offset = {}, {}, 0
+        for item in self.task.objects:
+            w, x, y, z = state[offset + 3 : offset + 7]
+            poses[item.name] = state[offset : offset + 3], math.atan2(2 * (w * z + x * y), 1 - 2 * (y * y + z * z))
+            offset += 7
+            if item.articulated:
+                openings[item.name] = float(state[offset])
+                offset += 1
+        yaw = math.atan2(proprio[4], proprio[3])
+        return _Scene(proprio[:3], yaw, proprio[9:12], float(proprio[12]), poses, openings)
+
+    # The plan -----------------------------------------------------------------------------------------------
+
+    def _goal(self, scene: _Scene, memory: _Memory) -> _Goal:
+        while memory.plan_step < len(self.task.plan):
+            step = self.task.plan[memory.plan_step]
+            goal = getattr(self, f"_{step.skill}")(scene, memory, **self._resolve(step.arguments))
+            if goal is not None:
+                return goal
+            memory.plan_step += 1
+            memory.closing = memory.releasing = 0
+            memory.retreating = False
+        return _Goal(scene.target, scene.tcp_yaw, bool(memory.held), 1.0)
+
+    def _resolve(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        return {key: self.task.object(value) if isinstance(value, str) else value for key, value in arguments.items()}
+
+    def _back_to_pick(self, scene: _Scene, memory: _Memory, item: ObjectSpec) -> _Goal:
+        """The object was lost: return to the step that picks it."""
+        for index, step in enumerate(self.task.plan):
+            if step.skill == "pick" and step.arguments["object"] == item.name:
+                memory.plan_step = index
+        memory.held.discard(item.name)
+        memory.closing = memory.releasing = 0
+        return self._goal(scene, memory)
+
+    # Skills: return the goal of this step, or None when the skill is done --------------------------------------
+
+    def _reach(self, scene: _Scene, memory: _Memory, point: ObjectSpec) -> _Goal:
+        return _Goal(scene.poses[point.name][0], _nearest(0.0, scene.tcp_yaw, math.pi), True)
+
+    def _grasp_point(self, scene: _Scene, item: ObjectSpec) -> np.ndarray:
+        """Cubes are held in the middle, tall things near the top so that the hand stays clear."""
+        position = scene.poses[item.name][0].copy()
+        position[2] += max(0.0, item.half_height_m - 0.025)
+        return position
+
+    def _holds(self, scene: _Scene, item: ObjectSpec) -> bool:
+        width = 2 * item.half_extent_m
+        wide_enough = scene.opening * self.embodiment.gripper_max_opening_m > width - 0.008
+        return bool(wide_enough and np.linalg.norm(scene.tcp - self._grasp_point(scene, item)) < 0.03)
+
+    def _pick(self, scene: _Scene, memory: _Memory, object: ObjectSpec) -> _Goal | None:
+        point = self._grasp_point(scene, object)
+        yaw = _nearest(scene.poses[object.name][1], scene.tcp_yaw, math.pi / 2)
+        error = float(np.hypot(*(scene.tcp - point)[:2]))
+        if memory.closing:
+            memory.closing += 1
+            if memory.closing > CLOSE_STEPS and self._holds(scene, object):
+                memory.held.add(object.name)
+                return None
+            if memory.closing < GIVE_UP_STEPS:
+                return _Goal(np.array([*point[:2], scene.target[2]]), yaw, True, 0.5)
+            memory.closing = 0
+        aligned = abs(_wrap(yaw - scene.tcp_yaw)) < 0.1
+        if error < 0.006 and aligned and abs(scene.tcp[2] - point[2]) < 0.008:
+            memory.closing = 1
+            return _Goal(point, yaw, True, 0.5)
+        height = self.style.approach_height_m * _ramp(error if aligned else max(error, 0.04), 0.006, 0.035)
+        detour = np.array([*self.style.approach_offset_m, 0.0]) * _ramp(scene.tcp[2] - point[2], 0.03, 0.12)
+        return _Goal(_above(point + detour, height), yaw, False)
+
+    def _lift(self, scene: _Scene, memory: _Memory, object: ObjectSpec, height_m: float) -> _Goal:
+        if not self._holds(scene, object):
+            return self._back_to_pick(scene, memory, object)
+        goal = np.array([*scene.target[:2], height_m + object.half_height_m])
+        return _Goal(goal, scene.tcp_yaw, True)
+
+    def _place(
+        self, scene: _Scene, memory: _Memory, object: ObjectSpec, onto: ObjectSpec, tolerance: float = 0.008
+    ) -> _Goal | None:
+        support, _ = scene.poses[onto.name]
+        surface = support[2] + onto.top_m
+        return self._put_down(scene, memory, object, support[:2], surface, None, tolerance, surface)
+
+    def _insert(self, scene: _Scene, memory: _Memory, object: ObjectSpec, into: ObjectSpec) -> _Goal | None:
+        hole, yaw = scene.poses[into.name]
+        rim = hole[2] + 2 * into.size_m[2]
+        # Turning the gripper turns the peg with it: aim for the gripper yaw at which the faces line up.
+        turn = _nearest(yaw - scene.poses[object.name][1], 0.0, math.pi / 2)
+        return self._put_down(scene, memory, object, hole[:2], hole[2] + 0.004, scene.tcp_yaw + turn, 0.0025, rim)
+
+    def _put_down(
+        self,
+        scene: _Scene,
+        memory: _Memory,
+        item: ObjectSpec,
+        place: np.ndarray,
+        floor: float,
+        yaw: float | None,
+        tolerance: float,
+        rim: float,
+    ) -> _Goal | None:
+        """Carry the held object over ``place``, lower it to ``floor`` (m), let go and retreat.
+
+        ``rim`` is the height the object must clear until it is within ``tolerance`` of the place.
+        """
+        position, _ = scene.poses[item.name]
+        base = position[2] - item.half_height_m
+        offset = place - position[:2]
+        error = float(np.hypot(*offset))
+        if memory.releasing:
+            memory.releasing += 1
+            memory.held.discard(item.name)
+            if memory.releasing < 4:
+                return _Goal(scene.target.copy(), scene.tcp_yaw, False)
+            if scene.tcp[2] > position[2] + item.half_height_m + CLEARANCE_M:
+                return None if error < 0.05 else self._back_to_pick(scene, memory, item)
+            return _Goal(_above(scene.target, 0.05), scene.tcp_yaw, False)
+        if not self._holds(scene, item):
+            return self._back_to_pick(scene, memory, item)
+        turn = 0.0 if yaw is None else _wrap(yaw - scene.tcp_yaw)
+        inside = base < rim - 0.003 and error < 0.01
+        if (error < tolerance or inside) and base < floor + 0.005:
+            memory.releasing = 1
+            return _Goal(scene.target.copy(), scene.tcp_yaw, False)
+        aligned = abs(turn) < 0.06
+        apart = max(error, 0.0 if aligned or inside else 0.05)
+        height = floor if inside else rim + CLEARANCE_M * _ramp(apart, tolerance, tolerance + 0.03)
+        if not inside and error < tolerance and aligned:
+            height = floor
+        goal = scene.target.copy()
+        # Correct the target by the object's error, which also removes the sag under its weight.
+        lifted = base > rim + 0.6 * CLEARANCE_M or error < 0.05
+        goal[:2] += offset * (1.0 if lifted else 0.25) * (1.0 if error > 0.02 else 0.6)
+        goal[2] += height - base
+        slow = 0.25 if tolerance < 0.005 and error < 0.02 else (0.6 if error < 0.03 else 1.0)
+        return _Goal(goal, scene.tcp_yaw if yaw is None else scene.tcp_yaw + turn, True, slow)
+
+    def _push(self, scene: _Scene, memory: _Memory, object: ObjectSpec, to: ObjectSpec) -> _Goal | None:
+        block, goal = scene.poses[object.name][0], scene.poses[to.name][0]
+        offset = goal[:2] - block[:2]
+        distance = float(np.hypot(*offset))
+        if distance < 0.012:
+            memory.retreating = True
+        if memory.retreating:
+            return _Goal(_above(scene.target, 0.05), scene.tcp_yaw, True) if distance < 0.03 else self._again(memory)
+        direction = offset / distance
+        reach = object.half_extent_m * (abs(direction[0]) + abs(direction[1])) + FINGER_HALF_M
+        yaw = _nearest(math.atan2(direction[1], direction[0]), scene.tcp_yaw, math.pi / 2)
+        relative = scene.tcp[:2] - block[:2]
+        along = float(relative @ direction)
+        across = float(abs(relative[0] * direction[1] - relative[1] * direction[0]))
+        height = max(0.02, block[2] - 0.005)
+        behind = block[:2] - direction * (reach + 0.02)
+        if along > -reach + 0.015 or across > 0.02:
+            # Not behind the block: go around above it.
+            start = block[:2] - direction * (reach + 0.025)
+            apart = float(np.hypot(*(scene.tcp[:2] - start)))
+            return _Goal(np.array([*start, height + 0.08 * _ramp(apart, 0.01, 0.03)]), yaw, True)
+        if scene.tcp[2] > height + 0.012:
+            return _Goal(np.array([*behind, height]), yaw, True)
+        # Lead the contact point by what remains, at most 2.5 cm, steering along the line to the goal.
+        lead = block[:2] - direction * (reach - min(distance, 0.03))
+        return _Goal(np.array([*lead, height]), yaw, True, 0.35)
+
+    def _again(self, memory: _Memory) -> _Goal | None:
+        memory.retreating = False
+        return None
+
+    def _drawer_frame(self, scene: _Scene, drawer: ObjectSpec, x: float) -> np.ndarray:
+        """Point at ``x`` along the drawer's axis (metres from its front, negative towards the robot)."""
+        position, yaw = scene.poses[drawer.name]
+        height = position[2] + drawer.size_m[2] + 0.004
+        return np.array([position[0] + x * math.cos(yaw), position[1] + x * math.sin(yaw), height])
+
+    def _open(self, scene: _Scene, memory: _Memory, drawer: ObjectSpec) -> _Goal | None:
+        """Hook the closed fingers behind the handle and pull."""
+        opening = scene.openings[drawer.name]
+        yaw = _nearest(scene.poses[drawer.name][1], scene.tcp_yaw, math.pi)
+        if opening > 0.125:
+            memory.retreating = True
+        hook = self._drawer_frame(scene, drawer, DRAWER_HANDLE_X_M + 0.024 - opening)
+        if memory.retreating:
+            return _Goal(_above(scene.target, 0.05), yaw, True) if scene.tcp[2] < hook[2] + 0.08 else None
+        error = float(np.hypot(*(scene.tcp - hook)[:2]))
+        aligned = abs(_wrap(yaw - scene.tcp_yaw)) < 0.08
+        if scene.tcp[2] > hook[2] + 0.01 or error > 0.03:
+            height = 0.08 * _ramp(error if aligned else 0.05, 0.006, 0.03)
+            return _Goal(_above(hook, height), yaw, True)
+        pull = self._drawer_frame(scene, drawer, DRAWER_HANDLE_X_M + 0.024 - opening - 0.035)
+        return _Goal(pull, yaw, True, 0.5)
+
+    def _close(self, scene: _Scene, memory: _Memory, drawer: ObjectSpec) -> _Goal | None:
+        """Push the handle with the closed fingers."""
+        opening = scene.openings[drawer.name]
+        yaw = _nearest(scene.poses[drawer.name][1], scene.tcp_yaw, math.pi)
+        if opening < 0.006:
+            memory.retreating = True
+        front = self._drawer_frame(scene, drawer, DRAWER_HANDLE_X_M - 0.025 - opening)
+        if memory.retreating:
+            back = self._drawer_frame(scene, drawer, DRAWER_HANDLE_X_M - 0.08 - opening)
+            return _Goal(back, yaw, True, 0.5)
+        relative = scene.tcp - front
+        along = float(relative[0] * math.cos(yaw) + relative[1] * math.sin(yaw))
+        across = float(abs(relative[1] * math.cos(yaw) - relative[0] * math.sin(yaw)))
+        if scene.tcp[2] > front[2] + 0.015 or across > 0.03 or along > 0.02:
+            start = self._drawer_frame(scene, drawer, DRAWER_HANDLE_X_M - 0.04 - opening)
+            error = float(np.hypot(*(scene.tcp - start)[:2]))
+            return _Goal(_above(start, 0.1 * _ramp(error, 0.01, 0.04)), yaw, True)
+        push = self._drawer_frame(scene, drawer, DRAWER_HANDLE_X_M - 0.018 - opening + 0.04)
+        return _Goal(push, yaw, True, 0.5)
+
+
+def _above(point: np.ndarray, height_m: float) -> np.ndarray:
+    return np.array([point[0], point[1], point[2] + height_m])
+
+
+def _wrap(angle: float) -> float:
+    """Angle in [-pi, pi)."""
+    return (angle + math.pi) % (2 * math.pi) - math.pi
+
+
+def _nearest(angle: float, reference: float, period: float) -> float:
+    """The angle equal to ``angle`` modulo ``period`` that is nearest to ``reference``, kept within one turn."""
+    candidate = angle + round((reference - angle) / period) * period
+    return candidate if abs(candidate) < math.pi else angle
+
+
+def _ramp(value: float, low: float, high: float) -> float:
+    """0 below ``low``, 1 above ``high``, linear between."""
+    return min(1.0, max(0.0, (value - low) / (high - low)))

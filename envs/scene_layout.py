@@ -1,0 +1,7 @@
+"""Dimensions of fixtures that both the scene builder and the scripted expert must know."""
+
+from __future__ import annotations
+
+DRAWER_TRAVEL_M = 0.16
+# Middle of the handle along the drawer's axis, measured from the cabinet's front towards the robot.
+DRAWER_HANDLE_X_M = -0.055
