@@ -1,7 +1,7 @@
 """Checkpoint folders: written whole or not at all, loadable from their path alone, never pickled.
 
 ``model.safetensors`` (averaged weights), ``config.yaml``, ``embodiment.json``, ``stats.safetensors``, ``training.json``
-and, to continue training, ``state.safetensors``. A run folder holds them in ``checkpoints/<step>`` with a link ``last``.
+and, to continue training, ``state.safetensors``. A run folder has them in ``checkpoints/<step>``, and a link ``last``.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def save_policy(
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors to a safetensors file and make it durable."""
     safetensors.torch.save_file(cpu_tensors(tensors), path)
+    os.chmod(path, 0o644)
     with open(path, "rb") as handle:
         os.fsync(handle.fileno())
 
@@ -193,7 +194,8 @@ def find_checkpoint(path: Path) -> Path:
     Raises:
         CheckpointError: there is none.
     """
-    for folder in (path, path / CHECKPOINTS / LAST):
+    # A run killed before it could set the link still has its newest complete checkpoint.
+    for folder in (path, path / CHECKPOINTS / LAST, *complete_checkpoints(path)[-1:]):
         if (folder / MODEL).is_file():
             return folder
     if not path.exists():

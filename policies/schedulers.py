@@ -61,7 +61,9 @@ class Flow(NoiseProcess):
 
 
 class Diffusion(NoiseProcess):
-    """Denoising diffusion with a cosine schedule (Nichol & Dhariwal 2021); the target is the noise.
+    """Denoising diffusion with a cosine schedule (Nichol & Dhariwal 2021); the target is the clean chunk.
+
+    Predicting the noise instead divides by nearly zero in the first of few denoising steps.
 
     Args:
         kind: ``ddpm`` (Ho et al. 2020), ``ddim`` (Song et al. 2021) or ``dpm`` (DPM-Solver++ 2M, Lu et al. 2022).
@@ -78,7 +80,7 @@ class Diffusion(NoiseProcess):
         common: dict[str, Any] = {
             "num_train_timesteps": levels,
             "beta_schedule": "squaredcos_cap_v2",
-            "prediction_type": "epsilon",
+            "prediction_type": "sample",
             "timestep_spacing": "trailing",
         }
         if kind == "dpm":
@@ -89,7 +91,7 @@ class Diffusion(NoiseProcess):
 
     def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         level = (time * self.levels).long().clamp_max(self.levels - 1)
-        return self.scheduler.add_noise(clean, noise, level), level / self.levels, noise
+        return self.scheduler.add_noise(clean, noise, level), level / self.levels, clean
 
     def generate(self, denoiser: Denoiser, noise: Tensor, generator: Generators) -> Tensor:
         self.scheduler.set_timesteps(self.steps, device=noise.device)

@@ -1,0 +1,208 @@
+"""What a policy is trained on: windows, held-out windows, normalisation statistics, and which batch comes when."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.windows import WindowSampler
+from simtoreal.envs.embodiment import Embodiment
+from simtoreal.envs.errors import DatasetError, closest
+from simtoreal.policies.config import PolicyConfig
+from simtoreal.policies.normalization import ACTIONS, Statistics, dimension_names, fit_statistics
+
+# Above this part of the free memory the joined arrays are mapped from files instead of held.
+MEMORY_PART = 0.5
+
+
+class Windows(Protocol):
+    """Windows by index; :class:`simtoreal.data_collection.windows.WindowSampler` is one.
+
+    Attributes:
+        actions: ``(N, A)`` float32, one row per control step of all episodes.
+        observations: key -> ``(N, ...)``.
+    """
+
+    actions: np.ndarray
+    observations: Mapping[str, np.ndarray]
+
+    def __len__(self) -> int: ...
+
+    def batch(self, indices: np.ndarray) -> dict[str, Any]:
+        """Return the window batch of ``indices`` as numpy arrays; see :meth:`Policy.loss`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """Everything that a training takes from its data.
+
+    Attributes:
+        embodiment: of every episode.
+        task: specification of the task (empty if there are several).
+        train: windows to learn from.
+        valid: held-out windows, or None.
+        statistics: normalisation bounds, from the training windows.
+        source: where the data come from, for messages.
+    """
+
+    embodiment: Embodiment
+    task: dict[str, Any]
+    train: Windows
+    valid: Windows | None
+    statistics: dict[str, Statistics]
+    source: str
+
+    def fingerprint(self) -> str:
+        """Return a digest of the embodiment and of the vectors and actions, which changes when the data change."""
+        digest = hashlib.sha256(repr(sorted(self.embodiment.to_dict().items())).encode())
+        for windows in (self.train, self.valid):
+            if windows is not None:
+                digest.update(np.ascontiguousarray(windows.actions).tobytes())
+                for key in sorted(self.statistics):
+                    if key != ACTIONS:
+                        digest.update(np.ascontiguousarray(windows.observations[key]).tobytes())
+        return digest.hexdigest()[:32]
+
+
+def fit_all(windows: Windows, embodiment: Embodiment, config: PolicyConfig) -> dict[str, Statistics]:
+    """Return the statistics of the actions and of every vector key of ``config``.
+
+    Raises:
+        DatasetError: a key is missing, is not a vector, or holds values that are not finite.
+    """
+    values = {ACTIONS: windows.actions}
+    for key in config.state_keys:
+        if key not in windows.observations:
+            raise DatasetError(f"the data have no observation '{key}'. {closest(key, windows.observations)}")
+        values[key] = windows.observations[key]
+    return {key: fit_statistics(value, dimension_names(embodiment, key), key) for key, value in values.items()}
+
+
+def open_training_data(
+    path: str | Path, config: PolicyConfig, *, mask: str = "train", embodiment: Embodiment | None = None
+) -> TrainingData:
+    """Open a dataset folder for a policy.
+
+    Args:
+        path: dataset folder.
+        config: gives keys and window sizes.
+        mask: episodes to learn from; those of ``valid`` are held out.
+        embodiment: required of the data, if given.
+
+    Raises:
+        DatasetError: missing, damaged, or without a key that the policy reads.
+        EmbodimentMismatchError: the data are of another embodiment.
+    """
+    dataset = Dataset.open(path, embodiment=embodiment)
+    for key in config.image_keys:
+        if key not in dataset.embodiment.image_keys:
+            raise DatasetError(
+                f"{path}: the policy reads '{key}', but the data have no such camera. "
+                f"{closest(key, dataset.embodiment.image_keys)} Set image_keys of the policy."
+            )
+    chosen = dataset.filter(mask)
+    taken = {episode.name for episode in chosen}
+    held_out = [episode for episode in dataset.filter("valid") if episode.name not in taken] if (
+        "valid" in dataset.masks
+    ) else []  # fmt: skip
+    steps = sum(episode.steps for episode in (*chosen, *held_out))
+    per_step = sum(
+        camera.height * camera.width * 3
+        for camera in dataset.embodiment.cameras
+        if f"{camera.name}_image" in config.image_keys
+    )
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    sizes: dict[str, Any] = {
+        "observation_steps": config.observation_steps,
+        "horizon": config.horizon,
+        "keys": config.keys,
+        "memory_map": steps * per_step > MEMORY_PART * free,
+    }
+    train = WindowSampler(dataset, chosen, **sizes)
+    return TrainingData(
+        embodiment=dataset.embodiment,
+        task=dataset.task if len(dataset.tasks) == 1 else {},
+        train=train,
+        valid=WindowSampler(dataset, held_out, **sizes) if held_out else None,
+        statistics=fit_all(train, dataset.embodiment, config),
+        source=str(path),
+    )
+
+
+def batch_indices(windows: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+    """Return the window indices ``(batch_size,)`` of one training step.
+
+    Epochs follow one another without a break, each in an order of its own that depends on ``seed`` and the epoch
+    only. The step is the whole state of the sampler, so a resumed training continues with exactly the right batch.
+    """
+    position = step * batch_size + np.arange(batch_size)
+    epochs, places = np.divmod(position, windows)
+    result = np.empty(batch_size, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        inside = epochs == epoch
+        result[inside] = _epoch_order(windows, seed, int(epoch))[places[inside]]
+    return result
+
+
+@functools.lru_cache(maxsize=2)
+def _epoch_order(windows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(windows)
+
+
+def to_tensors(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Return a numpy window batch as torch tensors on ``device``."""
+
+    def convert(array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+    return {
+        "observation": {key: convert(value) for key, value in batch["observation"].items()},
+        "actions": convert(batch["actions"]),
+        "action_mask": convert(batch["action_mask"]),
+        "instruction": batch["instruction"],
+    }
+
+
+def training_batches(
+    windows: Windows,
+    *,
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    last_step: int,
+    device: torch.device,
+    rank: int = 0,
+    world: int = 1,
+) -> Iterator[dict[str, Any]]:
+    """Yield the batches of steps ``first_step`` … ``last_step - 1``, gathering the next one in the background.
+
+    Args:
+        windows: to draw from.
+        batch_size: over all processes; process ``rank`` of ``world`` gets every ``world``-th window.
+        seed: decides the order.
+        first_step, last_step: range of steps.
+        device: where the tensors are put.
+        rank, world: this process.
+    """
+
+    def gather(step: int) -> dict[str, Any]:
+        indices = batch_indices(len(windows), batch_size, seed, step)[rank::world]
+        return to_tensors(windows.batch(indices), device)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        pending = pool.submit(gather, first_step) if first_step < last_step else None
+        for step in range(first_step, last_step):
+            batch = pending.result()  # type: ignore[union-attr]
+            pending = pool.submit(gather, step + 1) if step + 1 < last_step else None
+            yield batch

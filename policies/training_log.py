@@ -1,0 +1,109 @@
+"""Metrics of a training: ``metrics.jsonl`` (one mapping per line), TensorBoard, and the progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from simtoreal.envs.files import atomic_path
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of ``metrics.jsonl``, without a last one that was torn by a crash."""
+    path = run / METRICS
+    if not path.exists():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            break
+    return lines
+
+
+class TrainingLog:
+    """Writes metrics of one run; continuing at a step forgets what was logged after it.
+
+    Args:
+        run: run folder.
+        first_step: steps already taken.
+        last_step: steps in all.
+        progress: whether to draw a progress bar.
+    """
+
+    def __init__(self, run: Path, *, first_step: int, last_step: int, progress: bool) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        kept = [line for line in read_metrics(run) if line["step"] <= first_step]
+        with atomic_path(run / METRICS) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._file = open(run / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+        self._bar = _progress_bar() if progress else None
+        self._task = None
+        self._seen = {"loss": "-", "error": "-", "rate": "-"}
+        if self._bar is not None:
+            self._bar.start()
+            self._task = self._bar.add_task("train", total=last_step, completed=first_step, **self._seen)
+
+    def advance(self, step: int) -> None:
+        """Show that ``step`` steps were taken."""
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step, **self._seen)
+
+    def write(self, step: int, metrics: dict[str, Any]) -> None:
+        """Store metrics of a step; lists are stored but not drawn, values that are not finite as None."""
+        line = {"step": step, **{key: _storable(value) for key, value in metrics.items()}}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._file.flush()
+        for key, value in metrics.items():
+            if isinstance(value, int | float):
+                self._board.add_scalar(key, value, step)
+        if "loss" in metrics:
+            self._seen["loss"] = f"{metrics['loss']:.4f}"
+        if "validation_error" in metrics:
+            self._seen["error"] = f"{metrics['validation_error']:.4f}"
+        if "samples_per_s" in metrics:
+            self._seen["rate"] = f"{metrics['samples_per_s']:.0f}"
+
+    def __enter__(self) -> TrainingLog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._board.close()
+        self._file.close()
+
+
+def _storable(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _progress_bar() -> Any:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]}  action error {task.fields[error]}  {task.fields[rate]} samples/s"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )

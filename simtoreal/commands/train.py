@@ -1,0 +1,128 @@
+"""Train a policy on a dataset."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from simtoreal.policies.config import BCConfig, DiffusionConfig, PolicyConfig, TrainerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of ``simtoreal train``."""
+
+    data: Path
+    """Dataset folder."""
+    output: Path
+    """Run folder: checkpoints, metrics, TensorBoard, results.json."""
+    policy: str = "diffusion"
+    """Type of the policy; ``simtoreal list policies`` names them."""
+    mask: str = "train"
+    """Episodes to learn from (a mask of the dataset); those of ``valid`` are held out."""
+    steps: int | None = None
+    """Optimiser steps; overrides trainer.steps."""
+    seed: int | None = None
+    """Decides weights, batches and noise; overrides trainer.seed."""
+    resume: bool = False
+    """Continue the run in --output; every other flag must be the same."""
+    device: str | None = None
+    """Torch device (cpu, cuda, cuda:1); by default a GPU if there is one."""
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    """How to train."""
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    """Settings of the policy type ``diffusion``."""
+    bc: BCConfig = field(default_factory=BCConfig)
+    """Settings of the policy type ``bc``."""
+    settings: dict[str, bool | int | float | str] = field(default_factory=dict)
+    """Settings of any other policy type (robomimic, third parties)."""
+
+
+def main(config: Config) -> None:
+    """Train, print progress, and write ``results.json``.
+
+    Raises:
+        ConfigError: unknown policy type or setting, or ``output`` holds a run already.
+        DatasetError: the dataset is missing or damaged.
+        CheckpointError: a checkpoint cannot be read or written.
+    """
+    import os
+
+    from rich.console import Console
+
+    from simtoreal.envs.files import write_json
+    from simtoreal.envs.provenance import provenance
+    from simtoreal.policies.trainer import train
+    from simtoreal.policies.training_data import open_training_data
+
+    console = Console()
+    first = os.environ.get("RANK", "0") == "0"
+    policy, trainer = policy_config(config), trainer_config(config)
+    data = open_training_data(config.data, policy, mask=config.mask)
+    if first:
+        console.print(
+            f"training [bold]{policy.type}[/bold] on {len(data.train)} windows of {config.data} "
+            f"for {trainer.steps} steps of {trainer.batch_size}"
+        )
+    result = train(
+        policy, trainer, data, config.output, resume=config.resume, device=config.device, progress=first
+    )  # fmt: skip
+    if not first:
+        return
+    results = {
+        "train": {
+            "policy": policy.type,
+            "seconds": result.seconds,
+            "steps": result.steps,
+            "parameters": result.parameters,
+            "validation_error": result.validation_error,
+            "run": str(result.run),
+        },
+        "provenance": provenance([trainer.seed]),
+    }
+    write_json(config.output / "results.json", results)
+    error = "" if result.validation_error is None else f", held-out action error {result.validation_error:.4f}"
+    console.print(
+        f"trained {policy.type}: {result.steps} steps, {result.parameters / 1e6:.2f} M parameters, "
+        f"{result.seconds:.0f} s{error} -> {result.run}"
+    )
+
+
+def policy_config(config: Config) -> PolicyConfig:
+    """Return the settings of the chosen policy type.
+
+    Raises:
+        ConfigError: unknown policy type, or a setting that it does not have.
+    """
+    import dataclasses
+
+    from simtoreal.envs.config import build_config
+    from simtoreal.envs.errors import ConfigError
+    from simtoreal.policies.registry import policy_class
+
+    kind = policy_class(config.policy)
+    for own in (config.diffusion, config.bc):
+        if own.type == config.policy:
+            if config.settings:
+                names = ", ".join(field.name for field in dataclasses.fields(own))
+                raise ConfigError(f"policy type '{own.type}' has flags of its own (--{own.type}.NAME: {names}); "
+                                  "--settings is for types without")  # fmt: skip
+            return own
+    return build_config(kind.config_type, {"type": config.policy, **config.settings}, source="--settings")
+
+
+def trainer_config(config: Config) -> TrainerConfig:
+    """Return the trainer settings with ``--steps`` and ``--seed`` applied.
+
+    Raises:
+        ConfigError: a value is out of range.
+    """
+    import dataclasses
+
+    from simtoreal.envs.errors import ConfigError
+
+    changes = {name: value for name in ("steps", "seed") if (value := getattr(config, name)) is not None}
+    try:
+        return dataclasses.replace(config.trainer, **changes)
+    except ValueError as error:
+        raise ConfigError(f"--{next(iter(changes), 'trainer')}: {error}") from error
