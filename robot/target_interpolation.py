@@ -46,15 +46,17 @@ class TargetInterpolator:
         return self._knots[-1][1]
 
     def add(self, position: np.ndarray, quaternion: np.ndarray, opening: float, at_ns: int, now_ns: int) -> None:
-        """Append a target to be reached at ``at_ns``, later than all before it."""
+        """Append a target to be reached at ``at_ns``, later than the targets before it.
+
+        One for the past counts as due now; the limiter behind makes up for it.
+        """
+        at_ns = max(at_ns, now_ns)
         last_ns, last = self._knots[-1]
-        if at_ns <= last_ns:
-            raise ValueError(f"target for {at_ns} ns after one for {last_ns} ns")
         # The same rotation has two quaternions; averages need neighbouring ones.
         near = quaternion if float(quaternion @ last[3:7]) >= 0 else -quaternion
         if now_ns - last_ns > GAP_NS:
             # The last target was reached a while ago: the motion to the new one begins now, not back then.
-            self._knots.append((min(now_ns - self._dt_ns, at_ns - 1), last))
+            self._knots.append((now_ns - self._dt_ns, last))
         self._knots.append((at_ns, np.concatenate([position, near, [opening]])))
 
     def sample(self, now_ns: int) -> tuple[np.ndarray, np.ndarray, float]:
@@ -68,7 +70,7 @@ class TargetInterpolator:
         value = start
         if len(self._knots) > 1 and now_ns > start_ns:
             end_ns, end = self._knots[1]
-            share = (now_ns - start_ns) / (end_ns - start_ns)
+            share = (now_ns - start_ns) / (end_ns - start_ns)  # knots up to now were dropped: end is later
             value = start + share * (end - start)
         self._window[self._cursor] = value
         self._cursor = (self._cursor + 1) % len(self._window)

@@ -1,0 +1,60 @@
+"""Joint trajectories for position-controlled arms: inverse kinematics of the poses that passed the gate."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from simtoreal.robot.kinematics import Kinematics
+from simtoreal.robot.topics import RobotConfig
+
+# Between two ticks of the gate the joints move far less; a larger difference is another solution branch.
+MAX_JOINT_STEP_RAD = 0.1
+
+
+class JointCommands:
+    """Publishes one ``JointTrajectory`` point per pose.
+
+    Args:
+        kinematics: model of the arm.
+        config: joint names and base frame.
+        publisher: of the trajectory topic.
+        dt: seconds between poses; the point is to be reached after this time.
+    """
+
+    def __init__(self, kinematics: Kinematics, config: RobotConfig, publisher: Any, dt: float) -> None:
+        from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
+
+        self._kinematics, self._publisher = kinematics, publisher
+        self._joints: np.ndarray | None = None
+        self._point = JointTrajectoryPoint()
+        self._point.time_from_start.nanosec = round(dt * 1e9)
+        self._message = JointTrajectory(joint_names=list(config.joint_names), points=[self._point])
+        self._message.header.frame_id = config.base_frame
+
+    def restart(self, measured: np.ndarray) -> None:
+        """Solutions are near ``measured`` ``(7,)`` radians from now on."""
+        self._joints = np.array(measured)
+
+    def publish(self, position: np.ndarray, quaternion: np.ndarray, stamp: Any) -> str:
+        """Publish the joint positions of a pose; returns why not, or an empty string.
+
+        The last solution is repeated when the pose cannot be reached, so that the arm holds.
+        """
+        from simtoreal.envs.errors import RobotError
+
+        problem = ""
+        try:
+            joints = self._kinematics.solve_ik(position, quaternion, self._joints)
+            if self._joints is not None and np.abs(joints - self._joints).max() > MAX_JOINT_STEP_RAD:
+                problem = "inverse kinematics jumps to another configuration of the arm"
+            else:
+                self._joints = joints
+        except RobotError as error:
+            problem = str(error)
+        if self._joints is not None:
+            self._point.positions = self._joints.tolist()
+            self._message.header.stamp = stamp
+            self._publisher.publish(self._message)
+        return problem
