@@ -14,6 +14,7 @@ from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.files import write_json
 from simtoreal.envs.provenance import provenance
 from simtoreal.envs.rollout import Actor, EpisodeResult, Listener, rollout
+from simtoreal.evaluation.outside import OutsideView
 from simtoreal.evaluation.results import (
     RESULTS_FILE,
     EvaluationError,
@@ -96,6 +97,7 @@ def evaluate(
     settings: dict[str, Any],
     *,
     videos: int = 3,
+    outside: OutsideView | None = None,
     listeners: Sequence[Listener] = (),
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -111,6 +113,7 @@ def evaluate(
         folder: output; see :mod:`simtoreal.evaluation.results`.
         settings: what decides the outcome (at least ``task``); stored in the results and checked on resume.
         videos: number of videos of successes, and of failures.
+        outside: draws the first of each from outside too; ``env`` must record ``sim_state``.
         listeners: in addition to the writer and the videos.
         notes: warnings to keep with the result.
 
@@ -133,7 +136,8 @@ def evaluate(
     if remaining:
         embodiment = env.unwrapped.embodiment  # type: ignore[attr-defined]
         visible = [key for key in embodiment.image_keys if key in env.observation_space.spaces]  # type: ignore[attr-defined]
-        recorder = EpisodeVideos(folder / "videos", visible, embodiment.control_hz, videos if visible else 0)
+        limit = videos if visible else 0
+        recorder = EpisodeVideos(folder / "videos", visible, embodiment.control_hz, limit, outside)
         rollout(env, actor, remaining, listeners=[_Writer(folder), recorder, *listeners])
     results = {
         "kind": "evaluation",

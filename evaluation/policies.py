@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.dataset import META, Dataset
 from simtoreal.envs.errors import ConfigError, SimtorealError
 from simtoreal.policies.actor import PolicyActor
 from simtoreal.policies.checkpoint import CONFIG, MODEL, LoadedPolicy, load_policy
@@ -45,13 +45,14 @@ def training_seeds(loaded: LoadedPolicy) -> set[int]:
 
     They are stored in the checkpoint, or read from the dataset it names if that is still there.
     """
-    stored = loaded.training.get("seeds")
-    if isinstance(stored, list):
-        return {int(seed) for seed in stored}
     data = loaded.training.get("data")
-    if not isinstance(data, str) or not Path(data).is_dir():
+    data = data if isinstance(data, dict) else {}
+    if isinstance(data.get("seeds"), list):
+        return {int(seed) for seed in data["seeds"]}
+    source = Path(str(data.get("source", "")))
+    if not (source / META).is_file():
         return set()
     try:
-        return {episode.seed for episode in Dataset.open(data).episodes}
+        return {episode.seed for episode in Dataset.open(source).episodes}
     except SimtorealError:
         return set()  # Moved, changed or being rewritten: nothing is known about it any more.

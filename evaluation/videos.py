@@ -1,9 +1,10 @@
-"""Videos of a few successes and failures, as the policy's cameras saw them."""
+"""Videos of a few successes and failures, as the policy's cameras saw them and from outside."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,19 @@ import numpy as np
 
 from simtoreal.envs.rollout import EpisodeResult, Listener, Observation, Step
 from simtoreal.envs.video import tile, write_video
+from simtoreal.evaluation.outside import OutsideView
 
 # Playback height: small policy images are enlarged by whole factors up to about this many pixels.
 _DISPLAY_HEIGHT = 256
+KINDS = ("success", "failure")
+
+
+@dataclass
+class _Clip:
+    """Images of every camera, and the simulation state if there is one, at every step so far."""
+
+    images: list[list[np.ndarray]] = field(default_factory=list)
+    states: list[np.ndarray] = field(default_factory=list)
 
 
 class EpisodeVideos(Listener):
@@ -26,44 +37,59 @@ class EpisodeVideos(Listener):
         image_keys: observation keys of the cameras, shown side by side.
         fps: control rate, so that videos play in real time.
         limit: number of videos of each kind.
+        outside: draws the first video of each kind from outside as well, if the environment records ``sim_state``.
     """
 
-    def __init__(self, folder: Path, image_keys: Sequence[str], fps: float, limit: int) -> None:
-        self.folder, self.image_keys, self.fps = folder, tuple(image_keys), fps
+    def __init__(
+        self, folder: Path, image_keys: Sequence[str], fps: float, limit: int, outside: OutsideView | None = None
+    ) -> None:
+        self.folder, self.image_keys, self.fps, self.outside = folder, tuple(image_keys), fps, outside
         written = list(folder.glob("*.mp4"))
-        self.wanted = {
-            kind: limit - sum(path.name.startswith(f"{kind}_") for path in written) for kind in ("success", "failure")
-        }
-        self.frames: dict[int, list[np.ndarray]] = {}
+        self.written = {kind: sum(path.name.startswith(f"{kind}_") for path in written) for kind in KINDS}
+        self.limit = limit
+        self.clips: dict[int, _Clip] = {}
 
     def on_reset(self, slot: int, episode: int, seed: int, observation: Observation, info: dict[str, Any]) -> None:
         """Begin to keep the frames of a slot."""
-        self.frames.pop(slot, None)
-        if max(self.wanted.values()) > 0:
-            self.frames[slot] = [self._picture(observation)]
+        self.clips.pop(slot, None)
+        if min(self.written.values()) < self.limit:
+            self.clips[slot] = _Clip()
+            self._keep(slot, observation, info)
 
     def on_step(self, step: Step) -> None:
         """Keep the frame that follows the action."""
         for row, slot in enumerate(step.slots):
-            if int(slot) in self.frames:
-                single = {key: step.next_observation[key][row] for key in self.image_keys}
-                self.frames[int(slot)].append(self._picture(single))
+            if int(slot) in self.clips:
+                state = {"sim_state": step.info["sim_state"][row]} if "sim_state" in step.info else {}
+                self._keep(int(slot), {key: step.next_observation[key][row] for key in self.image_keys}, state)
 
     def on_episode(self, slot: int, result: EpisodeResult) -> None:
         """Write the episode if its kind is still wanted."""
-        frames = self.frames.pop(slot, None)
+        clip = self.clips.pop(slot, None)
         kind = "success" if result.success else "failure"
-        if frames is None or self.wanted[kind] <= 0:
+        if clip is None or self.written[kind] >= self.limit:
             return
-        self.wanted[kind] -= 1
-        scale = max(1, round(_DISPLAY_HEIGHT / frames[0].shape[0]))
-        # Half a second on the last picture, so that a looping video shows how it ended.
-        held = frames + [frames[-1]] * round(self.fps / 2)
-        write_video(self.folder / f"{kind}_{result.seed}.mp4", held, self.fps, scale=scale)
+        path = self.folder / f"{kind}_{result.seed}.mp4"
+        if self.outside is not None and clip.states and self.written[kind] == 0:
+            write_video(path, self._held(self.outside.frames(clip.states, clip.images)), self.fps)
+        else:
+            scale = max(1, round(_DISPLAY_HEIGHT / clip.images[0][0].shape[0]))
+            pictures = (tile(images, columns=len(images)) for images in clip.images)
+            write_video(path, self._held(pictures), self.fps, scale=scale)
+        self.written[kind] += 1
 
-    def _picture(self, observation: Observation) -> np.ndarray:
-        images = [observation[key] for key in self.image_keys]
-        return tile(images, columns=len(images)).copy()
+    def _keep(self, slot: int, observation: Observation, info: dict[str, Any]) -> None:
+        self.clips[slot].images.append([observation[key].copy() for key in self.image_keys])
+        if "sim_state" in info:
+            self.clips[slot].states.append(info["sim_state"].copy())
+
+    def _held(self, frames: Iterable[np.ndarray]) -> Iterable[np.ndarray]:
+        """Stay on the last picture for half a second, so that a looping video shows how it ended."""
+        last = None
+        for last in frames:
+            yield last
+        if last is not None:
+            yield from [last] * round(self.fps / 2)
 
 
 def list_videos(folder: Path) -> list[dict[str, Any]]:

@@ -146,7 +146,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "proprio": Statistics(low=-np.ones(20, np.float32), high=np.ones(20, np.float32)),
     }
     policy = BCPolicy(config, embodiment, statistics)
-    save_policy(folder, policy, training={"task": load_task("reach").to_dict(), "seeds": [0, 1, 2]})
+    save_policy(folder, policy, training={"task": load_task("reach").to_dict(), "data": {"seeds": [0, 1, 2]}})
     return folder
 
 

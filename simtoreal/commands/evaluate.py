@@ -37,6 +37,8 @@ class Config:
     """Domain randomisation of the simulation; default: none."""
     videos: int = 3
     """Videos of successes, and of failures."""
+    outside: bool = True
+    """Draw the first video of each kind from outside too, at 640x480 (some seconds each)."""
     image_size_px: int = 64
     """Camera resolution for the expert's videos; a policy brings its own."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -63,6 +65,7 @@ def main(config: Config) -> None:
     from rich.console import Console
 
     from simtoreal.evaluation.evaluate import check_unseen, evaluate
+    from simtoreal.evaluation.outside import OutsideView
     from simtoreal.evaluation.progress import EpisodeProgress
     from simtoreal.evaluation.results import read_episodes
     from simtoreal.evaluation.statistics import format_rate
@@ -70,6 +73,7 @@ def main(config: Config) -> None:
     console = Console()
     seeds = range(config.seed, config.seed + config.episodes)
     env, actor, settings, training_seeds = _prepare(config)
+    outside = OutsideView(env.task) if config.videos and config.outside else None
     try:
         warning = check_unseen(seeds, training_seeds, allowed=config.allow_training_seeds)
         if warning:
@@ -83,11 +87,14 @@ def main(config: Config) -> None:
                 config.output,
                 settings,
                 videos=config.videos,
+                outside=outside,
                 listeners=[progress],
                 notes=[warning] if warning else [],
             )
     finally:
         env.close()
+        if outside is not None:
+            outside.close()
     for name, milestone in results["milestones"].items():
         console.print(f"  {name:<16} {format_rate(milestone['successes'], milestone['n'])}", highlight=False)
     for tag, count in results["failures"].items():
@@ -103,6 +110,7 @@ def main(config: Config) -> None:
 def _prepare(config: Config) -> tuple[TabletopVectorEnv, Actor, dict[str, Any], set[int]]:
     """Return environment, actor, the settings that decide the outcome, and the seeds of the training data."""
     from simtoreal.envs import load_task, make_vector_env
+    from simtoreal.envs.task import parse_task
 
     num_envs = min(config.num_envs, config.episodes)
     shared = {
@@ -120,6 +128,7 @@ def _prepare(config: Config) -> tuple[TabletopVectorEnv, Actor, dict[str, Any], 
             num_envs,
             image_size=config.image_size_px,
             observe="image" if config.videos else "state",
+            record_state=bool(config.videos and config.outside),
             randomization=config.randomization,
         )
         expert = ScriptedExpert(env.task, env.embodiment, seed=config.policy_seed)
@@ -132,13 +141,14 @@ def _prepare(config: Config) -> tuple[TabletopVectorEnv, Actor, dict[str, Any], 
     loaded, actor = load_actor(config.policy, device=config.device, seed=config.policy_seed)
     if config.task is None and not loaded.task:
         raise ConfigError(f"{config.policy} was trained on several tasks; say which one with --task")
-    task = load_task(config.task or loaded.task["name"])
+    task = load_task(config.task) if config.task else parse_task(loaded.task, source=str(loaded.folder))
     images = bool(config.videos or loaded.config.image_keys)
     env = make_vector_env(
         task,
         num_envs,
         embodiment=loaded.embodiment,
         observe="image" if images else "state",
+        record_state=bool(config.videos and config.outside),
         randomization=config.randomization,
     )
     settings = {
