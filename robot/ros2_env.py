@@ -6,8 +6,8 @@ import dataclasses
 import json
 import time
 import uuid
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
 
 import gymnasium as gym
 import numpy as np
@@ -15,13 +15,16 @@ import numpy as np
 from simtoreal.envs import rotation
 from simtoreal.envs.action import build_proprio, check_action, integrate_action
 from simtoreal.envs.embodiment import Embodiment
-from simtoreal.envs.errors import ConfigError, RobotError, StaleObservationError, closest
+from simtoreal.envs.errors import ConfigError, RobotError, SafetyError, StaleObservationError, closest
 from simtoreal.envs.rollout import Observation
 from simtoreal.envs.task import TaskSpec, sample_initial_condition
 from simtoreal.robot.inputs import Arm, RobotInputs
 from simtoreal.robot.kinematics import Kinematics
 from simtoreal.robot.timing import PeriodicClock
 from simtoreal.robot.topics import RobotConfig
+
+if TYPE_CHECKING:
+    from simtoreal.robot.camera import Camera
 
 READY_TIMEOUT_S = 15.0
 TWIN_TIMEOUT_S = 10.0
@@ -31,14 +34,19 @@ TWIN_RETRY_S = 0.5
 IMAGE_JITTER_S = 0.006
 HOMING_SPEED_M_S = 0.15
 HOMING_TURN_RATE_RAD_S = 0.7
+# For the arm to catch up with its target at the end of homing.
+HOMING_SETTLE_S = 0.5
 HOME_TOLERANCE_RAD = 0.15
 
 
 class TargetSink(Protocol):
-    """Takes absolute targets; the safety gate in production (``simtoreal.robot.gate``)."""
+    """Takes absolute targets: the safety gate (:class:`simtoreal.robot.gate.SafetyGate`)."""
 
     def begin_episode(self, episode: int) -> None:
-        """Forget earlier targets and rest at the measured pose; only targets of ``episode`` count from now on."""
+        """Command nothing until the first target; only targets of ``episode`` count from now on."""
+
+    def report_observation(self, observation_ns: int) -> None:
+        """Tell when the oldest image in use arrived (monotonic ns)."""
 
     def send_target(self, target: np.ndarray, at_ns: int, episode: int) -> None:
         """Move towards ``target`` ``(10,)`` (``TARGET_NAMES``), to be reached at monotonic time ``at_ns``."""
@@ -60,6 +68,7 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         embodiment: robot, cameras, rate and limits; those of the policy's checkpoint.
         config: topics, see :func:`simtoreal.robot.topics.load_robot_config`.
         gate: where targets go.
+        cameras: cameras read by this process (RealSense, USB) instead of from their image topics, by name.
         operator: None when a twin answers. On a real robot: called at every reset as ``operator(task, seed)`` after
             the arm has moved home; returns when the scene is arranged.
         observe: ``"image"`` (cameras and proprio) or ``"state"`` (proprio only).
@@ -80,6 +89,7 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         embodiment: Embodiment,
         config: RobotConfig,
         gate: TargetSink,
+        cameras: Mapping[str, Camera] | None = None,
         operator: Callable[[TaskSpec, int], None] | None = None,
         observe: str = "image",
         observe_truth: bool = False,
@@ -98,6 +108,7 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
             embodiment if self._images else _without_cameras(embodiment),
             self._kinematics.joint_low_rad,
             self._kinematics.joint_high_rad,
+            cameras,
         )
         self._twin = None if operator else _TwinClient(self._inputs, config)
         self._episode = int.from_bytes(uuid.uuid4().bytes[:3], "big") << 16
@@ -133,18 +144,19 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
             seed = int(self._seed_generator.integers(2**31))
         self._episode += 1
         self._instruction = task_instruction(self.task, seed)
-        home = self._kinematics.forward(np.array(self.embodiment.home_joint_positions_rad))
-        self._target = np.concatenate([home[0], rotation.to_6d(home[1]), [1.0]])
+        arm = self._inputs.wait_until_ready(READY_TIMEOUT_S)
+        self._gate.begin_episode(self._episode)
         if self._twin is not None:
-            self._gate.begin_episode(self._episode)
             self._twin.reset(self._episode, seed, self.task.name)
         elif self._operator is not None:
-            self._move_home()
+            self._move_home(arm)
             self._operator(self.task, seed)
-        self._inputs.forget()
-        self._inputs.wait_until_ready(READY_TIMEOUT_S)
-        self._check_at_home()
-        self._gate.begin_episode(self._episode)
+            self._gate.begin_episode(self._episode)
+        arm = self._inputs.wait_until_ready(READY_TIMEOUT_S, after_ns=time.monotonic_ns())
+        self._check_at_home(arm)
+        # As in simulation, the first target is where the arm is.
+        position, quaternion = self._kinematics.forward(arm.joint_positions_rad)
+        self._target = np.concatenate([position, rotation.to_6d(quaternion), [1.0]])
         self._align_clock()
         self._steps, self._fault, self._began = 0, "", True
         self._observe()
@@ -163,19 +175,25 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         action = check_action(action, (self.embodiment.action.dim,), bounded=bounded)
         if not self._began:
             raise RobotError("call reset before step")
+        refused = ""
         if not self._fault:
             self._target = integrate_action(self._target, action, self.embodiment)
-            self._gate.send_target(self._target.copy(), self.clock.deadline_ns, self._episode)
+            try:
+                self._gate.report_observation(self._observation_ns)
+                self._gate.send_target(self._target.copy(), self.clock.deadline_ns, self._episode)
+            except SafetyError as error:
+                refused = str(error)
         self.clock.wait()
         self._observe()
         self._steps += 1
         info = self._info()
+        info["sim_fault"] = refused or info["sim_fault"]
         success = bool(info["success"])
         held_s = (time.monotonic_ns() - self._fault_since_ns) * 1e-9 if self._fault else 0.0
-        if held_s > self.config.staleness.stop_s or (not self._fault and info["sim_fault"]):
-            info["sim_fault"] = self._fault or info["sim_fault"]
+        if held_s > self.config.staleness.stop_s:
+            info["sim_fault"] = f"{self._fault} (held for {held_s:.1f} s)"
+        if info["sim_fault"]:
             return self._copy_observation(), 0.0, False, True, info
-        info["sim_fault"] = ""
         return self._copy_observation(), float(success), success, self._steps >= self.task.horizon, info
 
     def set_instruction(self, text: str) -> None:
@@ -198,14 +216,17 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         """Read all inputs; on a fault keep the previous observation and remember why."""
         try:
             arm = self._inputs.read_arm()
-            images = self._inputs.read_images(arm)
+            seen = self._inputs.read_images(arm)
+            if self._twin is not None and not self._twin.truth():
+                raise RobotError("the twin has begun another episode: somebody else asked for one")
         except RobotError as error:
             if not self._fault:
                 self._fault_since_ns = time.monotonic_ns()
             self._fault = str(error)
             return
         self._fault = ""
-        observation: Observation = dict(images)
+        self._observation_ns = seen.arrived_ns
+        observation: Observation = dict(seen.images)
         position, quaternion = self._kinematics.forward(arm.joint_positions_rad)
         observation["proprio"] = build_proprio(
             position,
@@ -217,8 +238,6 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         if self._truth_observed and self._twin is not None:
             observation["object_state"] = np.array(self._twin.truth()["object_state"], dtype=np.float32)
         self._observation = observation
-        arrivals = [self._inputs.newest(f"{key}") for key in images]
-        self._observation_ns = min([arm.arrived_ns, *(found[1] for found in arrivals if found)])
 
     def _copy_observation(self) -> Observation:
         return {key: value.copy() for key, value in self._observation.items()}
@@ -238,17 +257,15 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
 
     def _align_clock(self) -> None:
         """Put the control deadlines just behind the arrival of images."""
-        camera = next(iter(self._inputs.streams), None)
-        if camera is not None:
-            seen = self._inputs.newest(f"{camera}_image")
-            deadline = time.monotonic_ns() + int(self.config.staleness.camera_s * 1e9)
-            while self._inputs.newest(f"{camera}_image") is seen and time.monotonic_ns() < deadline:
-                time.sleep(0.0005)
+        for _, camera in self._inputs.cameras.values():
+            limit = self.config.staleness.camera_s
+            camera.wait(limit, after=camera.read(limit).sequence)
             time.sleep(IMAGE_JITTER_S)
+            break
         self.clock.restart()
 
-    def _check_at_home(self) -> None:
-        apart = self._inputs.read_arm().joint_positions_rad - self.embodiment.home_joint_positions_rad
+    def _check_at_home(self, arm: Arm) -> None:
+        apart = arm.joint_positions_rad - self.embodiment.home_joint_positions_rad
         index = int(np.abs(apart).argmax())
         if abs(apart[index]) > HOME_TOLERANCE_RAD:
             raise RobotError(
@@ -256,28 +273,22 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
                 "Is the gate stopped, or the path blocked?"
             )
 
-    def _move_home(self) -> None:
+    def _move_home(self, arm: Arm) -> None:
         """Drive a real arm home along a straight line through the gate, fingers open."""
-        self._inputs.wait_until_ready(READY_TIMEOUT_S)
-        arm: Arm = self._inputs.read_arm()
         position, quaternion = self._kinematics.forward(arm.joint_positions_rad)
-        goal = rotation.from_6d(self._target[3:9])
+        goal, upright = self._kinematics.forward(np.array(self.embodiment.home_joint_positions_rad))
         turn = rotation.to_rotation_vector(
-            rotation.quaternion_multiply(goal, rotation.quaternion_conjugate(quaternion))
+            rotation.quaternion_multiply(upright, rotation.quaternion_conjugate(quaternion))
         )
-        distance = float(np.linalg.norm(self._target[:3] - position))
-        seconds = max(distance / HOMING_SPEED_M_S, float(np.linalg.norm(turn)) / HOMING_TURN_RATE_RAD_S)
+        distance, angle = float(np.linalg.norm(goal - position)), float(np.linalg.norm(turn))
+        seconds = max(distance / HOMING_SPEED_M_S, angle / HOMING_TURN_RATE_RAD_S)
         steps = max(1, int(np.ceil(seconds / self.embodiment.control_period_s)))
-        # Some periods at the end, for the arm to catch up.
-        settle = int(np.ceil(0.5 / self.embodiment.control_period_s))
-        self._gate.begin_episode(self._episode)
+        settle = int(np.ceil(HOMING_SETTLE_S / self.embodiment.control_period_s))
         self.clock.restart()
         for step in range(1, steps + settle + 1):
             share = min(1.0, step / steps)
             between = rotation.quaternion_multiply(rotation.from_rotation_vector(share * turn), quaternion)
-            target = self._target.copy()
-            target[:3] = position + share * (self._target[:3] - position)
-            target[3:9] = rotation.to_6d(between)
+            target = np.concatenate([position + share * (goal - position), rotation.to_6d(between), [1.0]])
             self._inputs.read_arm()
             self._gate.send_target(target, self.clock.deadline_ns, self._episode)
             self.clock.wait()
