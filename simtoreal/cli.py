@@ -1,7 +1,8 @@
 """The ``simtoreal`` command: finds the verb, reads its flags, runs it.
 
 A verb is a module of ``simtoreal.commands`` with a ``Config`` dataclass (its fields are the flags) and
-``main(config)``. Only the chosen verb's module is imported, so that help is fast and never waits for torch.
+``main(config)``. Only the chosen verb's module is imported, so that help is fast and never waits for torch; listing
+the verbs imports nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -13,8 +14,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from simtoreal.envs.errors import ConfigError, SimtorealError, closest
 
 COMMANDS = Path(__file__).parent / "commands"
 
@@ -85,15 +84,17 @@ def _split_verb(arguments: Sequence[str]) -> tuple[str, list[str]]:
     """
     known = verbs()
     first, rest = arguments[0], list(arguments[1:])
+    if first in known:
+        return first, rest
+    from simtoreal.envs.errors import ConfigError, closest
+
     if first in GROUPS:
         second = rest.pop(0)
         if f"{first} {second}" not in known:
             options = [name.removeprefix(f"{first} ") for name in known if name.startswith(f"{first} ")]
             raise ConfigError(f"'simtoreal {first}' has no verb '{second}'. {closest(second, options)}")
         return f"{first} {second}", rest
-    if first not in known:
-        raise ConfigError(f"simtoreal has no verb '{first}'. {closest(first, known)}")
-    return first, rest
+    raise ConfigError(f"simtoreal has no verb '{first}'. {closest(first, known)}")
 
 
 def _take_preset(arguments: list[str]) -> tuple[Path | None, list[str]]:
@@ -105,6 +106,8 @@ def _take_preset(arguments: list[str]) -> tuple[Path | None, list[str]]:
         if argument == "--config" or argument.startswith("--config="):
             value = argument.removeprefix("--config").removeprefix("=") or next(remaining, "")
             if not value:
+                from simtoreal.envs.errors import ConfigError
+
                 raise ConfigError("--config needs the path of a yaml file")
             preset = Path(value)
         else:
@@ -172,13 +175,17 @@ def main() -> None:
     """Console entry point: exit status 0 on success, 2 on a user's error, 130 when interrupted."""
     try:
         run(sys.argv[1:])
-    except SimtorealError as error:
-        print(f"simtoreal: {type(error).__name__}: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_FAILURE) from None
     except KeyboardInterrupt:
         print("simtoreal: interrupted", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:
         # The reader of our output went away (``simtoreal list tasks | head``); keep Python from failing again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(EXIT_FAILURE) from None
+    except Exception as error:
+        from simtoreal.envs.errors import SimtorealError
+
+        if not isinstance(error, SimtorealError):
+            raise
+        print(f"simtoreal: {type(error).__name__}: {error}", file=sys.stderr)
         raise SystemExit(EXIT_FAILURE) from None
