@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from simtoreal.evaluation.outside import OutsideView
 # Playback height: small policy images are enlarged by whole factors up to about this many pixels.
 _DISPLAY_HEIGHT = 256
 KINDS = ("success", "failure")
+_OUTSIDE = "_outside"
 
 
 @dataclass
@@ -69,10 +69,11 @@ class EpisodeVideos(Listener):
         kind = "success" if result.success else "failure"
         if clip is None or self.written[kind] >= self.limit:
             return
-        path = self.folder / f"{kind}_{result.seed}.mp4"
         if self.outside is not None and clip.states and self.written[kind] == 0:
+            path = self.folder / f"{kind}_{result.seed}{_OUTSIDE}.mp4"
             write_video(path, self._held(self.outside.frames(clip.states, clip.images)), self.fps)
         else:
+            path = self.folder / f"{kind}_{result.seed}.mp4"
             scale = max(1, round(_DISPLAY_HEIGHT / clip.images[0][0].shape[0]))
             pictures = (tile(images, columns=len(images)) for images in clip.images)
             write_video(path, self._held(pictures), self.fps, scale=scale)
@@ -93,10 +94,15 @@ class EpisodeVideos(Listener):
 
 
 def list_videos(folder: Path) -> list[dict[str, Any]]:
-    """Return ``{"file", "seed", "success"}`` of every video that :class:`EpisodeVideos` wrote, by kind and seed."""
+    """Return ``{"file", "seed", "success", "outside"}`` of every video that :class:`EpisodeVideos` wrote.
+
+    Successes come first, and among equals those drawn from outside.
+    """
     videos = []
-    for path in sorted(folder.glob("*.mp4")):
-        kind, _, seed = path.stem.partition("_")
-        with contextlib.suppress(ValueError):
-            videos.append({"file": f"{folder.name}/{path.name}", "seed": int(seed), "success": kind == "success"})
-    return sorted(videos, key=lambda video: (not video["success"], video["seed"]))
+    for path in folder.glob("*.mp4"):
+        outside = path.stem.endswith(_OUTSIDE)
+        kind, _, seed = path.stem.removesuffix(_OUTSIDE).partition("_")
+        if kind in KINDS and seed.isdecimal():
+            file = f"{folder.name}/{path.name}"
+            videos.append({"file": file, "seed": int(seed), "success": kind == "success", "outside": outside})
+    return sorted(videos, key=lambda video: (not video["success"], not video["outside"], video["seed"]))
