@@ -250,3 +250,60 @@ def test_doctor_notices_versions_that_differ_from_the_pins(tmp_path):
     assert finding.state == doctor.WARNING
     assert "(pinned 1.0)" in finding.found
     assert "not-installed" not in finding.found
+
+
+def test_list_shows_what_other_commands_accept(capsys):
+    from simtoreal.envs import list_tasks
+
+    cli.run(["list", "tasks"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in list_tasks())
+    assert f"{len(list_tasks())} tasks" in text
+    cli.run(["list", "robots"])
+    assert "panda_ros2" in capsys.readouterr().out
+    cli.run(["list", "policies"])
+    assert "diffusion" in capsys.readouterr().out
+
+
+def test_view_writes_a_picture_of_initial_conditions(tmp_path, capsys):
+    import cv2
+
+    picture = tmp_path / "lift.png"
+    cli.run(["view", "lift", "--output", str(picture)])
+    image = cv2.imread(str(picture))
+    assert image.shape[1] > 1900
+    assert image.std() > 20
+    assert "initial conditions 0 to 5 of lift" in capsys.readouterr().out
+
+
+def test_view_films_the_expert(tmp_path, capsys):
+    from simtoreal.envs.video import read_video
+
+    video = tmp_path / "reach.mp4"
+    cli.run(["view", "reach", "--output", str(video), "--seed", "3"])
+    frames = read_video(video)
+    assert len(frames) > 5
+    assert abs(frames[0].astype(int) - frames[-1]).max() > 50
+    assert "success" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["pick_plce"], "Did you mean 'pick_place'?"),
+        (["lift", "--camera", "frnt"], "Did you mean 'front'?"),
+        (["lift", "--output", "picture.bmp"], "ends in .png or .mp4"),
+        (["lift", "--seed", "-1"], "--seed is -1"),
+    ],
+)
+def test_view_explains_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+    assert exit_status(monkeypatch, "view", *arguments) == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_view_needs_a_display_to_be_interactive(monkeypatch, capsys):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert exit_status(monkeypatch, "view", "lift", "--interactive") == 2
+    assert "needs a display" in capsys.readouterr().err
