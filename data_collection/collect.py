@@ -155,6 +155,7 @@ def collect(
             try:
                 session, seconds = _run(plan, ledger, workers, on_progress)
             finally:
+                workers.stop()
                 ledger.close()
     return CollectionResult(outcomes=ledger.decided(), session=session, seconds=seconds)
 
@@ -242,6 +243,10 @@ class _Workers:
         return self
 
     def __exit__(self, *unused: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Let every process end after its current step, or kill it."""
         for connection in self.connections:
             with contextlib.suppress(OSError):
                 connection.send(None)
@@ -251,6 +256,7 @@ class _Workers:
                 process.kill()
                 process.join()
             connection.close()
+        self.processes, self.connections = [], []
 
     def start(self) -> tuple[Embodiment, dict[str, Any]]:
         """Wait until every worker has built its environment; return embodiment and tasks."""

@@ -73,6 +73,14 @@ class Ledger:
             self.outcomes[info.seed] = Outcome(
                 seed=info.seed, success=info.success, failure=info.failure, steps=info.steps, stored=True
             )
+        self._find_staged()
+        for seed, outcome in list(self.outcomes.items()):
+            # Surplus successes of an earlier, smaller request were removed; they are needed again now.
+            if outcome.stored and seed not in self._committed and not staged_path(path, seed).exists():
+                del self.outcomes[seed]
+
+    def _find_staged(self) -> None:
+        path = self.writer.path
         for file in sorted((path / STAGING).glob("seed_*.hdf5")):
             try:
                 with open_episode(file) as handle:
@@ -84,10 +92,6 @@ class Ledger:
             self.outcomes[info.seed] = Outcome(
                 seed=info.seed, success=info.success, failure=info.failure, steps=info.steps, stored=True
             )
-        for seed, outcome in list(self.outcomes.items()):
-            # Surplus successes of an earlier, smaller request were removed; they are needed again now.
-            if outcome.stored and seed not in self._committed and not staged_path(path, seed).exists():
-                del self.outcomes[seed]
 
     @property
     def complete(self) -> bool:
@@ -151,8 +155,10 @@ class Ledger:
             self._next += 1
 
     def close(self) -> None:
-        """Close the log; once complete, remove the staging folder with the surplus."""
+        """Commit what stopped workers finished without being heard; once complete, remove the surplus."""
         self._log.close()
+        self._find_staged()
+        self.advance()
         staging = self.writer.path / STAGING
         if self.complete:
             for file in staging.glob("*"):

@@ -30,7 +30,7 @@ def summarize(path: str | Path) -> dict[str, Any]:
                 row = file[name].shape[1:]
                 size = int(np.prod(row, dtype=np.int64)) * file[name].dtype.itemsize * steps
                 arrays[name] = {"shape": list(row), "dtype": str(file[name].dtype), "bytes": size}
-    cameras = ", ".join(f"{c.name} {c.width}×{c.height}" for c in embodiment.cameras)
+    cameras = ", ".join(f"{c.name} {c.width}x{c.height}" for c in embodiment.cameras)
     return {
         "tasks": dict(Counter(episode.task for episode in episodes)) or dict.fromkeys(dataset.tasks, 0),
         "episodes": len(episodes),

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
+import json
+import os
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-import h5py
 import numpy as np
 
-from simtoreal.data_collection.episode import Arrays, EpisodeInfo, array_names, disk_errors, refuse_foreign_content
+from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors
 from simtoreal.envs.errors import DatasetError
 
 Keep = Callable[[Arrays, EpisodeInfo], object]
 """Stores a finished episode."""
 
-# Written and flushed last: a step exists once its action does, so a kill between two arrays leaves no torn step.
-_COMMIT = "actions"
-_ROWS_PER_CHUNK = 64
+_HEADER = {"format": "simtoreal-part", "version": 1}
+_CRC = "crc32"
 
 
 class EmptyPartError(DatasetError):
@@ -69,52 +70,59 @@ class MemoryTake:
 
 
 class StreamTake:
-    """Appends every step to an HDF5 file in SWMR mode and flushes it, so that SIGKILL loses no finished step.
+    """Appends every step to a journal with one write, so that SIGKILL at any moment loses no step appended before.
 
-    Single-writer-multiple-reader mode orders the writes of HDF5 such that the file is readable at any moment,
-    which an ordinary HDF5 file is not before it is closed. See https://docs.hdfgroup.org, "SWMR".
+    The journal is a line of JSON (episode information, and name, type and shape of every array) followed by records
+    of fixed size, each with a CRC-32. It becomes an ordinary episode when it is kept, or by :func:`read_part` after
+    a crash. HDF5's own crash-safe mode (SWMR) was measured and left: once a write fails because the disk is full,
+    libhdf5 can no longer close the file and crashes the process, which must not happen to one that moves a robot.
 
     Args:
-        part: path of the running file, e.g. ``episodes/000012.part``.
-        store: receives the finished episode, which replaces the part.
-        info: describes the episode should the writer be killed; stored with ``failure="aborted"`` by the caller.
+        part: path of the journal, e.g. ``episodes/000012.part``; created with the first step.
+        store: receives the finished episode, which replaces the journal.
+        info: describes the episode should the writer be killed; the caller sets ``failure="aborted"``.
     """
 
     def __init__(self, part: Path, store: Keep, info: EpisodeInfo) -> None:
         self._part, self._store, self._info = part, store, info
-        self._file: h5py.File | None = None
-        self._datasets: dict[str, h5py.Dataset] = {}
-        self._steps = 0
+        self._descriptor: int | None = None
+        self._names: list[str] = []
 
     def append(self, row: Arrays) -> None:
         """See :class:`Take`.
 
         Raises:
-            DatasetError: the disk is full; the steps before this one are safe in the part.
+            DatasetError: the disk is full; the steps before this one are safe in the journal.
         """
         with disk_errors(self._part):
-            if self._file is None:
-                self._file = self._create(row)
-            names = [name for name in self._datasets if name != _COMMIT]
-            for name in [*names, _COMMIT]:
-                dataset = self._datasets[name]
-                dataset.resize(self._steps + 1, axis=0)
-                dataset[self._steps] = row[name]
-                dataset.flush()
-        self._steps += 1
+            if self._descriptor is None:
+                self._begin(row)
+            payload = b"".join(row[name].tobytes() for name in self._names)
+            self._write(self._descriptor, payload + struct.pack("<I", zlib.crc32(payload)))
 
-    def _create(self, row: Arrays) -> h5py.File:
-        file = h5py.File(self._part, "w", libver="latest")
-        for name, value in row.items():
-            rows = 1 if value.ndim == 3 else _ROWS_PER_CHUNK
-            # HDF5 refuses chunks of zero elements, as the state of a real robot would give.
-            chunk = (rows, *(max(1, size) for size in value.shape))
-            self._datasets[name] = file.create_dataset(
-                name, (0, *value.shape), value.dtype, maxshape=(None, *value.shape), chunks=chunk
-            )
-        file.attrs["episode"] = self._info.to_json()
-        file.swmr_mode = True
-        return file
+    def _begin(self, row: Arrays) -> None:
+        self._names = list(row)
+        fields = [[name, value.dtype.str, list(value.shape)] for name, value in row.items()]
+        header = json.dumps({**_HEADER, "info": self._info.to_json(), "fields": fields}) + "\n"
+        self._descriptor = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        try:
+            self._write(self._descriptor, header.encode())
+        except OSError:
+            self.discard()
+            raise
+
+    @staticmethod
+    def _write(descriptor: int, content: bytes) -> None:
+        end = os.lseek(descriptor, 0, os.SEEK_CUR)
+        written = 0
+        try:
+            while written < len(content):
+                written += os.write(descriptor, content[written:])
+        except OSError:
+            # Cut the incomplete record off, so that what follows, if space is freed, stays aligned.
+            os.ftruncate(descriptor, end)
+            os.lseek(descriptor, end, os.SEEK_SET)
+            raise
 
     def keep(self, info: EpisodeInfo) -> None:
         """See :class:`Take`."""
@@ -129,29 +137,44 @@ class StreamTake:
         self._part.unlink(missing_ok=True)
 
     def _close(self) -> None:
-        if self._file is not None:
-            # After a full disk closing fails too; what was flushed before is what recovery reads.
-            with contextlib.suppress(OSError, RuntimeError):
-                self._file.close()
-        self._file, self._datasets, self._steps = None, {}, 0
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+        self._descriptor = None
 
 
 def read_part(path: Path) -> tuple[EpisodeInfo, Arrays]:
-    """Read every complete step of a ``.part`` file, also one whose writer was killed.
+    """Read every complete step of a journal, also one whose writer was killed.
 
     Raises:
         EmptyPartError: it holds no complete step.
-        DatasetError: it cannot be read.
+        DatasetError: it is not a journal, or damaged before its last step.
     """
+    header, newline, body = path.read_bytes().partition(b"\n")
+    if not newline:
+        raise EmptyPartError(f"{path}: holds no complete step.")
     try:
-        with h5py.File(path, "r", libver="latest", swmr=True) as file:
-            refuse_foreign_content(file, path)
-            names = array_names(file)
-            steps = min((file[name].shape[0] for name in names), default=0)
-            arrays = {name: file[name][:steps] for name in names}
-            text = str(file.attrs["episode"])
-    except (OSError, KeyError, RuntimeError) as error:
-        raise DatasetError(f"{path}: holds no readable step ({error}).") from error
+        content = json.loads(header)
+        if {key: content[key] for key in _HEADER} != _HEADER:
+            raise ValueError(f"expected a header with {_HEADER}")
+        fields = [(str(name), _number_type(kind), tuple(map(int, shape))) for name, kind, shape in content["fields"]]
+        record = np.dtype([*fields, (_CRC, "<u4")])
+        info_text = str(content["info"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise DatasetError(f"{path}: is not the journal of a running episode ({error}).") from error
+    steps = len(body) // record.itemsize
     if steps == 0:
         raise EmptyPartError(f"{path}: holds no complete step.")
-    return EpisodeInfo.from_json(text, path=path, steps=steps), arrays
+    records = np.frombuffer(body, dtype=record, count=steps)
+    for step in range(steps):
+        row = body[step * record.itemsize : (step + 1) * record.itemsize - 4]
+        if zlib.crc32(row) != records[_CRC][step]:
+            raise DatasetError(f"{path}: step {step} of {steps} is damaged (its checksum differs).")
+    arrays = {name: np.ascontiguousarray(records[name]) for name, _, _ in fields}
+    return EpisodeInfo.from_json(info_text, path=path, steps=steps), arrays
+
+
+def _number_type(text: str) -> np.dtype[Any]:
+    kind = np.dtype(text)
+    if kind.kind not in "iufb":
+        raise ValueError(f"type '{text}' is not a number")
+    return kind

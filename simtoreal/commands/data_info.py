@@ -50,7 +50,7 @@ def main(config: Config) -> None:
     for name in ("name", "shape", "type", "size"):
         arrays.add_column(name, justify="right" if name == "size" else "left")
     for name, array in summary["arrays"].items():
-        arrays.add_row(name, " × ".join(map(str, array["shape"])) or "scalar", array["dtype"], _size(array["bytes"]))
+        arrays.add_row(name, " x ".join(map(str, array["shape"])) or "scalar", array["dtype"], _size(array["bytes"]))
     console.print(arrays)
     console.print(f"{config.dataset}: {summary['episodes']} episodes, {summary['steps']} steps, all readable")
 

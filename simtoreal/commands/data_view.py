@@ -21,7 +21,7 @@ class Config:
     camera: str = "front"
     """Camera to show."""
     mask: str | None = None
-    """Show only episodes of this mask, e.g. failure, valid or aborted; default: all."""
+    """Show only episodes of this mask, e.g. failure or valid; default: all."""
     rerun: bool = False
     """Write a rerun recording (.rrd) of one episode instead of a video; needs the extra 'rerun'."""
     output: Path | None = None

@@ -1,0 +1,242 @@
+"""Parallel collection: which episodes result, interruption by SIGKILL, and everything that can go wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import point_world
+import pytest
+
+from simtoreal.data_collection.collect import CollectionPlan, collect
+from simtoreal.data_collection.dataset import Dataset
+from simtoreal.envs.errors import ConfigError, DatasetError, SimtorealError
+
+# The first 20 seeds of the range that the expert can solve.
+FIRST_20 = [seed for seed in range(100) if not point_world.fails(seed)][:20]
+
+
+def make_plan(output: Path, **changes: object) -> CollectionPlan:
+    content = {"output": output, "task": "point", "episodes": 20, "image_size": 16, "workers": 2, "num_envs": 3}
+    return CollectionPlan(**{**content, **changes})
+
+
+def content_digest(path: Path) -> str:
+    """Digest of every array and its order, without the recorded wall-clock times."""
+    digest = hashlib.sha256()
+    dataset = Dataset.open(path)
+    for episode in dataset.episodes:
+        digest.update(dataclasses.replace(episode, started="", path=None).to_json().encode())
+        for name, array in sorted(dataset.read(episode).items()):
+            digest.update(name.encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def assert_clean(path: Path) -> None:
+    assert not (path / ".collect").exists()
+    assert not [file for file in path.rglob("*") if file.suffix in (".tmp", ".part")]
+
+
+def test_result_depends_on_neither_workers_nor_environments(tmp_path: Path) -> None:
+    result = collect(make_plan(tmp_path / "a"), setup=point_world.setup)
+    collect(make_plan(tmp_path / "b", workers=1, num_envs=7), setup=point_world.setup)
+    assert [episode.seed for episode in Dataset.open(tmp_path / "a").episodes] == FIRST_20
+    assert content_digest(tmp_path / "a") == content_digest(tmp_path / "b")
+    assert [outcome.seed for outcome in result.outcomes] == list(range(FIRST_20[-1] + 1))
+    assert {outcome.seed for outcome in result.outcomes if not outcome.success} == {3, 8, 13, 18, 23}
+    assert_clean(tmp_path / "a")
+
+
+def test_repeating_does_nothing_and_asking_for_more_extends(tmp_path: Path) -> None:
+    collect(make_plan(tmp_path / "a", episodes=7), setup=point_world.setup)
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "a/episodes").iterdir()}
+    assert collect(make_plan(tmp_path / "a", episodes=7), setup=point_world.setup).session == 0
+    collect(make_plan(tmp_path / "a"), setup=point_world.setup)
+    after = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "a/episodes").iterdir()}
+    assert before.items() <= after.items()
+    collect(make_plan(tmp_path / "b"), setup=point_world.setup)
+    assert content_digest(tmp_path / "a") == content_digest(tmp_path / "b")
+
+
+def test_failures_are_kept_on_request(tmp_path: Path) -> None:
+    collect(make_plan(tmp_path, keep_failures=True), setup=point_world.setup)
+    dataset = Dataset.open(tmp_path)
+    assert [episode.seed for episode in dataset.episodes] == list(range(FIRST_20[-1] + 1))
+    assert [episode.seed for episode in dataset.filter("failure")] == [3, 8, 13, 18, 23]
+
+
+def test_seeds_of_collections_are_disjoint(tmp_path: Path) -> None:
+    collect(make_plan(tmp_path, episodes=2, seed=7, workers=1), setup=point_world.setup)
+    assert [episode.seed for episode in Dataset.open(tmp_path).episodes] == [7_000_000, 7_000_001]
+
+
+def test_other_settings_are_refused(tmp_path: Path) -> None:
+    collect(make_plan(tmp_path, episodes=2, workers=1), setup=point_world.setup)
+    with pytest.raises(ConfigError, match="seed: 0 != 1"):
+        collect(make_plan(tmp_path, episodes=2, seed=1), setup=point_world.setup)
+    with pytest.raises(ConfigError, match="episodes is 0"):
+        make_plan(tmp_path, episodes=0)
+
+
+SLOW = """
+import sys, time
+sys.path.insert(0, sys.argv[2])
+from pathlib import Path
+from test_collect import make_plan, slow_setup
+from simtoreal.data_collection.collect import collect
+if __name__ == "__main__":
+    collect(make_plan(Path(sys.argv[1])), setup=slow_setup)
+"""
+
+
+def slow_setup(plan: CollectionPlan) -> tuple:
+    env, expert = point_world.setup(plan)
+    step = env.step
+
+    def slow_step(actions: np.ndarray) -> tuple:
+        time.sleep(0.05)
+        (plan.output / f"alive-{os.getpid()}").touch()
+        return step(actions)
+
+    env.step = slow_step  # type: ignore[method-assign]
+    return env, expert
+
+
+def wait_for(condition, what: str) -> None:
+    for _ in range(600):
+        if condition():
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"{what} did not happen")
+
+
+def is_running(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    try:
+        return stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_sigkill_and_resume_give_exactly_the_requested_episodes(tmp_path: Path) -> None:
+    output, script = tmp_path / "a", tmp_path / "slow.py"
+    script.write_text(SLOW)
+    for enough in (2, 9):
+        process = subprocess.Popen([sys.executable, str(script), str(output), str(Path(__file__).parent)])
+        wait_for(lambda count=enough: len(list((output / "episodes").glob("*.hdf5"))) >= count, "first episodes")
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        workers = [int(file.name.removeprefix("alive-")) for file in output.glob("alive-*")]
+        assert len(workers) == 2
+        wait_for(lambda pids=workers: not any(map(is_running, pids)), "the end of the orphaned workers")
+        for file in output.glob("alive-*"):
+            file.unlink()
+        assert 0 < len(Dataset.open(output).episodes) < 20
+    finished = {file.name: file.stat().st_mtime_ns for file in (output / "episodes").iterdir()}
+    result = collect(make_plan(output), setup=point_world.setup)
+    assert 0 < result.session < len(result.outcomes)
+    assert finished.items() <= {file.name: file.stat().st_mtime_ns for file in (output / "episodes").iterdir()}.items()
+    collect(make_plan(tmp_path / "b"), setup=point_world.setup)
+    assert content_digest(output) == content_digest(tmp_path / "b")
+    assert_clean(output)
+    lines = (output / "collection.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["seed"] for line in lines}) >= len(result.outcomes) - 2
+
+
+def test_log_torn_by_a_crash_is_repaired(tmp_path: Path) -> None:
+    collect(make_plan(tmp_path / "a", episodes=7), setup=point_world.setup)
+    log = tmp_path / "a/collection.jsonl"
+    log.write_bytes(log.read_bytes()[:-20])
+    collect(make_plan(tmp_path / "a"), setup=point_world.setup)
+    collect(make_plan(tmp_path / "b"), setup=point_world.setup)
+    assert content_digest(tmp_path / "a") == content_digest(tmp_path / "b")
+
+
+def dying_setup(plan: CollectionPlan) -> tuple:
+    env, expert = point_world.setup(plan)
+    calls = iter(range(1000))
+    act = expert.act
+
+    def dying_act(*arguments: object) -> np.ndarray:
+        if next(calls) == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return act(*arguments)
+
+    expert.act = dying_act  # type: ignore[method-assign]
+    return env, expert
+
+
+def test_killed_worker_is_reported_and_its_finished_episodes_stay(tmp_path: Path) -> None:
+    with pytest.raises(SimtorealError, match=r"died \(exit code -9.*run the command again"):
+        collect(make_plan(tmp_path / "a"), setup=dying_setup)
+    assert 0 < len(Dataset.open(tmp_path / "a").episodes) < 20
+    collect(make_plan(tmp_path / "a"), setup=point_world.setup)
+    collect(make_plan(tmp_path / "b"), setup=point_world.setup)
+    assert content_digest(tmp_path / "a") == content_digest(tmp_path / "b")
+
+
+def full_disk_setup(plan: CollectionPlan) -> tuple:
+    env, expert = point_world.setup(plan)
+    calls = iter(range(1000))
+    act = expert.act
+
+    def act_until_full(*arguments: object) -> np.ndarray:
+        if next(calls) == 8:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+        return act(*arguments)
+
+    expert.act = act_until_full  # type: ignore[method-assign]
+    return env, expert
+
+
+def test_full_disk_is_reported_and_nothing_is_half_written(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="the disk is full"):
+        collect(make_plan(tmp_path / "a"), setup=full_disk_setup)
+    assert 0 < len(Dataset.open(tmp_path / "a").episodes) < 20
+    assert not [file for file in (tmp_path / "a").rglob("*") if file.suffix in (".tmp", ".part")]
+    collect(make_plan(tmp_path / "a"), setup=point_world.setup)
+    collect(make_plan(tmp_path / "b"), setup=point_world.setup)
+    assert content_digest(tmp_path / "a") == content_digest(tmp_path / "b")
+
+
+def broken_setup(plan: CollectionPlan) -> tuple:
+    raise ZeroDivisionError("environment of the test")
+
+
+def config_error_setup(plan: CollectionPlan) -> tuple:
+    raise ConfigError("a clear message")
+
+
+def test_errors_of_workers_arrive(tmp_path: Path) -> None:
+    with pytest.raises(SimtorealError, match="ZeroDivisionError: environment of the test"):
+        collect(make_plan(tmp_path), setup=broken_setup)
+    with pytest.raises(ConfigError, match="a clear message"):
+        collect(make_plan(tmp_path), setup=config_error_setup)
+
+
+def hopeless_setup(plan: CollectionPlan) -> tuple:
+    env, expert = point_world.setup(plan)
+    expert.act = lambda observation, instructions, slots: np.zeros((len(slots), 1, 7), dtype=np.float32)  # type: ignore
+    return env, expert
+
+
+def test_hopeless_expert_is_stopped(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"only 0 of \d+ attempts at 'point' succeeded"):
+        collect(make_plan(tmp_path), setup=hopeless_setup)
+
+
+def test_folder_in_use_is_refused(tmp_path: Path) -> None:
+    from simtoreal.data_collection.writer import lock_folder
+
+    collect(make_plan(tmp_path, episodes=2, workers=1), setup=point_world.setup)
+    with lock_folder(tmp_path), pytest.raises(DatasetError, match="another process"):
+        collect(make_plan(tmp_path), setup=point_world.setup)
