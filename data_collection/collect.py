@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,6 +18,7 @@ from gymnasium.vector import VectorEnv
 
 from simtoreal.data_collection.collect_worker import run_worker
 from simtoreal.data_collection.dataset import META, read_meta
+from simtoreal.data_collection.expert import OperatorStyle
 from simtoreal.data_collection.ledger import LOG, SEEDS_PER_COLLECTION, Ledger, Outcome
 from simtoreal.data_collection.writer import DatasetWriter
 from simtoreal.envs import errors
@@ -38,7 +40,7 @@ class CollectionPlan:
         episodes: successful episodes wanted.
         seed: collections of different seeds have disjoint initial conditions.
         image_size: pixels.
-        style: settings of the expert's operator style that differ from its defaults.
+        style: how the expert moves.
         randomization: domain randomisation of the simulation, None for none.
         keep_failures: also store the episodes that ran out of time before the last success that counts.
         workers: processes.
@@ -50,7 +52,7 @@ class CollectionPlan:
     episodes: int
     seed: int = 0
     image_size: int = 64
-    style: tuple[tuple[str, Any], ...] = ()
+    style: OperatorStyle = field(default_factory=OperatorStyle)
     randomization: str | None = None
     keep_failures: bool = False
     workers: int = 2
@@ -70,8 +72,10 @@ class CollectionPlan:
 
     def identity(self) -> dict[str, Any]:
         """What must be equal to continue a collection."""
+        # As it comes back from JSON, where tuples are lists.
+        style = json.loads(json.dumps(asdict(self.style)))
         return {
-            "task": self.task, "seed": self.seed, "image_size": self.image_size, "style": dict(self.style),
+            "task": self.task, "seed": self.seed, "image_size": self.image_size, "style": style,
             "randomization": self.randomization, "keep_failures": self.keep_failures,
         }  # fmt: skip
 
@@ -118,7 +122,7 @@ def expert_setup(plan: CollectionPlan) -> tuple[VectorEnv, Actor]:
     """The simulated task with the scripted expert."""
     from gymnasium.vector import AutoresetMode
 
-    from simtoreal.data_collection.expert import OperatorStyle, ScriptedExpert
+    from simtoreal.data_collection.expert import ScriptedExpert
     from simtoreal.envs import make_vector_env
 
     env = make_vector_env(
@@ -129,7 +133,7 @@ def expert_setup(plan: CollectionPlan) -> tuple[VectorEnv, Actor]:
         autoreset_mode=AutoresetMode.DISABLED,
         record_state=True,
     )
-    expert = ScriptedExpert(env.task, env.embodiment, style=OperatorStyle(**dict(plan.style)), seed=plan.seed)
+    expert = ScriptedExpert(env.task, env.embodiment, style=plan.style, seed=plan.seed)
     return env, expert
 
 

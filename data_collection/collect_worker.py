@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import traceback
+from dataclasses import asdict
 from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any
 
@@ -78,9 +79,9 @@ def _serve(connection: Connection, plan: CollectionPlan, setup: Setup) -> None:
         task=name,
         embodiment=env.embodiment,
         source="expert",
-        operator="expert",
+        operator=plan.style.name,
         keep=lambda result: kept(result, plan),
-        extra={"style": dict(plan.style)} if plan.style else None,
+        extra={"style": asdict(plan.style)},
     )
     listeners = [recorder, _Reporter(connection, plan)]
     try:

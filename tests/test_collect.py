@@ -31,11 +31,11 @@ def make_plan(output: Path, **changes: object) -> CollectionPlan:
 
 
 def content_digest(path: Path) -> str:
-    """Digest of every array and its order, without the recorded wall-clock times."""
+    """Digest of every array and its order, without wall-clock times and the state of the source tree."""
     digest = hashlib.sha256()
     dataset = Dataset.open(path)
     for episode in dataset.episodes:
-        digest.update(dataclasses.replace(episode, started="", path=None).to_json().encode())
+        digest.update(dataclasses.replace(episode, started="", commit="", path=None).to_json().encode())
         for name, array in sorted(dataset.read(episode).items()):
             digest.update(name.encode() + array.tobytes())
     return digest.hexdigest()

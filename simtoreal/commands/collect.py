@@ -30,35 +30,40 @@ class Config:
     """Simulations per process. Does not change the data."""
     randomization: Literal["none", "standard"] = "none"
     """Domain randomisation of masses, friction, gains, latency, colours, lights and cameras."""
-    speed: float = 1.0
-    """Operator style: speed of the expert's motions relative to its default."""
+    style: str = "expert"
+    """How the expert moves: expert, careful, hasty, from_left or from_right; stored as the operator."""
     noise: float | None = None
-    """Operator style: standard deviation of the expert's action noise (fraction of the largest action)."""
+    """Standard deviation of noise on the expert's translation (fraction of the action limit); default: the style's."""
     keep_failures: bool = False
     """Also store episodes that ran out of time; they are in the mask 'failure', never in 'train'."""
 
 
 def main(config: Config) -> None:
     """Collect with a progress bar and write results.json."""
+    import dataclasses
     import os
 
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from simtoreal.data_collection.collect import CollectionPlan, CollectionProgress, collect
+    from simtoreal.data_collection.expert import STYLES
+    from simtoreal.envs.errors import ConfigError, closest
     from simtoreal.evaluation.statistics import format_rate
 
     console = Console()
-    style = {"speed": config.speed} if config.speed != 1.0 else {}
+    if config.style not in STYLES:
+        raise ConfigError(f"--style '{config.style}' does not exist. {closest(config.style, STYLES)}")
+    style = STYLES[config.style]
     if config.noise is not None:
-        style["noise"] = config.noise
+        style = dataclasses.replace(style, noise=config.noise)
     plan = CollectionPlan(
         output=config.output,
         task=config.task,
         episodes=config.episodes,
         seed=config.seed,
         image_size=config.image_size,
-        style=tuple(style.items()),
+        style=style,
         randomization=None if config.randomization == "none" else config.randomization,
         keep_failures=config.keep_failures,
         workers=config.workers or len(os.sched_getaffinity(0)),

@@ -22,14 +22,14 @@ def main(config: Config) -> None:
     from rich.table import Table
 
     from simtoreal.data_collection.summary import summarize
-    from simtoreal.evaluation.statistics import format_rate
 
     console = Console()
     summary = summarize(config.dataset)
     table = Table(title=str(config.dataset), show_header=False)
     table.add_row("tasks", ", ".join(f"{name} ({count})" for name, count in summary["tasks"].items()))
     table.add_row("episodes", f"{summary['episodes']}, {summary['steps']} steps, {_size(summary['bytes'])}")
-    table.add_row("successful", format_rate(summary["successes"], summary["episodes"]))
+    # A count, not a rate: which episodes were stored was somebody's choice.
+    table.add_row("successful", f"{summary['successes']} of {summary['episodes']}")
     if summary["failures"]:
         table.add_row("failures", ", ".join(f"{name} ({count})" for name, count in summary["failures"].items()))
     if summary["episodes"]:
