@@ -86,7 +86,7 @@ def test_nothing_older_than_the_bound_is_executed_under_random_delays() -> None:
             executed += 1
             assert abs(target[0] - step) < 1e-9
     assert executed > 1000
-    assert plan.dropped["too_late"] > 10
+    assert plan.dropped["too_late"] > 0
 
 
 def test_a_new_chunk_takes_over_gradually_but_the_gripper_at_once() -> None:

@@ -1,0 +1,227 @@
+"""Run a policy on a robot, or on its twin, over ROS 2 and behind the safety gate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from simtoreal.envs.errors import ConfigError
+
+if TYPE_CHECKING:
+    from simtoreal.envs.embodiment import Embodiment
+    from simtoreal.envs.task import TaskSpec
+    from simtoreal.robot.inference import InferenceProcess
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Ctrl-C stops the robot in a controlled way. An interrupted deployment continues when it is run again."""
+
+    output: Path
+    """Folder for episodes.jsonl, results.json, videos and logs."""
+    policy: Path | None = None
+    """Training run or checkpoint folder; not needed for the expert."""
+    task: str | None = None
+    """Task name or yaml file; default: the task the policy was trained on."""
+    actor: Literal["policy", "expert"] = "policy"
+    """Who acts: the policy, or the scripted expert, which reads the twin's truth (a test of the robot side)."""
+    robot: Literal["twin", "ros"] = "twin"
+    """twin: start the simulated robot too. ros: a robot that is already on the ROS 2 graph; a person at the terminal
+    arranges the scene before every episode and judges it afterwards."""
+    gap: Literal["none", "standard", "hard"] = "standard"
+    """How far the twin differs from the training simulator; unknown to policy and runtime."""
+    episodes: int = 20
+    """Number of initial conditions."""
+    seed: int = 200_000
+    """First initial condition; the others follow. Demonstrations use seeds from 0, evaluations from 100000."""
+    policy_seed: int = 0
+    """Seed of the actor's own randomness."""
+    topics: str = "panda_ros2"
+    """Topics of the robot: a preset of configs/robot or the path of a yaml file."""
+    videos: int = 3
+    """Videos of successes, and of failures, as the robot's cameras see them."""
+    image_size_px: int = 64
+    """Camera resolution for the expert; a policy brings its own."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the policy runs; auto uses a GPU if there is one."""
+    threads: int = 0
+    """Threads of the inference process; 0: half of the cores, so that the control loop keeps the others."""
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "image_size_px"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
+        if min(self.seed, self.policy_seed, self.videos, self.threads) < 0:
+            raise ConfigError("--seed, --policy-seed, --videos and --threads must not be negative")
+        if self.actor == "policy" and self.policy is None:
+            raise ConfigError("--policy is missing: give the folder of a training run, or use --actor expert")
+        if self.actor == "expert" and (self.policy is not None or self.task is None or self.robot != "twin"):
+            raise ConfigError("--actor expert needs --task and --robot twin (whose truth it reads), and no --policy")
+
+
+def main(config: Config) -> None:
+    """Deploy, write the results and print them."""
+    from rich.console import Console
+
+    from simtoreal.robot.deployment import interruptible, private_domain
+
+    console = Console()
+    private_domain()
+    with interruptible():
+        try:
+            results = _deploy(config, console)
+        except KeyboardInterrupt:
+            console.print("interrupted: the robot was brought to rest; the same command continues")
+            raise
+    from simtoreal.evaluation.statistics import format_rate
+
+    console.print(
+        f"  control loop: {results['missed_periods']} missed of {results['periods']} periods, error p99 "
+        f"{results['p99_period_error_ms']:.2f} ms; targets published at {results['gate']['publish_hz']:.0f} Hz"
+        + (f"; inference p99 {results['inference_p99_ms']:.0f} ms" if "inference_p99_ms" in results else ""),
+        highlight=False,
+        soft_wrap=True,
+    )
+    for tag, count in results["failures"].items():
+        console.print(f"  failed by {tag}: {count}", highlight=False, soft_wrap=True)
+    where = f"the '{results['gap']}' twin" if results["backend"] == "twin" else "the robot"
+    console.print(
+        f"Result: {results['label']} on {results['task']}, {where}: success "
+        f"{format_rate(results['successes'], results['n'])}; written to {config.output}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _deploy(config: Config, console: Any) -> dict[str, Any]:
+    import contextlib
+    import os
+
+    from simtoreal.envs import load_task, panda_embodiment
+    from simtoreal.envs.files import write_json
+    from simtoreal.evaluation.evaluate import check_unseen, evaluate
+    from simtoreal.evaluation.progress import EpisodeProgress
+    from simtoreal.evaluation.results import RESULTS_FILE, read_episodes
+    from simtoreal.robot.async_actor import AsyncPolicyActor
+    from simtoreal.robot.deployment import CameraHeartbeat, EpisodeGuard, close_all, control_results, running_twin
+    from simtoreal.robot.gate import SafetyGate
+    from simtoreal.robot.gate_limits import GateLimits
+    from simtoreal.robot.inference import InferenceProcess
+    from simtoreal.robot.ros2_env import Ros2Env
+    from simtoreal.robot.timing import prefer_realtime
+    from simtoreal.robot.topics import load_robot_config
+
+    seeds = range(config.seed, config.seed + config.episodes)
+    robot = load_robot_config(config.topics)
+    closers: list[Any] = []
+    inference: InferenceProcess | None = None
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: close_all(closers))
+        if config.policy is not None:
+            threads = config.threads or max(1, (os.cpu_count() or 2) // 2)
+            inference = InferenceProcess(config.policy, seed=config.policy_seed, device=config.device, threads=threads)
+            closers.insert(0, inference.close)
+            check_unseen(seeds, inference.description.training_seeds)
+            embodiment = inference.description.embodiment
+        else:
+            embodiment = panda_embodiment(config.image_size_px)
+        task_name = config.task or _trained_task(inference, config)
+        task = load_task(Path(task_name) if task_name.endswith((".yaml", ".yml")) else task_name)
+        if config.robot == "twin":
+            log = config.output / "twin.log"
+            stack.enter_context(
+                running_twin(task_name, embodiment, config.topics, gap=config.gap, seed=config.seed, log=log)
+            )
+            # Registered after the twin, so that it is called before: the arm rests before its twin ends.
+            stack.callback(lambda: close_all(closers))
+        gate = SafetyGate.start(robot, GateLimits.for_embodiment(embodiment), embodiment)
+        closers.insert(0, gate.close)
+        if inference is not None:
+            gate.watch(inference.pid)
+        env = Ros2Env(
+            task,
+            embodiment=embodiment,
+            config=robot,
+            gate=gate,
+            operator=None if config.robot == "twin" else _ask_for_scene,
+            observe_truth=config.actor == "expert",
+        )
+        closers.insert(1, env.close)
+        guarded = EpisodeGuard(env, gate, None if config.robot == "twin" else _ask_for_success)
+        actor, listeners = _actor(config, task, embodiment, inference)
+        settings = _settings(config, task, inference)
+        known = [result.success for result in read_episodes(config.output) if result.seed in seeds]
+        prefer_realtime(10)
+        title = f"{settings['label']} on the {config.robot}"
+        with EpisodeProgress(console, title, config.episodes, known) as progress:
+            results = evaluate(
+                guarded,
+                actor,
+                seeds,
+                config.output,
+                settings,
+                videos=config.videos,
+                listeners=[*listeners, CameraHeartbeat(gate), progress],
+            )
+        status = gate.close()
+        statistics = actor.statistics() if isinstance(actor, AsyncPolicyActor) else {}
+        results.update(control_results(env.clock.summary(), status, statistics))
+        write_json(config.output / RESULTS_FILE, results)
+    return results
+
+
+def _trained_task(inference: InferenceProcess | None, config: Config) -> str:
+    if inference is None or not inference.description.task:
+        raise ConfigError(f"{config.policy} was trained on several tasks; say which one with --task")
+    return str(inference.description.task["name"])
+
+
+def _actor(
+    config: Config, task: TaskSpec, embodiment: Embodiment, inference: InferenceProcess | None
+) -> tuple[Any, list[Any]]:
+    """Return the actor, and the listeners that it needs."""
+    if inference is None:
+        from simtoreal.data_collection.expert import ScriptedExpert
+
+        return ScriptedExpert(task, embodiment, seed=config.policy_seed), []
+    from simtoreal.robot.async_actor import AsyncPolicyActor
+
+    actor = AsyncPolicyActor(inference, embodiment)
+    return actor, [actor]
+
+
+def _settings(config: Config, task: TaskSpec, inference: InferenceProcess | None) -> dict[str, Any]:
+    """What decides the outcome; an interrupted deployment is only continued with the same settings."""
+    return {
+        "task": task.name,
+        "label": inference.description.type if inference else "expert",
+        "policy": str(config.policy) if config.policy else None,
+        "checkpoint": inference.description.digest if inference else None,
+        "horizon": task.horizon,
+        "backend": "twin" if config.robot == "twin" else "robot",
+        "gap": config.gap if config.robot == "twin" else None,
+        "actor": config.actor,
+        "first_seed": config.seed,
+        "policy_seed": config.policy_seed,
+        "topics": config.topics,
+    }
+
+
+def _ask(question: str) -> str:
+    try:
+        return input(question).strip().lower()
+    except EOFError as error:
+        raise ConfigError(
+            "--robot ros needs a person at the terminal, who arranges and judges every episode"
+        ) from error
+
+
+def _ask_for_scene(task: TaskSpec, seed: int) -> None:
+    _ask(f"Arrange '{task.name}' (initial condition {seed}), step back, and press Enter to start: ")
+
+
+def _ask_for_success() -> bool:
+    while (answer := _ask("Did the robot succeed? [y/n] ")) not in ("y", "n", "yes", "no"):
+        continue
+    return answer.startswith("y")
