@@ -46,10 +46,10 @@ class DiffusionPolicy(Policy):
         clean = clean.repeat_interleave(samples, dim=0)
         noise = normal_noise(clean.shape, None, device)
         time = spread_times(rows, samples, device).flatten()
-        noisy, time, target = self.process.corrupt(clean, noise, time)
+        noisy, time = self.process.corrupt(clean, noise, time)
         predicted = self.denoiser(noisy, time, condition).float()
         mask = batch["action_mask"].repeat_interleave(samples, dim=0)
-        return {"loss": masked_mean((predicted - target).square(), mask)}
+        return {"loss": masked_mean((predicted - clean).square(), mask)}
 
     def predict(self, observation: dict[str, Tensor], instruction: Sequence[str], generator: Generators) -> Tensor:
         """Return chunks ``(B, horizon, A)``; see :meth:`Policy.predict`."""

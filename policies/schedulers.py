@@ -1,4 +1,8 @@
-"""Noise processes: how chunks are corrupted in training and generated at run time (schedulers of diffusers)."""
+"""Noise processes: how chunks are corrupted in training and generated at run time (schedulers of diffusers).
+
+The network always predicts the clean chunk. A prediction of the noise would be divided by nearly zero in the first of
+few denoising steps, and chunks, unlike images, are so low-dimensional that the clean one is the easier target.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from simtoreal.policies.base import Generators
 from simtoreal.policies.config import DiffusionConfig
 from simtoreal.policies.normalization import CLIP
 
-# (noisy actions (N, T, A), time (N,) in [0, 1]) -> what the process asks the network to predict, (N, T, A)
+# (noisy chunks (N, T, A), time (N,) in [0, 1]) -> predicted clean chunks (N, T, A)
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -30,8 +34,8 @@ class NoiseProcess(ABC):
     """Corrupts clean chunks and generates chunks from noise. Times run from 0 (clean) to 1 (noise)."""
 
     @abstractmethod
-    def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return noisy chunks ``(N, T, A)``, the time given to the network ``(N,)``, and the target ``(N, T, A)``."""
+    def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Return noisy chunks ``(N, T, A)`` and the time given to the network ``(N,)``."""
 
     @abstractmethod
     def generate(self, denoiser: Denoiser, noise: Tensor, generator: Generators) -> Tensor:
@@ -39,7 +43,7 @@ class NoiseProcess(ABC):
 
 
 class Flow(NoiseProcess):
-    """Rectified flow (Liu et al. 2022; Lipman et al. 2023) with Euler steps; the target is the velocity."""
+    """Rectified flow (Liu et al. 2022; Lipman et al. 2023) with Euler steps."""
 
     def __init__(self, steps: int) -> None:
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
@@ -47,23 +51,23 @@ class Flow(NoiseProcess):
         self.steps = steps
         self.scheduler: Any = FlowMatchEulerDiscreteScheduler()
 
-    def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return torch.lerp(clean, noise, time[:, None, None]), time, noise - clean
+    def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.lerp(clean, noise, time[:, None, None]), time
 
     def generate(self, denoiser: Denoiser, noise: Tensor, generator: Generators) -> Tensor:
         levels = [1 - index / self.steps for index in range(self.steps)]
         self.scheduler.set_timesteps(sigmas=levels, device=noise.device)
         sample = noise
         for timestep, level in zip(self.scheduler.timesteps, levels, strict=True):
-            velocity = denoiser(sample, sample.new_full((len(sample),), level))
-            sample = self.scheduler.step(velocity.float(), timestep, sample, return_dict=False)[0]
+            clean = denoiser(sample, sample.new_full((len(sample),), level)).float()
+            # The path is a straight line from the clean chunk to the noise, so its velocity follows from either end.
+            velocity = (sample - clean) / level
+            sample = self.scheduler.step(velocity, timestep, sample, return_dict=False)[0]
         return sample
 
 
 class Diffusion(NoiseProcess):
-    """Denoising diffusion with a cosine schedule (Nichol & Dhariwal 2021); the target is the clean chunk.
-
-    Predicting the noise instead divides by nearly zero in the first of few denoising steps.
+    """Denoising diffusion with a cosine schedule (Nichol & Dhariwal 2021).
 
     Args:
         kind: ``ddpm`` (Ho et al. 2020), ``ddim`` (Song et al. 2021) or ``dpm`` (DPM-Solver++ 2M, Lu et al. 2022).
@@ -89,9 +93,9 @@ class Diffusion(NoiseProcess):
             scheduler = DDPMScheduler if kind == "ddpm" else DDIMScheduler
             self.scheduler = scheduler(**common, clip_sample=True, clip_sample_range=CLIP)
 
-    def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
         level = (time * self.levels).long().clamp_max(self.levels - 1)
-        return self.scheduler.add_noise(clean, noise, level), level / self.levels, clean
+        return self.scheduler.add_noise(clean, noise, level), level / self.levels
 
     def generate(self, denoiser: Denoiser, noise: Tensor, generator: Generators) -> Tensor:
         self.scheduler.set_timesteps(self.steps, device=noise.device)
