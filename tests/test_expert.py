@@ -1,0 +1,79 @@
+"""The scripted expert solves every task, follows moving objects and recovers from disturbances."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from simtoreal.data_collection.expert import STYLES, OperatorStyle, ScriptedExpert
+from simtoreal.envs import Listener, list_tasks, make_vector_env, rollout
+from simtoreal.envs.errors import ConfigError
+
+
+def _success(task: str, episodes: int, style: str = "expert", **options) -> list[bool]:
+    env = make_vector_env(task, 20, observe="state")
+    expert = ScriptedExpert(env.task, env.embodiment, style=STYLES[style])
+    return [result.success for result in rollout(env, expert, range(1000, 1000 + episodes), **options)]
+
+
+@pytest.mark.parametrize("task", list_tasks())
+def test_expert_solves(task):
+    successes = _success(task, 40)
+    assert sum(successes) >= 38, f"{sum(successes)}/40"
+
+
+@pytest.mark.parametrize("style", sorted(STYLES))
+def test_every_style_solves_pick_place(style):
+    assert sum(_success("pick_place", 20, style)) >= 18
+
+
+def test_styles_differ_in_what_they_do():
+    env = make_vector_env("pick_place", 20, observe="state")
+    lengths = {}
+    for name in ("hasty", "careful"):
+        results = rollout(env, ScriptedExpert(env.task, env.embodiment, style=STYLES[name]), range(20))
+        lengths[name] = np.mean([result.steps for result in results])
+    assert lengths["careful"] > 1.3 * lengths["hasty"]
+
+
+class _Disturbance(Listener):
+    """Moves the cube away while the gripper descends, and knocks it out of the gripper once when carried."""
+
+    def __init__(self, env) -> None:
+        self.env, self.step, self.knocked = env, np.zeros(env.num_envs, int), 0
+
+    def on_reset(self, slot, episode, seed, observation, info) -> None:
+        self.step[slot] = 0
+
+    def on_step(self, step) -> None:
+        self.step[step.slots] += 1
+        where = self.env.objects["cube"]
+        qpos = self.env.fields["qpos"]
+        for slot in step.slots:
+            if self.step[slot] == 6:
+                qpos[slot, where.qpos + 1] += 0.05
+            carried = qpos[slot, where.qpos + 2] > 0.06
+            if carried and self.step[slot] < 40:
+                self.step[slot] = 100
+                qpos[slot, where.qpos : where.qpos + 3] = [0.48, 0.16, 0.02]
+                self.env.fields["qvel"][slot, where.qvel : where.qvel + 6] = 0
+                self.knocked += 1
+
+
+def test_expert_follows_and_recovers():
+    env = make_vector_env("pick_place", 10, observe="state")
+    disturbance = _Disturbance(env)
+    expert = ScriptedExpert(env.task, env.embodiment)
+    results = rollout(env, expert, range(20), listeners=[disturbance])
+    assert disturbance.knocked >= 10
+    assert sum(result.success for result in results) >= 18
+
+
+def test_wrong_settings_are_reported():
+    with pytest.raises(ConfigError, match="'speed' is 0"):
+        OperatorStyle(speed=0)
+    env = make_vector_env("reach", 1, observe="state")
+    expert = ScriptedExpert(env.task, env.embodiment)
+    expert.reset(np.array([0]), [0])
+    with pytest.raises(ConfigError, match="object_state"):
+        expert.act({"proprio": np.zeros((1, 1, 20), np.float32)}, [""], np.array([0]))

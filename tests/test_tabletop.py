@@ -1,0 +1,238 @@
+"""The MuJoCo backend: exactness, independence of seeds, faults, rendering, randomisation."""
+
+from __future__ import annotations
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.vector import AutoresetMode
+
+from simtoreal.envs import gym_id, list_tasks, make_env, make_vector_env
+from simtoreal.envs.errors import ActionError, ConfigError, TaskError
+from simtoreal.envs.tabletop_vector import SUCCESS_HOLD_STEPS
+
+
+def _actions(steps: int, count: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-1, 1, (steps, count, 7)).astype(np.float32)
+
+
+def _same(a: dict, b: dict) -> bool:
+    return all(np.array_equal(a[key], b[key]) for key in a)
+
+
+def test_restored_state_replays_bit_identically():
+    env = make_vector_env("stack", 3, image_size=32)
+    env.reset(seed=0)
+    actions = _actions(30, 3)
+    for action in actions[:10]:
+        env.step(action)
+    state = env.get_state()
+    first = [env.step(action) for action in actions[10:]]
+    env.set_state(state)
+    second = [env.step(action) for action in actions[10:]]
+    for one, two in zip(first, second, strict=True):
+        assert _same(one[0], two[0])
+        assert np.array_equal(one[4]["target"], two[4]["target"])
+
+
+def test_state_carries_over_to_another_environment():
+    source, target = make_env("pick_place", observe="state"), make_env("pick_place", observe="state")
+    source.reset(seed=1)
+    target.reset(seed=2)
+    actions = _actions(20, 1)[:, 0]
+    for action in actions[:8]:
+        source.step(action)
+    target.set_state(source.get_state())
+    for action in actions[8:]:
+        assert _same(source.step(action)[0], target.step(action)[0])
+    with pytest.raises(ConfigError, match="needs"):
+        target.set_state(np.zeros(5))
+
+
+def test_seed_defines_the_episode_whatever_the_slot():
+    wide, narrow = make_vector_env("pick_place", 4, image_size=32), make_vector_env("pick_place", 1, image_size=32)
+    observation, _ = wide.reset(seed=[10, 11, 12, 13])
+    alone, _ = narrow.reset(seed=[12])
+    actions = _actions(5, 4)
+    for action in actions:
+        for key in alone:
+            assert np.array_equal(observation[key][2], alone[key][0]), key
+        observation = wide.step(action)[0]
+        alone = narrow.step(action[2:3])[0]
+
+
+def test_partial_reset_leaves_the_others_alone():
+    env = make_vector_env("push", 3, image_size=32)
+    env.reset(seed=5)
+    for action in _actions(4, 3):
+        before = env.step(action)[0]
+    after, info = env.reset(seed=[None, 99, None], options={"reset_mask": np.array([False, True, False])})
+    for key in before:
+        assert np.array_equal(before[key][[0, 2]], after[key][[0, 2]]), key
+    assert not np.array_equal(before["object_state"][1], after["object_state"][1])
+    assert info["init_id"].tolist() == [5, 99, 7]
+
+
+def test_ended_simulations_wait_for_their_reset():
+    env = make_vector_env("reach", 2, observe="state")
+    env.reset(seed=0)
+    state = env.get_state()
+    env._steps[0] = env.task.horizon - 1
+    _, _, terminated, truncated, _ = env.step(np.zeros((2, 7), np.float32))
+    assert truncated.tolist() == [True, False]
+    assert not terminated.any()
+    frozen = env.get_state()[0].copy()
+    env.step(_actions(1, 2)[0])
+    assert np.array_equal(env.get_state()[0], frozen)
+    assert not np.array_equal(env.get_state()[1], state[1])
+
+
+def test_next_step_autoreset_begins_a_new_episode():
+    env = gym.make_vec("simtoreal/Reach-v0", num_envs=2, observe="state")
+    assert env.metadata["autoreset_mode"] == AutoresetMode.NEXT_STEP
+    env.reset(seed=0)
+    env.unwrapped._steps[:] = [env.unwrapped.task.horizon - 1, 0]
+    assert env.step(np.zeros((2, 7), np.float32))[3].tolist() == [True, False]
+    _, reward, terminated, truncated, _ = env.step(np.zeros((2, 7), np.float32))
+    assert reward.tolist() == [0, 0]
+    assert not (terminated | truncated).any()
+    assert env.unwrapped._steps.tolist() == [0, 2]
+
+
+def test_success_must_be_held():
+    env = make_env("reach", observe="state")
+    observation, _ = env.reset(seed=3)
+    flags = []
+    for _ in range(40):
+        goal, target = observation["object_state"][:3], observation["proprio"][9:12]
+        action = np.zeros(7, np.float32)
+        action[:3] = np.clip((goal - target) / 0.02, -1, 1)
+        observation, reward, terminated, _, info = env.step(action)
+        inside = np.linalg.norm(goal - observation["proprio"][:3]) < 0.015
+        flags.append(inside)
+        if terminated:
+            break
+    assert terminated
+    assert reward == 1.0
+    assert info["success"] is True
+    assert flags[-SUCCESS_HOLD_STEPS:] == [True] * SUCCESS_HOLD_STEPS
+    assert not flags[-SUCCESS_HOLD_STEPS - 1]
+
+
+@pytest.mark.parametrize("fault", ["nan", "huge"])
+def test_divergence_is_never_silent(fault):
+    env = make_vector_env("pick_place", 2, observe="state")
+    env.reset(seed=0)
+    env.fields["qvel"][0, 10] = np.nan if fault == "nan" else 1e12
+    _, reward, terminated, truncated, info = env.step(np.zeros((2, 7), np.float32))
+    assert info["sim_fault"].tolist() == ["simulation diverged", ""]
+    assert truncated.tolist() == [True, False]
+    assert not terminated.any()
+    assert reward.tolist() == [0, 0]
+    observation, info = env.reset(seed=[4, None], options={"reset_mask": np.array([True, False])})
+    assert info["sim_fault"].tolist() == ["", ""]
+    assert np.isfinite(observation["object_state"]).all()
+
+
+@pytest.mark.parametrize(
+    ("action", "message"),
+    [
+        (np.zeros(6, np.float32), "shape"),
+        (np.full(7, np.nan, np.float32), "not finite"),
+        (np.full(7, 1.5, np.float32), r"expected a value in \[-1, 1\]"),
+        (np.array(["a"] * 7), "dtype"),
+    ],
+)
+def test_bad_actions_are_errors(action, message):
+    env = make_env("reach", observe="state")
+    env.reset(seed=0)
+    with pytest.raises(ActionError, match=message):
+        env.step(action)
+
+
+def test_unknown_names_give_the_closest():
+    with pytest.raises(TaskError, match="Did you mean 'stack'"):
+        make_env("stak")
+    with pytest.raises(ConfigError, match="Did you mean 'front'"):
+        make_env("reach", cameras=("frnt",))
+    with pytest.raises(ConfigError, match="Did you mean 'standard'"):
+        make_env("reach", randomization="standart")
+    env = make_env("reach", render_mode="rgb_array")
+    env.reset(seed=0)
+    with pytest.raises(ConfigError, match="Did you mean 'overview'"):
+        env.render("overvew")
+
+
+@pytest.mark.parametrize("task", list_tasks())
+def test_goal_is_false_at_every_reset(task):
+    env = make_vector_env(task, 32, observe="state")
+    for seed in (0, 32):
+        env.reset(seed=seed)
+        assert not env.task.goal_predicate(env._scene()).any()
+
+
+def test_images_show_the_scene():
+    env = make_vector_env("pick_place", 2, image_size=64)
+    observation, _ = env.reset(seed=0)
+    for image in observation["front_image"].astype(int):
+        red = (image[..., 0] > 120) & (image[..., 1] < 70)
+        green = (image[..., 1] > 90) & (image[..., 0] < 90)
+        assert red.sum() >= 8
+        assert green.sum() >= 30
+
+
+def test_image_of_a_moved_cube_changes_where_it_was():
+    env = make_env("lift")
+    first, _ = env.reset(seed=0)
+    state = env.get_state()
+    env.vector.fields["qpos"][0, env.vector.objects["cube"].qpos + 1] += 0.08
+    env.vector.batch.forward()
+    moved = env.step(np.zeros(7, np.float32))[0]
+    difference = np.abs(first["front_image"].astype(int) - moved["front_image"]).sum(-1)
+    changed = difference > 60
+    assert 8 < changed.sum() < 200
+    env.set_state(state)
+
+
+def test_randomization_varies_worlds_and_seeds_repeat_them():
+    env = make_vector_env("pick_place", 2, randomization="standard")
+    first, _ = env.reset(seed=[0, 1])
+    masses = env.batch.expand("body_mass")[:, env.objects["cube"].body].copy()
+    nominal = env.model.body_mass[env.objects["cube"].body]
+    assert ((masses >= 0.7 * nominal) & (masses <= 1.3 * nominal)).all()
+    assert masses[0] != masses[1]
+    assert set(env._latency) <= {1, 2}
+    gains = env.batch.expand("actuator_gainprm")[:, 0, 0]
+    assert np.allclose(gains, 0.85 * env.model.actuator_gainprm[0, 0])
+    env.reset(seed=[5, 6])
+    again, _ = env.reset(seed=[0, 1])
+    assert _same(first, again)
+    plain, _ = make_vector_env("pick_place", 2).reset(seed=[0, 1])
+    assert not np.array_equal(plain["front_image"], first["front_image"])
+    assert np.allclose(plain["object_state"], first["object_state"])
+
+
+def test_latency_delays_the_effect_of_a_command():
+    def response(latency: int) -> int:
+        env = make_vector_env("reach", 1, observe="state", randomization="standard")
+        observation, _ = env.reset(seed=[0])
+        env._latency[:] = latency
+        start = observation["proprio"][0, 2]
+        action = np.array([[0, 0, 1, 0, 0, 0, 1]], np.float32)
+        for step in range(10):
+            observation = env.step(action)[0]
+            if observation["proprio"][0, 2] > start + 0.003:
+                return step
+        raise AssertionError("the arm did not move")
+
+    assert [response(latency) - response(0) for latency in (1, 2)] == [1, 2]
+
+
+@pytest.mark.parametrize("task", list_tasks())
+def test_gym_make_and_picture(task):
+    env = gym.make(gym_id(task), render_mode="rgb_array", observe="state")
+    env.reset(seed=0)
+    picture = env.render()
+    assert picture.shape == (480, 640, 3)
+    assert picture.std() > 20
+    env.close()

@@ -1,0 +1,129 @@
+"""Task specifications: every mistake is reported with file, key and the closest valid name."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import yaml
+
+from simtoreal.envs.errors import TaskError
+from simtoreal.envs.predicates import SceneView, parse_predicate
+from simtoreal.envs.task import list_tasks, load_task, parse_task, parse_task_text, sample_initial_condition
+
+
+@pytest.fixture
+def content() -> dict:
+    return copy.deepcopy(load_task("pick_place").to_dict())
+
+
+@pytest.mark.parametrize("name", list_tasks())
+def test_shipped_tasks_survive_a_round_trip(name):
+    task = load_task(name)
+    assert parse_task(yaml.safe_load(yaml.safe_dump(task.to_dict(), sort_keys=False))) == task
+    assert task.plan, "every shipped task has a scripted plan"
+    assert task.instructions
+
+
+def test_unknown_task_names_the_closest():
+    with pytest.raises(TaskError, match="Did you mean 'pick_place'"):
+        load_task("pickplace")
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(TaskError, match=r"nothing\.yaml' does not exist"):
+        load_task(str(tmp_path / "nothing.yaml"))
+
+
+def test_malformed_yaml_names_the_file(tmp_path):
+    path = tmp_path / "broken.yaml"
+    path.write_text("name: [unclosed")
+    with pytest.raises(TaskError, match=r"broken\.yaml: not valid yaml"):
+        load_task(path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.update(horizon="long"), r"key 'horizon' must be a positive whole number .* got 'long'"),
+        (lambda c: c.pop("goal"), "key 'goal' is missing"),
+        (lambda c: c.update(gaol="x"), "unknown key 'gaol'. Did you mean 'goal'"),
+        (lambda c: c["objects"]["cube"].update(shape="bok"), "key 'objects.cube.shape' is 'bok'. Did you mean 'box'"),
+        (lambda c: c["objects"]["cube"].update(size_m=[0.02]), r"'objects.cube.size_m' must be 3 lengths"),
+        (lambda c: c["objects"]["cube"].update(color="rad"), "Did you mean 'red'"),
+        (lambda c: c["objects"]["cube"].update(mass_kg=-1.0), "'objects.cube.mass_kg' must be positive"),
+        (lambda c: c["initial"].pop("plate"), "key 'initial.plate' is missing"),
+        (lambda c: c["initial"]["cube"].update(x_m=[0.6, 0.4]), "low <= high"),
+        (lambda c: c.update(goal="onn(cube, plate)"), "goal: unknown predicate 'onn'. Did you mean 'on'"),
+        (lambda c: c.update(goal="on(cub, plate)"), "on got 'cub' where it needs a free name. Did you mean 'cube'"),
+        (lambda c: c.update(goal="on(cube)"), "takes 2 arguments, got 1"),
+        (lambda c: c.update(goal="on(cube, plate"), "cannot read predicate"),
+        (lambda c: c.update(goal="__import__('os')"), "unknown predicate '__import__'"),
+        (lambda c: c.update(goal="lifted(cube, high)"), "expects a number in metres"),
+        (lambda c: c["plan"][0].update(skill="pik"), r"plan\[0\].skill' is 'pik'. Did you mean 'pick'"),
+        (lambda c: c["plan"][0].update(object="cubes"), "names object 'cubes'. Did you mean 'cube'"),
+        (lambda c: c.update(min_distances=[["cube", "plat", 0.1]]), "names object 'plat'. Did you mean 'plate'"),
+    ],
+)
+def test_mistakes_name_key_and_fix(content, edit, message):
+    edit(content)
+    with pytest.raises(TaskError, match=message):
+        parse_task(content, "mine.yaml")
+
+
+def test_contradictory_distances_are_reported(content):
+    content["min_distances"] = [["cube", "plate", 3.0]]
+    task = parse_task_text(yaml.safe_dump(content), "mine.yaml")
+    with pytest.raises(TaskError, match=r"mine\.yaml: no initial placement"):
+        sample_initial_condition(task, np.random.default_rng(0))
+
+
+def test_initial_conditions_are_inside_their_ranges_and_apart():
+    task = load_task("pick_place")
+    for seed in range(200):
+        condition = sample_initial_condition(task, np.random.default_rng(seed))
+        for index, item in enumerate(task.objects):
+            spec = task.initial[item.name]
+            assert spec.x_m[0] <= condition.positions[index, 0] <= spec.x_m[1]
+            assert spec.y_m[0] <= condition.positions[index, 1] <= spec.y_m[1]
+        assert np.hypot(*(condition.positions[0] - condition.positions[1])[:2]) >= 0.11
+        assert condition.instruction in task.instructions
+
+
+def _scene(cube_xyz, touches=(False, False)) -> SceneView:
+    identity = np.array([[1.0, 0, 0, 0]])
+    return SceneView(
+        positions={
+            "cube": np.array([cube_xyz]),
+            "plate": np.array([[0.5, 0.1, 0.0]]),
+            "tcp": np.array([[0.5, 0, 0.1]]),
+        },
+        quaternions={"cube": identity, "plate": identity, "tcp": identity},
+        velocities={"cube": np.zeros((1, 3))},
+        openings={},
+        touches={"cube": np.array([touches]), "plate": np.zeros((1, 2), bool)},
+        gripper_opening=np.ones(1),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "cube", "touches", "expected"),
+    [
+        ("on(cube, plate)", (0.5, 0.1, 0.026), (False, False), True),
+        ("on(cube, plate)", (0.5, 0.1, 0.1), (False, False), False),
+        ("on(cube, plate)", (0.5, 0.2, 0.026), (False, False), False),
+        ("on(cube, plate) and released(cube)", (0.5, 0.1, 0.026), (True, False), False),
+        ("grasped(cube)", (0.5, 0.1, 0.026), (True, False), False),
+        ("grasped(cube)", (0.5, 0.1, 0.026), (True, True), True),
+        ("not grasped(cube) or lifted(cube, 0.05)", (0.5, 0.1, 0.1), (True, True), True),
+        ("left_of(cube, plate)", (0.5, 0.2, 0.02), (False, False), True),
+        ("right_of(cube, plate)", (0.5, 0.2, 0.02), (False, False), False),
+        ("at(tcp, cube, 0.03)", (0.5, 0.01, 0.1), (False, False), True),
+        ("above(cube, plate, 0.05)", (0.5, 0.11, 0.3), (False, False), True),
+        ("upright(cube) and still(cube)", (0.5, 0.11, 0.3), (False, False), True),
+    ],
+)
+def test_predicates(text, cube, touches, expected):
+    predicate = parse_predicate(text, load_task("pick_place").objects)
+    assert predicate(_scene(cube, touches)).tolist() == [expected]
