@@ -69,6 +69,8 @@ def learning_plot(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]
     Args:
         curves: panel title -> run name -> points ``(optimisation step, value)``.
     """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     figure, axes = _figure(7.2, 2.6, columns=max(1, len(curves)))
     for ax, (title, runs) in zip(axes, curves.items(), strict=False):
         for index, (name, points) in enumerate(runs.items()):
@@ -79,6 +81,9 @@ def learning_plot(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]
         ax.set_xlabel("optimisation step", fontsize=9, color=_TEXT)
         if all(value > 0 for points in runs.values() for _, value in points):
             ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ax.yaxis.set_minor_formatter(NullFormatter())
         if len(runs) > 1:
             ax.legend(fontsize=8, frameon=False)
     return figure

@@ -46,7 +46,7 @@ class ReportSources:
     total_seconds: float | None = None
 
 
-def read_results(folder: Path) -> dict[str, Any]:
+def json_of(folder: Path) -> dict[str, Any]:
     """Return the ``results.json`` of a stage.
 
     Raises:
@@ -60,6 +60,38 @@ def read_results(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise SimtorealError(f"{path}: expected an object")
     return content
+
+
+def read_stage(folder: Path, name: str) -> dict[str, Any]:
+    """Return what ``results.json`` says under ``name``, with the provenance beside it.
+
+    Raises:
+        SimtorealError: see :func:`json_of`, or there is nothing under that name.
+    """
+    content = json_of(folder)
+    if not isinstance(content.get(name), dict):
+        raise SimtorealError(f"{folder / 'results.json'}: key '{name}' is missing; is this the folder of that command?")
+    return {**content[name], "provenance": content.get("provenance", {})}
+
+
+def label_folders(folders: Sequence[Path], keys: Sequence[str]) -> dict[str, Path]:
+    """Return label -> folder, with the label from each ``results.json``, or the folders' names if those repeat.
+
+    Args:
+        folders: stages to label.
+        keys: path of the label inside ``results.json``.
+    """
+
+    def stored(folder: Path) -> str:
+        content: Any = json_of(folder)
+        for key in keys:
+            content = content.get(key) if isinstance(content, dict) else None
+        return str(content or folder.name)
+
+    labels = [stored(folder) for folder in folders]
+    if len(set(labels)) < len(labels):
+        labels = [str(folder) for folder in folders]
+    return dict(zip(labels, folders, strict=True))
 
 
 def write_report(sources: ReportSources, path: Path) -> Path:
@@ -89,8 +121,8 @@ def build_context(sources: ReportSources) -> dict[str, Any]:
     deployment = load_evaluation(sources.deployment) if sources.deployment else None
     if not evaluations and not sources.runs and deployment is None and sources.dataset is None:
         raise SimtorealError("a report needs at least one of: a dataset, a training run, an evaluation, a deployment")
-    collected = read_results(sources.dataset) if sources.dataset else None
-    trained = {label: read_results(folder) for label, folder in sources.runs.items()}
+    collected = read_stage(sources.dataset, "collect") if sources.dataset else None
+    trained = {label: read_stage(folder, "train") for label, folder in sources.runs.items()}
     videos = _videos(sources, evaluations, deployment)
     task = _task_name(collected, evaluations, deployment)
     results = {"demonstrations": collected, **trained, **{arm.label: arm.results for arm in evaluations}}
@@ -99,8 +131,8 @@ def build_context(sources: ReportSources) -> dict[str, Any]:
         "subtitle": _subtitle(evaluations, deployment, sources.total_seconds),
         "stages": report_sections.stages(collected, trained, evaluations, deployment, videos),
         "videos": videos,
-        "videos_text": "Every picture is what the policy's cameras delivered at its own resolution, enlarged without "
-        "smoothing, and plays in real time.",
+        "videos_text": "All in real time. Small pictures are what the policy's cameras delivered, enlarged without smoothing; "
+        "the large ones are drawn for you and no policy sees them.",
         "success": report_sections.success(evaluations, deployment),
         "progress": report_sections.progress(evaluations, deployment),
         "learning": report_sections.learning(sources.runs, trained),
@@ -174,15 +206,19 @@ def _details(runs: Mapping[str, Path], results: Mapping[str, dict[str, Any] | No
     for label, folder in runs.items():
         config = report_sections.find_checkpoint(folder) / "config.yaml"
         if config.is_file():
-            blocks.append({"title": f"Configuration of {label}", "text": config.read_text(encoding="utf-8")})
+            blocks.append(
+                {"title": f"Configuration of {label}", "table": None, "text": config.read_text(encoding="utf-8")}
+            )
     rows = [[name, version] for name, version in versions().items()]
     hardware = machine()
     rows += [["processor", f"{hardware['cpu']}, {hardware['cores']} cores"], ["system", hardware["system"]]]
-    blocks.append({"title": "Versions and machine", "table": {"columns": ["what", "version"], "rows": rows}})
+    blocks.append(
+        {"title": "Versions and machine", "text": "", "table": {"columns": ["what", "version"], "rows": rows}}
+    )
     commits = {name: str(content["provenance"]["commit"]) for name, content in results.items() if _has_commit(content)}
     if commits:
         table = {"columns": ["result", "commit"], "rows": [[name, commit] for name, commit in commits.items()]}
-        blocks.append({"title": "Source of every result", "table": table})
+        blocks.append({"title": "Source of every result", "text": "", "table": table})
     return blocks
 
 

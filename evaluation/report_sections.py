@@ -25,6 +25,11 @@ def rate(content: Mapping[str, Any]) -> str:
     return f"{content['successes']}/{content['n']}, 95 % interval {100 * low:.0f}-{100 * high:.0f} %"
 
 
+def points(difference: float) -> str:
+    """Return a difference of rates as signed percentage points, e.g. ``"+12"``."""
+    return f"{round(100 * difference):+d}"
+
+
 def minutes(seconds: float) -> str:
     """Return e.g. ``"7.7 min"``, or seconds below two minutes."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
@@ -116,7 +121,8 @@ def _verdict(first: Evaluation, second: Evaluation) -> str:
     (pair,) = result["pairs"]
     low, high = pair["difference_interval"]
     test = f"{result['test']}, p = {pair['p_value']:.2g}, {first.results['n']} and {second.results['n']} episodes"
-    difference = f"{100 * -pair['difference']:+.0f} % (95 % interval {-100 * high:+.0f} to {-100 * low:+.0f} %)"
+    interval = f"95 % interval {points(-high)} to {points(-low)}"
+    difference = f"{points(-pair['difference'])} percentage points ({interval})"
     if pair["verdict"] == NOT_DISTINGUISHABLE:
         return (
             f"{first.label} and {second.label} are not distinguishable in simulation: {difference}; {test}. "
@@ -131,8 +137,8 @@ def _gap(simulated: Evaluation, deployed: Evaluation) -> str:
     low, high = pair["difference_interval"]
     known = "is" if pair["verdict"] != NOT_DISTINGUISHABLE else "cannot be told from zero at this n, it is"
     return (
-        f"The gap from simulation to the {world(deployed)} {known} {100 * pair['difference']:+.0f} % "
-        f"(95 % interval {100 * low:+.0f} to {100 * high:+.0f} %; Barnard's exact test, p = {pair['p_value']:.2g})."
+        f"The gap from simulation to the {world(deployed)} {known} {points(pair['difference'])} percentage "
+        f"points (95 % interval {points(low)} to {points(high)}; Barnard's exact test, p = {pair['p_value']:.2g})."
     )
 
 
@@ -158,13 +164,17 @@ def progress(evaluations: Sequence[Evaluation], deployment: Evaluation | None) -
         "text": "Milestones reached at any time during an episode, and the reason every failed episode ended; "
         "'timeout:x' ran out of steps before reaching milestone x.",
         "milestones": {"columns": ["milestone", *titles], "rows": reached},
-        "failures": {"columns": ["policy, world", "failure", "episodes"], "rows": failures or [["none", "-", "0"]]},
+        "failures": {
+            "columns": ["policy, world", "failure", "episodes"],
+            "rows": failures or [["none", "-", "0"]],
+            "text_columns": 2,
+        },
     }
 
 
 def find_checkpoint(run: Path) -> Path:
     """Return the newest checkpoint folder of a training run (or the folder itself if it is one)."""
-    for name in ("last", "checkpoints/last"):
+    for name in ("checkpoints/last", "last"):
         if (run / name).exists():
             return run / name
     return run

@@ -1,0 +1,46 @@
+"""Write one self-contained HTML page from datasets, trainings, evaluations and a deployment."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything is optional; the page shows what it is given."""
+
+    output: Path = Path("report.html")
+    """Page to write."""
+    data: Path | None = None
+    """Dataset of demonstrations."""
+    runs: tuple[Path, ...] = ()
+    """Training runs; the first is the policy that the page is about, others are baselines."""
+    evaluations: tuple[Path, ...] = ()
+    """Evaluations in simulation, in the same order."""
+    deployment: Path | None = None
+    """Deployment on a robot or its twin."""
+
+
+def main(config: Config) -> None:
+    """Write the page."""
+    from rich.console import Console
+
+    from simtoreal.evaluation.outside import write_demonstration
+    from simtoreal.evaluation.report import ReportSources, label_folders, write_report
+
+    console = Console()
+    video = None
+    if config.data is not None:
+        with console.status("drawing a demonstration"):
+            video = write_demonstration(config.data, config.output.parent / "demonstration.mp4")
+    sources = ReportSources(
+        dataset=config.data,
+        demonstration_video=video,
+        runs=label_folders(config.runs, ("train", "policy")),
+        evaluations=label_folders(config.evaluations, ("label",)),
+        deployment=config.deployment,
+    )
+    write_report(sources, config.output)
+    size = config.output.stat().st_size / 1e6
+    console.print(f"Report written to {config.output} ({size:.1f} MB, one file)", highlight=False, soft_wrap=True)
