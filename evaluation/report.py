@@ -131,8 +131,8 @@ def build_context(sources: ReportSources) -> dict[str, Any]:
         "subtitle": _subtitle(evaluations, deployment, sources.total_seconds),
         "stages": report_sections.stages(collected, trained, evaluations, deployment, videos),
         "videos": videos,
-        "videos_text": "All in real time. Small pictures are what the policy's cameras delivered, enlarged without smoothing; "
-        "the large ones are drawn for you and no policy sees them.",
+        "videos_text": "All in real time. Small pictures are what the policy's cameras delivered, enlarged without "
+        "smoothing; the large ones are drawn for you and no policy sees them.",
         "success": report_sections.success(evaluations, deployment),
         "progress": report_sections.progress(evaluations, deployment),
         "learning": report_sections.learning(sources.runs, trained),
