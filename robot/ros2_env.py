@@ -180,7 +180,9 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
             self._target = integrate_action(self._target, action, self.embodiment)
             try:
                 self._gate.report_observation(self._observation_ns)
-                self._gate.send_target(self._target.copy(), self.clock.deadline_ns, self._episode)
+                # Due at once: simulation, too, gives a target to the arm at the beginning of the period. The gate
+                # smooths the steps; a due time at the end of the period would only add half a period of lag.
+                self._gate.send_target(self._target.copy(), time.monotonic_ns(), self._episode)
             except SafetyError as error:
                 refused = str(error)
         self.clock.wait()
