@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Mapping
 from operator import attrgetter
@@ -30,7 +31,7 @@ class _Canvas:
     def __init__(self, model: mujoco.MjModel, height: int, width: int, profile: str) -> None:
         model.vis.global_.offwidth, model.vis.global_.offheight = width, height
         try:
-            self.context = mujoco.GLContext(width, height)
+            self.context = _context_type()(width, height)
             self.context.make_current()
             self.renderer = mujoco.MjrContext(model, int(mujoco.mjtFontScale.mjFONTSCALE_100))
         except Exception as error:
@@ -62,6 +63,15 @@ class _Canvas:
 
     def close(self) -> None:
         self.finalizer()
+
+
+def _context_type() -> Any:
+    """OpenGL context class; mujoco.GLContext is fixed when mujoco is imported, possibly before our default is set."""
+    if os.environ.get("MUJOCO_GL") == "egl":
+        from mujoco.egl import GLContext
+
+        return GLContext
+    return mujoco.GLContext
 
 
 def _free(renderer: mujoco.MjrContext, context: Any) -> None:
