@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -41,19 +41,25 @@ def thumbnail(video: Path, moment: float) -> str:
     return base64.b64encode(encode_jpeg(frames[round(moment * (len(frames) - 1))])).decode("ascii")
 
 
-def film_strip(videos: Sequence[Path], columns: int = 6) -> np.ndarray:
-    """Return one row of evenly spaced frames per video, as one RGB picture.
+def film_strip(videos: Mapping[str, Path], *, columns: int = 5, height: int = 220) -> np.ndarray:
+    """Return one labelled row of evenly spaced frames per video, as one RGB picture.
 
     Args:
-        videos: files whose frames have about the same shape.
+        videos: label -> file.
         columns: frames per video.
+        height: of every frame (pixels).
     """
-    cells = []
-    for video in videos:
+    import cv2
+
+    cells, labels = [], []
+    for label, video in videos.items():
         frames = read_video(video)
-        chosen = np.linspace(0, len(frames) - 1, columns).round().astype(int)
-        cells += [frames[index] for index in chosen]
-    return tile(cells, columns=columns, gap=4)
+        for index in np.linspace(0, len(frames) - 1, columns).round().astype(int):
+            frame = frames[index]
+            width = round(frame.shape[1] * height / frame.shape[0])
+            cells.append(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA))
+        labels += [label] + [""] * (columns - 1)
+    return tile(cells, columns=columns, labels=labels, gap=4)
 
 
 def write_picture(path: Path, picture: np.ndarray) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,26 +90,25 @@ def learning_plot(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]
     return figure
 
 
-def timing_plot(period_errors_ms: Sequence[float], *, period_ms: float) -> Figure:
-    """Histogram of the control loop's period error on a logarithmic count axis.
+def timing_plot(loops: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Histograms of how late periodic loops woke up, one panel per loop, counts on a logarithmic axis.
 
     Args:
-        period_errors_ms: measured minus nominal period of every control step.
-        period_ms: nominal period.
+        loops: title -> mapping with ``period_error_histogram`` (``edges_ms`` and ``counts``, the last class open) and
+            ``p99_period_error_ms``.
     """
-    errors = np.asarray(period_errors_ms, dtype=np.float64)
-    figure, (ax,) = _figure(7.2, 2.6)
-    span = max(1.0, float(np.abs(errors).max(initial=0.0)) * 1.05)
-    ax.hist(errors, bins=np.linspace(-span, span, 81), color=COLORS[0])
-    ax.set_yscale("log")
-    p99 = float(np.percentile(np.abs(errors), 99)) if len(errors) else 0.0
-    for side in (-1, 1):
-        ax.axvline(side * p99, color=COLORS[1], linewidth=1.2, linestyle="--")
-    ax.set_title(
-        f"{len(errors)} control steps of {period_ms:.0f} ms; dashed: 99 % lie within {p99:.2f} ms", fontsize=10
-    )
-    ax.set_xlabel("period error [ms]", fontsize=9, color=_TEXT)
-    ax.set_ylabel("steps", fontsize=9, color=_TEXT)
+    figure, axes = _figure(7.2, 2.7, columns=len(loops))
+    for ax, (title, loop), color in zip(axes, loops.items(), COLORS, strict=False):
+        edges, counts = (loop["period_error_histogram"][key] for key in ("edges_ms", "counts"))
+        names = [f"{low:g}-{high:g}" for low, high in itertools.pairwise(edges)] + [f"> {edges[-1]:g}"]
+        bars = ax.bar(range(len(counts)), counts, color=color, width=0.85)
+        ax.bar_label(bars, labels=[f"{count:,}" if count else "" for count in counts], fontsize=7, color=_TEXT)
+        ax.set_yscale("symlog", linthresh=1)
+        ax.set_ylim(0, max([1, *counts]) * 4)
+        ax.set_xticks(range(len(counts)), names, rotation=50, ha="right", fontsize=7.5)
+        ax.set_title(f"{title}: 99 % within {loop['p99_period_error_ms']:.2g} ms", fontsize=10, color=_TEXT)
+        ax.set_xlabel("lateness [ms]", fontsize=9, color=_TEXT)
+        ax.grid(axis="x", visible=False)
     return figure
 
 

@@ -127,7 +127,9 @@ def build_context(sources: ReportSources) -> dict[str, Any]:
     task = _task_name(collected, evaluations, deployment)
     results = {"demonstrations": collected, **trained, **{arm.label: arm.results for arm in evaluations}}
     return {
-        "title": f"{task}: from demonstrations to a robot on ROS 2" if deployment else f"{task}: report",
+        "title": f"{task}: from demonstrations to a robot on ROS 2"
+        if deployment
+        else f"{task}: how well it is learned",
         "subtitle": _subtitle(evaluations, deployment, sources.total_seconds),
         "stages": report_sections.stages(collected, trained, evaluations, deployment, videos),
         "videos": videos,
@@ -150,17 +152,17 @@ def build_context(sources: ReportSources) -> dict[str, Any]:
 def _task_name(collected: dict[str, Any] | None, evaluations: list[Evaluation], deployment: Evaluation | None) -> str:
     for content in [*(arm.results for arm in evaluations), deployment.results if deployment else None, collected]:
         if content and content.get("task"):
-            return str(content["task"])
-    return "skill"
+            return str(content["task"]).replace("_", " ").capitalize()
+    return "Skill"
 
 
 def _subtitle(evaluations: list[Evaluation], deployment: Evaluation | None, seconds: float | None) -> str:
     episode = next((e for arm in [*evaluations, deployment] if arm for e in arm.episodes if e.instruction), None)
-    parts = [f"“{episode.instruction}”" if episode else ""]
-    parts.append("Learned from camera images and joint readings only; judged by the task's own success test.")
+    task = f"“{episode.instruction}”, learned" if episode else "Learned"
+    parts = [f"{task} from camera images and joint readings only, and judged by the task's own success test."]
     if seconds:
         parts.append(f"Everything on this page took {report_sections.minutes(seconds)} on {machine()['cores']} cores.")
-    return " ".join(part for part in parts if part)
+    return " ".join(parts)
 
 
 def _videos(

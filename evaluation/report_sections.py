@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from simtoreal.envs.randomization import RANDOMIZATIONS
 from simtoreal.evaluation import film, plots
 from simtoreal.evaluation.compare import NOT_DISTINGUISHABLE, compare
 from simtoreal.evaluation.results import Evaluation, EvaluationError
@@ -57,8 +59,8 @@ def stages(
     if trained:
         label, run = next(iter(trained.items()))
         parts = [f"{run['parameters'] / 1e6:.1f} M parameters" if run.get("parameters") else ""]
-        parts.append(f"{run['steps']} steps" if run.get("steps") else "")
-        detail = ", ".join(part for part in [label, *parts] if part)
+        parts.append(f"{run['steps']:,} steps" if run.get("steps") else "")
+        detail = f"to train {label}: " + ", ".join(part for part in parts if part)
         headline = minutes(run["seconds"]) if run.get("seconds") else label
         add(f"{len(cards) + 1} Learn", headline, detail, "demonstration", "simulation", moment=0.6)
     if evaluations:
@@ -225,7 +227,7 @@ def learning(runs: Mapping[str, Path], trained: Mapping[str, Mapping[str, Any]])
             ]
         )
     return {
-        "text": "Both policies saw the same demonstrations. Losses of different methods are not comparable with each "
+        "text": "All policies saw the same demonstrations. Losses of different methods are not comparable with each "
         "other; the success rates above are."
         if len(runs) > 1
         else "One training run, one seed.",
@@ -241,28 +243,54 @@ def _smoothed(points: Points) -> Points:
     return [(sum(p[0] for p in group) / len(group), sum(p[1] for p in group) / len(group)) for group in groups]
 
 
+# Key in a deployment's results.json -> text and unit.
+TIMING = {
+    "periods": ("control periods", ""),
+    "missed_periods": ("missed periods", ""),
+    "p50_period_error_ms": ("period error, median", "ms"),
+    "p99_period_error_ms": ("period error, 99th percentile", "ms"),
+    "max_period_error_ms": ("period error, largest", "ms"),
+    "inference_p50_ms": ("inference, median", "ms"),
+    "inference_p99_ms": ("inference, 99th percentile", "ms"),
+    "executed_chunk_ms": ("executed part of a chunk", "ms"),
+    "starved_steps": ("steps without a fresh action", ""),
+}
+
+
 def deployment(deployed: Evaluation | None) -> dict[str, Any] | None:
     """Return how punctual the control loop was, and what the twin changed."""
     if deployed is None:
         return None
     content = deployed.results
-    timing = {key: value for key, value in content.get("timing", {}).items() if isinstance(value, int | float)}
-    svg = ""
-    errors = content.get("timing", {}).get("period_errors_ms")
-    if errors:
-        svg = plots.to_svg(plots.timing_plot(errors, period_ms=float(timing.get("period_ms", 50.0))))
-    gap = content.get("gap_changes")
+    gate = content.get("gate", {})
+    rows = [[text, f"{content[key]:.4g} {unit}"] for key, (text, unit) in TIMING.items() if key in content]
+    if "publish_hz" in gate:
+        rows.append(["targets published by the safety gate", f"{gate['publish_hz']:.0f} Hz"])
+        rows.append(["targets that the gate slowed down", f"{gate['limited']:,} of {gate['published']:,}"])
+    loops = {"control loop": content, "safety gate": gate.get("timing", {})}
+    loops = {title: loop for title, loop in loops.items() if "period_error_histogram" in loop}
+    changes = _gap_changes(content.get("gap"))
     return {
-        "text": f"The policy drove the {world(deployed)} over ROS 2 topics in real time, through the safety gate.",
-        "svg": svg,
-        "timing": {
-            "columns": ["control loop", "measured"],
-            "rows": [[key.replace("_", " "), f"{value:.4g}"] for key, value in timing.items()],
-        },
-        "gap": {"columns": ["what the twin changes", "by"], "rows": [[key, str(value)] for key, value in gap.items()]}
-        if gap
-        else None,
+        "text": f"The policy drove the {world(deployed)} over ROS 2 topics in real time. Control loop, inference, safety gate "
+        "and robot are processes of their own, and the gate stands between policy and robot.",
+        "svg": plots.to_svg(plots.timing_plot(loops)) if loops else "",
+        "timing": {"columns": ["real time", "measured"], "rows": rows},
+        "gap": {"columns": ["what the twin changes", "by"], "rows": changes} if changes else None,
     }
+
+
+def _gap_changes(gap: str | None) -> list[list[str]]:
+    """Return the ranges of a reality gap that differ from the training simulation."""
+    if gap not in RANDOMIZATIONS:
+        return []
+    nominal, changed = (dataclasses.asdict(RANDOMIZATIONS[name]) for name in ("none", gap))
+    rows = []
+    for key, value in changed.items():
+        if value != nominal[key]:
+            low, high = value if isinstance(value, tuple) else (value, value)
+            shown = f"{low:g} to {high:g}" if low != high else f"{high:g}"
+            rows.append([key.replace("_", " "), shown])
+    return rows
 
 
 def notes(

@@ -162,12 +162,23 @@ def main(config: Config) -> None:
 
 
 def _write_report(config: Config, seconds: float, console: Console) -> Path:
+    from simtoreal.evaluation.film import film_strip, write_picture
     from simtoreal.evaluation.outside import write_demonstration
-    from simtoreal.evaluation.report import ReportSources, write_report
+    from simtoreal.evaluation.report import ReportSources, json_of, write_report
 
     output = config.output
     with console.status("drawing a demonstration and writing the page"):
         video = write_demonstration(output / "demonstrations", output / "demonstration.mp4")
+        strip = {"demonstration": video}
+        for title, folder in (
+            ("policy in simulation", "simulation"),
+            (f"policy on the '{GAP}' twin over ROS 2", "robot"),
+        ):
+            videos = json_of(output / folder)["videos"]
+            strip |= {
+                f"{title}: {'success' if v['success'] else 'failure'}": output / folder / v["file"] for v in videos[:1]
+            }
+        write_picture(output / "overview.jpg", film_strip(strip))
         sources = ReportSources(
             dataset=output / "demonstrations",
             demonstration_video=video,
@@ -194,7 +205,6 @@ def demo_results(config: Config, records: list[StageRecord], report: Path) -> di
     collected = read_stage(output / "demonstrations", "collect")
     trained = {name: read_stage(output / name, "train") for name in ("policy", "baseline")}
     deployed = json_of(output / "robot")
-    timing = deployed["timing"]
     return {
         "profile": config.profile,
         "task": config.task,
@@ -204,9 +214,7 @@ def demo_results(config: Config, records: list[StageRecord], report: Path) -> di
         "baseline": {**rate("baseline_simulation"), "policy": "bc", "train_seconds": trained["baseline"]["seconds"]},
         "robot": {
             **rate("robot"),
-            "gap": deployed["gap"],
-            "missed_periods": timing["missed_periods"],
-            "p99_period_error_ms": timing["p99_period_error_ms"],
+            **{key: deployed[key] for key in ("gap", "missed_periods", "p99_period_error_ms")},
         },
         "report": str(report),
         "seconds": sum(record.seconds for record in records),
