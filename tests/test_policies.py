@@ -188,7 +188,7 @@ def test_bf16_autocast_changes_little(toy_data):
 @pytest.mark.parametrize("kind", ["bc", "unet", "transformer"])
 def test_masked_actions_do_not_enter_the_loss(kind, toy_data):
     policy = make(kind, toy_data, augmentation=AugmentationConfig(shift_px=0, state_noise=0.0))
-    batch = to_tensors(toy_data.train.batch(np.array([25, 27, 29])), torch.device("cpu"))
+    batch = to_tensors(toy_data.train.batch(np.array([9, 11, 13])), torch.device("cpu"))
     assert not batch["action_mask"].all()
     if kind == "bc":
         # The denoisers see the masked part of the noisy chunk; only the regression is independent of it.

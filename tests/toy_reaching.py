@@ -46,7 +46,7 @@ def draw(goal: np.ndarray, size: int = SIZE) -> np.ndarray:
     return image
 
 
-def episode(rng: np.random.Generator, size: int = SIZE, steps: int = 30) -> dict[str, np.ndarray]:
+def episode(rng: np.random.Generator, size: int = SIZE, steps: int = 14) -> dict[str, np.ndarray]:
     goal, place = rng.uniform(-1, 1, 2), rng.uniform(-1, 1, 2)
     proprio, actions = np.zeros((steps, 20), dtype=np.float32), np.zeros((steps, 7), dtype=np.float32)
     for step in range(steps):
