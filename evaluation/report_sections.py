@@ -108,7 +108,10 @@ def success(evaluations: Sequence[Evaluation], deployment: Evaluation | None) ->
     verdicts = [_verdict(evaluations[0], other) for other in evaluations[1:]]
     if deployment and evaluations:
         verdicts.append(_gap(evaluations[0], deployment))
+    checked = evaluations and not any(arm.results.get("notes") for arm in arms)
     return {
+        "text": "Every rate has its number of episodes and a 95 % interval (Beta posterior under a uniform prior)."
+        + (" No initial condition of these episodes was demonstrated." if checked else ""),
         "svg": plots.to_svg(plots.success_plot(drawn)),
         "table": {"columns": ["policy, world", "success", "episodes", "95 % interval", "median time"], "rows": rows},
         "verdicts": verdicts,
@@ -271,8 +274,8 @@ def deployment(deployed: Evaluation | None) -> dict[str, Any] | None:
     loops = {title: loop for title, loop in loops.items() if "period_error_histogram" in loop}
     changes = _gap_changes(content.get("gap"))
     return {
-        "text": f"The policy drove the {world(deployed)} over ROS 2 topics in real time. Control loop, inference, safety gate "
-        "and robot are processes of their own, and the gate stands between policy and robot.",
+        "text": f"The policy drove the {world(deployed)} over ROS 2 topics in real time. Control loop, inference, "
+        "safety gate and robot are processes of their own, and the gate stands between policy and robot.",
         "svg": plots.to_svg(plots.timing_plot(loops)) if loops else "",
         "timing": {"columns": ["real time", "measured"], "rows": rows},
         "gap": {"columns": ["what the twin changes", "by"], "rows": changes} if changes else None,

@@ -26,7 +26,10 @@ def _check_counts(successes: int, n: int) -> None:
 
 
 def posterior_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Equal-tailed credible interval of a success rate under a uniform prior, Beta(1 + k, 1 + n - k).
+    """Credible interval of a success rate under a uniform prior, Beta(1 + k, 1 + n - k).
+
+    Equal-tailed, except that without any success (or failure) the whole tail is put on the other side: the interval
+    then begins at 0 (ends at 1) and contains the measured rate (Brown, Cai and DasGupta 2001, section 4).
 
     Args:
         successes: number of successes k.
@@ -40,7 +43,12 @@ def posterior_interval(successes: int, n: int, level: float = 0.95) -> tuple[flo
 
     _check_counts(successes, n)
     tail = (1.0 - level) / 2.0
-    low, high = beta.ppf([tail, 1.0 - tail], 1 + successes, 1 + n - successes)
+    tails = [tail, 1.0 - tail]
+    if n and successes == 0:
+        tails = [0.0, level]
+    elif n and successes == n:
+        tails = [1.0 - level, 1.0]
+    low, high = beta.ppf(tails, 1 + successes, 1 + n - successes)
     return float(low), float(high)
 
 

@@ -25,10 +25,21 @@ from simtoreal.evaluation.statistics import (
 def test_interval_without_success_has_its_closed_form() -> None:
     # Beta(1, 11): P(x < q) = 1 - (1 - q)^11.
     low, high = posterior_interval(0, 10)
-    assert low == pytest.approx(1 - 0.975 ** (1 / 11))
-    assert high == pytest.approx(1 - 0.025 ** (1 / 11))
+    assert low == 0.0
+    assert high == pytest.approx(1 - 0.05 ** (1 / 11))
     assert posterior_interval(10, 10) == pytest.approx((1 - high, 1 - low))
     assert posterior_interval(0, 0) == pytest.approx((0.025, 0.975))
+
+
+def test_interval_contains_the_measured_rate_and_95_percent() -> None:
+    from scipy.stats import beta
+
+    for n in (1, 2, 3, 7, 20, 100):
+        for successes in range(n + 1):
+            low, high = posterior_interval(successes, n)
+            assert 0.0 <= low <= successes / n <= high <= 1.0
+            posterior = beta(1 + successes, 1 + n - successes)
+            assert posterior.cdf(high) - posterior.cdf(low) == pytest.approx(0.95)
 
 
 @pytest.mark.parametrize(("n", "half_width"), [(20, 0.20), (50, 0.134), (100, 0.096), (200, 0.069)])

@@ -23,6 +23,7 @@ class Profile:
         image_size_px: camera resolution.
         policy_flags, baseline_flags: given to ``simtoreal train``.
         simulation_episodes: unseen initial conditions per policy.
+        simulation_flags: given to ``simtoreal evaluate`` for the policy.
         robot_episodes: episodes on the twin, in real time.
     """
 
@@ -32,6 +33,7 @@ class Profile:
     baseline_flags: tuple[str, ...]
     simulation_episodes: int
     robot_episodes: int
+    simulation_flags: tuple[str, ...] = ()
 
 
 PROFILES = {
@@ -43,6 +45,7 @@ PROFILES = {
         baseline_flags=("--steps", "40", "--trainer.batch-size", "16", "--trainer.validate-every", "20"),
         simulation_episodes=8,
         robot_episodes=2,
+        simulation_flags=("--videos", "1", "--no-outside"),
     ),
     "cpu": Profile(
         demonstrations=200,
@@ -114,7 +117,10 @@ def demo_stages(config: Config) -> list[Stage]:
         Stage(
             name="simulation",
             title=f"Evaluate the policy on {profile.simulation_episodes} unseen initial conditions",
-            command=("evaluate", "--policy", "{output}/policy", *evaluated, "--output", "{output}/simulation"),
+            command=(
+                *("evaluate", "--policy", "{output}/policy", *evaluated),
+                *("--output", "{output}/simulation", *profile.simulation_flags),
+            ),
             needs=("policy",),
         ),
         Stage(

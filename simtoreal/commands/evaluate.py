@@ -76,8 +76,10 @@ def main(config: Config) -> None:
     outside = OutsideView(env.task) if config.videos and config.outside else None
     try:
         warning = check_unseen(seeds, training_seeds, allowed=config.allow_training_seeds)
+        if config.policy is not None and not training_seeds:
+            warning = "its demonstrations are not there any more, so they could not be checked for the same conditions"
         if warning:
-            console.print(f"[yellow]Warning:[/yellow] {warning}")
+            console.print(f"[yellow]Warning:[/yellow] {warning}", soft_wrap=True)
         known = [result.success for result in read_episodes(config.output) if result.seed in seeds]
         with EpisodeProgress(console, f"evaluating {settings['label']}", config.episodes, known) as progress:
             results = evaluate(
