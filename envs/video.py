@@ -95,6 +95,7 @@ def tile(
     labels: Sequence[str] | None = None,
     scale: int = 1,
     gap: int = 2,
+    label_height: int = 18,
 ) -> np.ndarray:
     """Arrange frames in a grid, row by row, and return one RGB picture.
 
@@ -104,6 +105,7 @@ def tile(
         labels: one text per frame, written in a strip above its cell.
         scale: integer enlargement of every frame (nearest neighbour); labels keep their size.
         gap: pixels between cells.
+        label_height: pixels of a label's strip, which sets the size of its text.
 
     Raises:
         ConfigError: no frames, a wrong shape or dtype, or a number of labels that differs from the frames.
@@ -117,7 +119,7 @@ def tile(
     images = [_check_frame(frame, f"contact sheet, frame {index}") for index, frame in enumerate(frames)]
     images = [image.repeat(scale, axis=0).repeat(scale, axis=1) if scale > 1 else image for image in images]
     height, width = (max(image.shape[axis] for image in images) for axis in (0, 1))
-    strip = _LABEL_HEIGHT if labels is not None else 0
+    strip = label_height if labels is not None else 0
     columns = columns or math.ceil(math.sqrt(len(images)))
     rows = math.ceil(len(images) / columns)
     sheet = np.full(
@@ -127,31 +129,31 @@ def tile(
         top = (index // columns) * (height + strip + gap)
         left = (index % columns) * (width + gap)
         if labels is not None:
-            sheet[top : top + strip, left : left + width] = _label(labels[index], width)
+            sheet[top : top + strip, left : left + width] = _label(labels[index], width, strip)
         y = top + strip + (height - image.shape[0]) // 2
         x = left + (width - image.shape[1]) // 2
         sheet[y : y + image.shape[0], x : x + image.shape[1]] = image
     return sheet
 
 
-_LABEL_HEIGHT = 18
-
-
-def _label(text: str, width: int) -> np.ndarray:
-    """Draw ``text`` into a strip of the given width, shrinking and finally cutting it to fit."""
+def _label(text: str, width: int, height: int) -> np.ndarray:
+    """Draw ``text`` into a strip, shrinking and finally cutting it to fit the width."""
     import cv2
 
-    strip = np.full((_LABEL_HEIGHT, width, 3), 32, dtype=np.uint8)
-    font, size = cv2.FONT_HERSHEY_SIMPLEX, 0.42
+    strip = np.full((height, width, 3), 32, dtype=np.uint8)
+    font, unit = cv2.FONT_HERSHEY_SIMPLEX, height / 18
+    size, smallest = 0.42 * unit, 0.32 * unit
 
     def length(candidate: str, candidate_size: float) -> int:
-        return int(cv2.getTextSize(candidate, font, candidate_size, 1)[0][0])
+        return int(cv2.getTextSize(candidate, font, candidate_size, max(1, round(unit)))[0][0])
 
-    while length(text, size) > width - 4 and size > 0.32:
+    while length(text, size) > width - 4 and size > smallest:
         size -= 0.02
     while len(text) > 1 and length(text, size) > width - 4:
         text = text[:-2] + "~" if len(text) > 2 else text[:1]
-    cv2.putText(strip, text, (2, _LABEL_HEIGHT - 5), font, size, (240, 240, 240), 1, cv2.LINE_AA)
+    cv2.putText(
+        strip, text, (2, height - round(5 * unit)), font, size, (240, 240, 240), max(1, round(unit)), cv2.LINE_AA
+    )
     return strip
 
 

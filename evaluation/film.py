@@ -41,25 +41,28 @@ def thumbnail(video: Path, moment: float) -> str:
     return base64.b64encode(encode_jpeg(frames[round(moment * (len(frames) - 1))])).decode("ascii")
 
 
-def film_strip(videos: Mapping[str, Path], *, columns: int = 5, height: int = 220) -> np.ndarray:
+def film_strip(videos: Mapping[str, Path], *, columns: int = 4, height: int = 240) -> np.ndarray:
     """Return one labelled row of evenly spaced frames per video, as one RGB picture.
 
     Args:
-        videos: label -> file.
+        videos: label -> file; the first decides the shape of the cells.
         columns: frames per video.
-        height: of every frame (pixels).
+        height: of every cell (pixels).
     """
     import cv2
 
     cells, labels = [], []
+    limit = 0
     for label, video in videos.items():
         frames = read_video(video)
+        rows, width = frames.shape[1:3]
+        limit = limit or round(width * height / rows)
+        factor = min(height / rows, limit / width)
         for index in np.linspace(0, len(frames) - 1, columns).round().astype(int):
-            frame = frames[index]
-            width = round(frame.shape[1] * height / frame.shape[0])
-            cells.append(cv2.resize(frame, (width, height), interpolation=cv2.INTER_AREA))
+            size = round(width * factor), round(rows * factor)
+            cells.append(cv2.resize(frames[index], size, interpolation=cv2.INTER_AREA))
         labels += [label] + [""] * (columns - 1)
-    return tile(cells, columns=columns, labels=labels, gap=4)
+    return tile(cells, columns=columns, labels=labels, gap=4, label_height=26)
 
 
 def write_picture(path: Path, picture: np.ndarray) -> Path:
