@@ -138,6 +138,7 @@ class RobotInputs:
         self._lock = threading.Lock()
         self._newest: dict[str, tuple[Any, int]] = {}
         self._previous_arm = np.zeros(len(config.joint_names))
+        self._failed: set[str] = set()
         self._context = start_ros()
         from rclpy.executors import SingleThreadedExecutor
         from rclpy.node import Node
@@ -213,10 +214,14 @@ class RobotInputs:
         images = {}
         oldest = time.monotonic_ns()
         for name, (spec, camera) in self.cameras.items():
-            frame = camera.read(self.config.staleness.camera_s, moving=moving)
+            # The arm rests while a camera is frozen; that must not excuse the camera.
+            suspicious = moving or name in self._failed
+            self._failed.add(name)
+            frame = camera.read(self.config.staleness.camera_s, moving=suspicious)
             if frame.receive_ns < after_ns:
                 raise StaleObservationError(f"camera '{name}' has delivered no image yet")
             self._check_size(spec, frame.image)
+            self._failed.discard(name)
             images[f"{name}_image"] = fit_image(frame.image, spec.height, spec.width).copy()
             oldest = min(oldest, frame.receive_ns)
         return Images(images, oldest)

@@ -1,0 +1,315 @@
+"""Ros2Env on a real ROS 2 graph: what it does with a good robot, and with every kind of bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+from kinematic_robot import KinematicRobot
+
+from simtoreal.envs import load_task, panda_embodiment, rotation
+from simtoreal.envs.errors import ActionError, ConfigError, RobotError, SafetyError, StaleObservationError
+from simtoreal.robot import inputs, ros2_env
+from simtoreal.robot.inputs import JointStates
+from simtoreal.robot.kinematics import Kinematics
+from simtoreal.robot.ros2_env import Ros2Env
+from simtoreal.robot.topics import load_robot_config
+
+pytest.importorskip("rclpy")
+
+EMBODIMENT = panda_embodiment(32)
+HOME = np.array(EMBODIMENT.home_joint_positions_rad)
+FORWARD = np.array([0.5, 0, 0, 0, 0, 0, 1], dtype=np.float32)
+STILL = np.array([0, 0, 0, 0, 0, 0, 1], dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def config():
+    loaded = load_robot_config()
+    # Short patience keeps the tests fast; the order of the limits is that of the preset.
+    return dataclasses.replace(loaded, staleness=dataclasses.replace(loaded.staleness, camera_s=0.25, stop_s=0.4))
+
+
+@pytest.fixture
+def robot(config):
+    robot = KinematicRobot(config, EMBODIMENT)
+    yield robot
+    robot.close()
+
+
+@pytest.fixture
+def make(config, robot, monkeypatch):
+    """Makes environments on the robot that nobody has to wait for."""
+    monkeypatch.setattr(ros2_env, "READY_TIMEOUT_S", 3.0)
+    monkeypatch.setattr(ros2_env, "TWIN_TIMEOUT_S", 1.0)
+    monkeypatch.setattr(inputs, "DISCOVERY_LEASE_S", 0.5)
+    made = []
+
+    def build(**options):
+        options = {"gate": robot, "operator": lambda task, seed: None} | options
+        made.append(Ros2Env(load_task("pick_place"), embodiment=EMBODIMENT, config=config, **options))
+        return made[-1]
+
+    yield build
+    for env in made:
+        env.close()
+
+
+def test_homing_and_targets(make, robot) -> None:
+    robot.joints = HOME + np.array([0.3, 0.2, 0, -0.1, 0, 0.1, 0.3])
+    asked = []
+    env = make(operator=lambda task, seed: asked.append((task.name, seed, robot.joints.copy())))
+    observation, info = env.reset(seed=7)
+    ((name, seed, joints),) = asked
+    assert (name, seed) == ("pick_place", 7)
+    home = Kinematics(EMBODIMENT).forward(HOME)[0]
+    assert np.abs(env._kinematics.forward(joints)[0] - home).max() < 1e-3, "the operator is called with the arm at home"
+    path = np.array([target[:3] for target, _ in robot.targets])
+    speed = np.linalg.norm(np.diff(path, axis=0), axis=1).max() / EMBODIMENT.control_period_s
+    assert speed <= ros2_env.HOMING_SPEED_M_S * 1.01
+    assert info["instruction"] in env.task.instructions
+    assert observation["front_image"].shape == (32, 32, 3)
+    np.testing.assert_allclose(observation["proprio"][:3], info["target"][:3], atol=1e-6)
+
+    robot.targets.clear()
+    for _ in range(3):
+        before = info["target"]
+        observation, _, terminated, truncated, info = env.step(FORWARD)
+        np.testing.assert_allclose(info["target"] - before, [0.01, *[0] * 9], atol=1e-12)
+    assert not terminated
+    assert not truncated
+    assert len(robot.targets) == 3
+    assert {episode for _, episode in robot.targets} == {robot.episodes[-1]}
+    np.testing.assert_array_equal(robot.targets[-1][0], info["target"])
+    np.testing.assert_allclose(observation["proprio"][:3], info["target"][:3], atol=2e-4)
+
+
+def test_permuted_names_change_nothing(make, robot) -> None:
+    env = make()
+    plain, _ = env.reset(seed=0)
+    robot.permutation = np.random.default_rng(0).permutation(9)
+    permuted, _ = env.reset(seed=0)
+    np.testing.assert_allclose(permuted["proprio"], plain["proprio"], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"drop": {"panda_joint3"}}, r"lacks \['panda_joint3'\]"),
+        ({"scale": 57.29578}, "degrees"),
+        ({"size": (48, 48)}, "48x48 images; expected 32x32"),
+        ({"fov_scale": 2.0}, "focal length"),
+        ({"silent": {"wrist"}}, "'wrist' has delivered no image"),
+        ({"silent": {"joint_states"}}, "nothing received on /joint_states"),
+        ({"torn": {"front"}}, "torn"),
+    ],
+)
+def test_bad_inputs_are_named_at_reset(make, robot, monkeypatch, fault, message) -> None:
+    monkeypatch.setattr(ros2_env, "READY_TIMEOUT_S", 1.0)
+    for name, value in fault.items():
+        setattr(robot, name, value)
+    with pytest.raises(RobotError, match=message):
+        make().reset(seed=0)
+    assert robot.targets == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"silent": {"front"}}, "camera 'front' is"),
+        ({"silent": {"joint_states"}}, "no message on /joint_states"),
+        ({"torn": {"wrist"}}, "torn"),
+        ({"scale": 57.29578}, "degrees"),
+    ],
+)
+def test_a_lost_input_holds_and_then_ends_the_episode(make, robot, fault, message) -> None:
+    env = make()
+    _, info = env.reset(seed=0)
+    env.step(FORWARD)
+    for name, value in fault.items():
+        setattr(robot, name, value)
+    sent_while_held, truncated = 0, False
+    for _ in range(60):
+        held, sent = bool(info.get("robot_fault")), len(robot.targets)
+        observation, _, _, truncated, info = env.step(FORWARD)
+        sent_while_held += held and len(robot.targets) > sent
+        if truncated:
+            break
+    assert truncated
+    assert sent_while_held == 0
+    assert message in info["sim_fault"].replace("newest image of ", "")
+    assert message in info["robot_fault"].replace("newest image of ", "")
+    assert np.isfinite(observation["proprio"]).all()
+
+
+def test_a_short_loss_is_survived(make, robot) -> None:
+    env = make()
+    env.reset(seed=0)
+    robot.silent.add("joint_states")
+    while not (info := env.step(STILL)[4])["robot_fault"]:
+        pass
+    held = info["target"]
+    robot.silent.clear()
+    for _ in range(20):
+        _, _, _, truncated, info = env.step(FORWARD)
+        if not info["robot_fault"] and info["target"][0] > held[0]:
+            break
+    assert not truncated
+    assert info["target"][0] == pytest.approx(held[0] + 0.01)
+
+
+def test_a_frozen_camera_is_noticed_while_the_arm_moves(make, robot) -> None:
+    env = make()
+    env.reset(seed=0)
+    robot.frozen |= {"front", "wrist"}
+    for _ in range(25):
+        assert not env.step(STILL)[4]["robot_fault"], "a still scene may look the same"
+    sway = FORWARD.copy()
+    for step in range(60):
+        sway[:2] = (0.8, 0.8) if step // 6 % 2 else (-0.8, -0.8)
+        _, _, _, truncated, info = env.step(sway)
+        if truncated:
+            break
+    assert truncated
+    assert "frozen" in info["sim_fault"]
+
+
+def test_the_gate_ends_the_episode(make, robot) -> None:
+    env = make()
+    env.reset(seed=0)
+
+    def refuse(*_) -> None:
+        raise SafetyError("the safety gate is estopped: emergency stop pressed")
+
+    robot.send_target = refuse
+    _, _, terminated, truncated, info = env.step(FORWARD)
+    assert (terminated, truncated) == (False, True)
+    assert "estopped" in info["sim_fault"]
+
+
+@pytest.mark.parametrize("action", [np.full(7, np.nan), np.zeros(6), np.full(7, 1.5), np.array(["0"] * 7)])
+def test_bad_actions_are_never_sent(make, robot, action) -> None:
+    env = make()
+    env.reset(seed=0)
+    robot.targets.clear()
+    with pytest.raises(ActionError):
+        env.step(action)
+    assert robot.targets == []
+
+
+def test_two_robots_are_one_too_many(make, robot, config) -> None:
+    second = KinematicRobot(config, EMBODIMENT)
+    try:
+        with pytest.raises(RobotError, match="2 nodes publish /joint_states"):
+            make().reset(seed=0)
+    finally:
+        second.close()
+
+
+def test_no_twin_answers(make, robot) -> None:
+    with pytest.raises(StaleObservationError, match="simtoreal twin --task pick_place"):
+        make(operator=None).reset(seed=0)
+
+
+def test_step_before_reset_and_unknown_options(make) -> None:
+    env = make()
+    with pytest.raises(RobotError, match="reset"):
+        env.step(STILL)
+    with pytest.raises(ConfigError, match="unknown reset options"):
+        env.reset(seed=0, options={"init": 3})
+    with pytest.raises(ConfigError, match="non-empty text"):
+        env.set_instruction(" ")
+
+
+def test_contradictions_are_refused(config, robot) -> None:
+    task = load_task("pick_place")
+    options = {"embodiment": EMBODIMENT, "config": config, "gate": robot}
+    with pytest.raises(ConfigError, match="scene truth"):
+        Ros2Env(task, **options, observe_truth=True, operator=lambda task, seed: None)
+    with pytest.raises(ConfigError, match="Did you mean 'image'"):
+        Ros2Env(task, **options, observe="images")
+    other = dataclasses.replace(config, robot="ur5e")
+    with pytest.raises(ConfigError, match="describes 'ur5e'"):
+        Ros2Env(task, **options | {"config": other})
+    other = dataclasses.replace(config, cameras={"frond": config.cameras["front"], "wrist": config.cameras["wrist"]})
+    with pytest.raises(ConfigError, match=r"no camera 'front'.*Did you mean 'frond'"):
+        Ros2Env(task, **options | {"config": other})
+
+
+class _Message:
+    def __init__(self, name, position) -> None:
+        self.name, self.position = name, position
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.name.append("panda_joint1") or m.position.append(0.0), "more than once"),
+        (lambda m: m.position.pop(), "9 names but 8 positions"),
+        (lambda m: m.position.__setitem__(2, np.nan), "'panda_joint3' is not finite"),
+        (lambda m: m.position.__setitem__(3, 1.0), "'panda_joint4' is at 1.000"),
+        (lambda m: m.position.__setitem__(slice(7, 9), [40.0, 40.0]), "millimetres"),
+    ],
+)
+def test_implausible_joint_states(config, change, message) -> None:
+    kinematics = Kinematics(EMBODIMENT)
+    reader = JointStates(config, kinematics.joint_low_rad, kinematics.joint_high_rad)
+    good = _Message([*config.joint_names, *config.finger_joint_names], [*HOME, 0.02, 0.02])
+    arm = reader.read(good, 5)
+    assert arm.opening == pytest.approx(0.5)
+    np.testing.assert_array_equal(arm.joint_positions_rad, HOME)
+    change(good)
+    with pytest.raises(RobotError, match=message):
+        reader.read(good, 5)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("stop_s: 1.0", "stops_s: 1.0", "Did you mean 'stop_s'"),
+        ("name: /estop", "name: estop", "absolute ROS name"),
+        ("std_msgs/msg/Bool", "std_msgs/msg/String", "Valid: std_msgs/msg/Bool"),
+        ("reliability: best_effort, depth: 1 }\n  target", "reliability: often, depth: 1 }\n  target", "best_effort"),
+        ("command: target_pose", "command: target_poses", "Did you mean 'target_pose'"),
+        ("finger_open: 0.04", "finger_open: wide", "finger_open"),
+        ("robot: panda", "robot: [", "not valid yaml"),
+    ],
+)
+def test_robot_yaml_errors_name_file_key_and_fix(tmp_path: Path, old, new, message) -> None:
+    text = (Path(__file__).parent.parent / "configs/robot/panda_ros2.yaml").read_text()
+    assert old in text
+    path = tmp_path / "mine.yaml"
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_robot_config(path)
+    assert "mine.yaml" in str(caught.value)
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'panda_ros2'"):
+        load_robot_config("panda_ros")
+
+
+def test_inverse_kinematics_inverts_forward_kinematics() -> None:
+    kinematics = Kinematics(EMBODIMENT)
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        position = rng.uniform(EMBODIMENT.workspace_low_m, EMBODIMENT.workspace_high_m)
+        turn = rotation.from_rotation_vector([*rng.uniform(-0.1, 0.1, 2), rng.uniform(-0.8, 0.8)])
+        quaternion = rotation.quaternion_multiply(turn, np.array([0.0, 1.0, 0.0, 0.0]))
+        joints = kinematics.solve_ik(position, quaternion)
+        reached, turned = kinematics.forward(joints)
+        assert np.linalg.norm(reached - position) < 1e-3
+        away = rotation.quaternion_multiply(turned, rotation.quaternion_conjugate(quaternion))
+        assert np.linalg.norm(rotation.to_rotation_vector(away)) < 2e-3
+        assert (joints >= kinematics.joint_low_rad).all()
+        assert (joints <= kinematics.joint_high_rad).all()
+        # A control step further on, the solution is near: the arm does not switch to another posture.
+        near = kinematics.solve_ik(position + [0, 0, 0.01], quaternion, joints)
+        assert np.abs(near - joints).max() < 0.2
+    with pytest.raises(RobotError, match="no joint positions reach"):
+        kinematics.solve_ik(np.array([1.5, 0, 0.2]), np.array([0.0, 1.0, 0.0, 0.0]))
+    with pytest.raises(RobotError, match="finite"):
+        kinematics.solve_ik(np.array([np.nan, 0, 0.2]), np.array([0.0, 1.0, 0.0, 0.0]))
