@@ -1,0 +1,385 @@
+"""Dataset episodes out of recordings of the real robot or the twin.
+
+Sensors, images and commands arrive at rates of their own. An episode is rebuilt on the grid of the control rate by
+their stamps: joint positions and commanded targets are interpolated, images and scene truth are the newest before each
+tick. Actions are what moves one target to the next.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simtoreal.data_collection.episode import ABORTED, Arrays, EpisodeInfo, embodiment_digest
+from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.envs import rotation
+from simtoreal.envs.action import action_towards, build_proprio
+from simtoreal.envs.config import build_config
+from simtoreal.envs.embodiment import Embodiment
+from simtoreal.envs.errors import DatasetError, RobotError, SimtorealError
+from simtoreal.robot.bag_reader import BagReader, Message
+from simtoreal.robot.camera_ros import decode_message
+from simtoreal.robot.images import fit_image
+from simtoreal.robot.inputs import JointStates
+from simtoreal.robot.kinematics import Kinematics
+from simtoreal.robot.recording import MARKS_TOPIC, METADATA
+from simtoreal.robot.resampling import Track, normalized_pose
+from simtoreal.robot.topics import RobotConfig
+
+# The recorder empties its queues one after the other, so an episode is complete only this long after its end.
+SETTLE_NS = 500_000_000
+# What is kept of the time between episodes: the state in which the next one begins.
+HISTORY_NS = 2_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Description:
+    """What a recording is about; :class:`~simtoreal.robot.recording.RunRecorder` stores it in the file.
+
+    Attributes:
+        embodiment, robot: of the run.
+        task: specification of the task as plain dictionary, with its ``name``.
+        source, operator: see :class:`~simtoreal.data_collection.episode.EpisodeInfo`.
+        provenance: of the recording.
+    """
+
+    embodiment: Embodiment
+    robot: RobotConfig
+    task: dict[str, Any]
+    source: str = "robot"
+    operator: str = "unknown"
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportResult:
+    """Outcome of an import.
+
+    Attributes:
+        episodes, successes, steps: what the dataset holds.
+        skipped: one line per episode that could not be rebuilt.
+        damaged: one line per part of the recording that could not be read.
+    """
+
+    episodes: int
+    successes: int
+    steps: int
+    skipped: tuple[str, ...]
+    damaged: tuple[str, ...]
+
+
+@dataclass
+class _Episode:
+    """What the marks say about an episode; times by the system clock of the recorder."""
+
+    number: int
+    seed: int
+    begin_ns: int
+    end_ns: int = 0
+    instructions: list[tuple[int, str]] = field(default_factory=list)
+    success: bool = False
+    failure: str = ABORTED
+    milestones: dict[str, bool] = field(default_factory=dict)
+
+
+def read_description(path: Path) -> Description | None:
+    """Return what a recording says about itself, or None for a recording of another program.
+
+    Raises:
+        DatasetError: the file cannot be read, or its description is damaged.
+    """
+    content = BagReader(path).metadata(METADATA)
+    if content is None:
+        return None
+    try:
+        return Description(
+            embodiment=Embodiment.from_dict(json.loads(content["embodiment"])),
+            robot=build_config(RobotConfig, json.loads(content["robot"]), source=f"{path}: robot"),
+            task=json.loads(content["task"]),
+            source=content["source"],
+            operator=content["operator"],
+            provenance=json.loads(content["provenance"]),
+        )
+    except (KeyError, ValueError) as error:
+        raise DatasetError(f"{path}: the description in the recording is damaged ({error})") from error
+
+
+def import_recording(path: Path, output: Path, description: Description, *, success: bool = False) -> ImportResult:
+    """Turn a recording into a new dataset.
+
+    Args:
+        path: MCAP file with ROS 2 messages.
+        output: folder of the new dataset.
+        description: what the recording is about, see :func:`read_description`.
+        success: label of a recording without episode marks, which is imported as one episode.
+
+    Raises:
+        DatasetError: the file is no MCAP recording, the dataset exists, or not one episode could be rebuilt.
+    """
+    if (output / "meta.json").exists():
+        raise DatasetError(f"{output} is a dataset already. Import to a new folder, then `simtoreal data merge`.")
+    reader = BagReader(path)
+    rebuild = _Rebuilder(description)
+    steps, successes = [], 0
+    skipped: list[str] = []
+    finished = rebuild.episodes(reader.messages(rebuild.topics()), unmarked_success=success)
+    # Look at the first episode before the folder is made, so that a wrong file leaves nothing behind.
+    first = next(finished, None)
+    if first is None:
+        raise DatasetError(f"{path} shows no episode: {'; '.join(reader.damaged) or 'no robot was recorded'}.")
+    with DatasetWriter(output, description.embodiment, {str(description.task["name"]): description.task}) as writer:
+        episode: _Episode | None = first
+        while episode is not None:
+            try:
+                arrays = rebuild.resample(episode)
+                writer.add(arrays, _describe(episode, description, path, arrays))
+                steps.append(len(arrays["actions"]))
+                successes += episode.success
+            except SimtorealError as error:
+                skipped.append(f"episode {episode.number}: {error}")
+            episode = next(finished, None)
+    if not steps:
+        raise DatasetError(f"{path}: no episode could be rebuilt:\n  " + "\n  ".join(skipped))
+    return ImportResult(
+        episodes=len(steps),
+        successes=successes,
+        steps=sum(steps),
+        skipped=tuple(skipped),
+        damaged=(*reader.damaged, *(f"{count} messages of {text}" for text, count in rebuild.refused.items())),
+    )
+
+
+def _describe(episode: _Episode, description: Description, path: Path, arrays: Arrays) -> EpisodeInfo:
+    begun = datetime.datetime.fromtimestamp(episode.begin_ns * 1e-9, tz=datetime.UTC)
+    texts = tuple(text for _, text in episode.instructions)
+    return EpisodeInfo(
+        task=str(description.task["name"]),
+        seed=episode.seed,
+        success=episode.success,
+        failure="" if episode.success else episode.failure,
+        operator=description.operator,
+        source=description.source,
+        embodiment=embodiment_digest(description.embodiment),
+        instruction=texts[-1] if texts else "",
+        instructions=texts,
+        milestones=episode.milestones,
+        started=begun.isoformat(timespec="milliseconds"),
+        duration_s=len(arrays["actions"]) * description.embodiment.control_period_s,
+        commit=str(description.provenance.get("commit", "")),
+        versions=dict(description.provenance.get("versions", {})),
+        extra={"recording": path.name, "recorded_episode": episode.number},
+    )
+
+
+class _Rebuilder:
+    """Collects messages until an episode is complete, and puts it on the grid of the control rate."""
+
+    def __init__(self, description: Description) -> None:
+        self.embodiment, self.robot = description.embodiment, description.robot
+        self.kinematics = Kinematics(self.embodiment)
+        self.joint_states = JointStates(self.robot, self.kinematics.joint_low_rad, self.kinematics.joint_high_rad)
+        topics = self.robot.topics
+        self.joints = Track(topics.joint_states.name)
+        self.poses = Track(getattr(topics, self.robot.command).name)
+        self.grippers = Track(topics.gripper_command.name)
+        self.truths = Track(topics.twin_truth.name)
+        names = [camera.name for camera in self.embodiment.cameras]
+        self.images = {name: Track(self.robot.cameras[name].image.name) for name in names}
+        self.refused: dict[str, int] = {}
+
+    def topics(self) -> list[str]:
+        """Every topic that is needed."""
+        return [MARKS_TOPIC, *(track.name for track in self._tracks())]
+
+    def _tracks(self) -> list[Track]:
+        return [self.joints, self.poses, self.grippers, self.truths, *self.images.values()]
+
+    def episodes(self, messages: Iterator[Message], *, unmarked_success: bool) -> Iterator[_Episode]:
+        """Yield each episode at the moment when its messages are there; :meth:`resample` it before the next one."""
+        running: _Episode | None = None
+        marked = False
+        for message in self._understood(messages):
+            if running is not None and running.end_ns and message.arrived_ns > running.end_ns + SETTLE_NS:
+                yield running
+                running = None
+            if message.topic == MARKS_TOPIC:
+                mark = message.content
+                if mark["event"] == "begin":
+                    if running is not None:
+                        # The run was restarted, or episodes follow each other at once.
+                        running.end_ns = running.end_ns or message.arrived_ns
+                        yield running
+                    self._forget_before(message.arrived_ns - HISTORY_NS)
+                    running = _Episode(int(mark["episode"]), int(mark["seed"]), message.arrived_ns)
+                    running.instructions.append((message.arrived_ns, str(mark["instruction"])))
+                    marked = True
+                elif running is not None and not running.end_ns:
+                    _apply(mark, message.arrived_ns, running)
+                continue
+            if marked and running is None:
+                self._forget_before(message.arrived_ns - HISTORY_NS)
+        if not marked:
+            running = self._unmarked(unmarked_success)
+        if running is not None:
+            # An episode that the recording does not see the end of lasts as long as its sensors were recorded.
+            running.end_ns = running.end_ns or max(running.begin_ns, int(self.joints.times().max(initial=0)))
+            yield running
+
+    def _understood(self, messages: Iterator[Message]) -> Iterator[Message]:
+        """Put every message on its track and yield it; marks are parsed, and what makes no sense is counted."""
+        for message in messages:
+            try:
+                if message.topic == MARKS_TOPIC:
+                    yield message._replace(content=_parse_mark(message.content.data))
+                else:
+                    self._store(message)
+                    yield message
+            except (RobotError, ValueError, KeyError, IndexError) as error:
+                text = f"{message.topic}: {error}"
+                self.refused[text] = self.refused.get(text, 0) + 1
+
+    def _unmarked(self, success: bool) -> _Episode | None:
+        needed = [self.joints, self.poses, *self.images.values()]
+        if not all(track.stamps_ns for track in needed):
+            return None
+        begin = max(int(track.times()[0]) for track in needed)
+        end = min(int(track.times()[-1]) for track in needed)
+        return _Episode(0, 0, begin, end, success=success, failure="unknown")
+
+    def _forget_before(self, arrived_ns: int) -> None:
+        for track in self._tracks():
+            track.forget_before(arrived_ns)
+
+    def _store(self, message: Message) -> None:
+        content, topic = message.content, message.topic
+        stamp = message.published_ns
+        if hasattr(content, "header"):
+            stamp = content.header.stamp.sec * 1_000_000_000 + content.header.stamp.nanosec or stamp
+        if topic == self.joints.name:
+            arm = self.joint_states.read(content, message.arrived_ns)
+            self.joints.add(stamp, message.arrived_ns, np.append(arm.joint_positions_rad, arm.opening))
+        elif topic == self.poses.name:
+            self.poses.add(stamp, message.arrived_ns, self._commanded_pose(content))
+        elif topic == self.grippers.name:
+            self.grippers.add(stamp, message.arrived_ns, float(content.data))
+        elif topic == self.truths.name:
+            self.truths.add(stamp, message.arrived_ns, content.data)
+        else:
+            for track in self.images.values():
+                if track.name == topic:
+                    track.add(stamp, message.arrived_ns, content)
+
+    def _commanded_pose(self, content: Any) -> np.ndarray:
+        """Position and quaternion wxyz ``(7,)`` of a PoseStamped, or of a joint trajectory's last point."""
+        if self.robot.command == "joint_trajectory":
+            given = dict(zip(content.joint_names, content.points[-1].positions, strict=True))
+            joints = np.array([given[name] for name in self.robot.joint_names])
+            return np.concatenate(self.kinematics.forward(joints))
+        position, turn = content.pose.position, content.pose.orientation
+        pose = np.array([position.x, position.y, position.z, turn.w, turn.x, turn.y, turn.z])
+        # One rotation has two quaternions; interpolation must not go through zero between them.
+        if self.poses.values and pose[3:] @ self.poses.values[-1][3:] < 0:
+            pose[3:] *= -1
+        return pose
+
+    def resample(self, episode: _Episode) -> Arrays:
+        """Return the arrays of an episode, as in :mod:`simtoreal.data_collection.episode`.
+
+        Raises:
+            DatasetError: too short, or an input was silent for longer than the robot's staleness limits.
+        """
+        period_ns = round(1e9 * self.embodiment.control_period_s)
+        steps = round((episode.end_ns - episode.begin_ns) / period_ns)
+        if steps < 1:
+            raise DatasetError("it is shorter than one control step")
+        ticks = episode.begin_ns + period_ns * np.arange(steps + 1)
+        limits = self.robot.staleness
+        arm = self.joints.interpolate(ticks, limits.joint_states_s)
+        joints, openings = arm[:, :-1], arm[:, -1]
+        forward = [self.kinematics.forward(row) for row in joints]
+        positions = np.stack([position for position, _ in forward])
+        quaternions = np.stack([quaternion for _, quaternion in forward])
+        targets = self._targets(ticks, np.concatenate([positions[0], quaternions[0]]))
+        delta = self.embodiment.action.mode == "ee_delta"
+        actions = action_towards(targets[:-1], targets[1:], self.embodiment) if delta else targets[1:]
+        proprio = build_proprio(positions, rotation.to_matrix(quaternions), targets[:, :3], openings, joints)
+        last = np.arange(steps) == steps - 1
+        starts = [start for start, _ in episode.instructions[1:]]
+        arrays: Arrays = {
+            "actions": actions.astype(np.float32),
+            "rewards": (last & episode.success).astype(np.float32),
+            "dones": (last & episode.success).astype(np.int8),
+            "states": np.empty((steps, 0)),
+            "obs/proprio": proprio[:-1],
+            "step/target": targets[1:],
+            "step/timestamp_ns": ticks[:-1],
+            "step/instruction": np.searchsorted(starts, ticks[:-1], side="right").astype(np.int32),
+        }
+        for camera in self.embodiment.cameras:
+            arrays[f"obs/{camera.name}_image"] = self._images(camera.name, ticks[:-1])
+        if self.truths.stamps_ns:
+            texts = self.truths.newest(ticks[:-1], limits.stop_s)
+            states = [json.loads(text)["object_state"] for text in texts]
+            arrays["obs/object_state"] = np.array(states, dtype=np.float32)
+        return arrays
+
+    def _targets(self, ticks: np.ndarray, home: np.ndarray) -> np.ndarray:
+        """Commanded targets ``(len(ticks), 10)``; until the first command of the episode the target is at ``home``."""
+        commands, grippers = Track(self.poses.name), Track(self.grippers.name)
+        commands.add(int(ticks[0]), int(ticks[0]), home)
+        grippers.add(int(ticks[0]), int(ticks[0]), 1.0)
+        for own, recorded in ((commands, self.poses), (grippers, self.grippers)):
+            for time_ns, value in zip(recorded.times().tolist(), recorded.values, strict=True):
+                own.add(time_ns, time_ns, value)
+        if len(commands.values) > 1 and home[3:] @ commands.values[1][3:] < 0:
+            commands.values[0] = np.concatenate([home[:3], -home[3:]])
+        # The gate repeats the last pose while it holds; a longer silence means that nothing was commanded.
+        poses = commands.interpolate(ticks, np.inf)
+        openings = np.array(grippers.newest(ticks, np.inf))[:, None]
+        return np.concatenate([normalized_pose(poses), openings], axis=1)
+
+    def _images(self, camera_name: str, ticks: np.ndarray) -> np.ndarray:
+        camera = next(camera for camera in self.embodiment.cameras if camera.name == camera_name)
+        track = self.images[camera_name]
+        images: list[np.ndarray] = []
+        decoded: Any = None
+        for message in track.newest(ticks, self.robot.staleness.camera_s):
+            if message is not decoded:
+                image = fit_image(decode_message(message, track.name), camera.height, camera.width)
+                decoded = message
+            images.append(image)
+        return np.stack(images)
+
+
+def _parse_mark(text: str) -> dict[str, Any]:
+    """Return a mark with every key that its event needs.
+
+    Raises:
+        ValueError: not JSON, or a key is missing or of the wrong type.
+    """
+    mark = json.loads(text)
+    needed: dict[str, dict[str, type]] = {
+        "begin": {"episode": int, "seed": int, "instruction": str},
+        "instruction": {"instruction": str},
+        "end": {"success": bool, "failure": str, "milestones": dict},
+    }
+    for key, kind in needed.get(mark["event"], {}).items():
+        if not isinstance(mark.get(key), kind):
+            raise ValueError(f"mark '{mark['event']}' has {key} {mark.get(key)!r}; expected {kind.__name__}")
+    return dict(mark)
+
+
+def _apply(mark: dict[str, Any], at_ns: int, episode: _Episode) -> None:
+    if mark["event"] == "instruction":
+        episode.instructions.append((at_ns, str(mark["instruction"])))
+    elif mark["event"] == "end":
+        episode.end_ns = at_ns
+        episode.success = bool(mark["success"])
+        episode.failure = str(mark["failure"])
+        episode.milestones = {str(name): bool(reached) for name, reached in mark["milestones"].items()}

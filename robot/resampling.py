@@ -1,0 +1,100 @@
+"""Streams of stamped messages, brought onto the grid of the control rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from simtoreal.envs import rotation
+from simtoreal.envs.errors import DatasetError
+
+# Stamps further than this from their arrival belong to another computer's clock.
+CLOCK_OFFSET_NS = 500_000_000
+
+
+@dataclass
+class Track:
+    """What one topic said, in the order of arrival.
+
+    Attributes:
+        name: topic, for messages.
+        stamps_ns: capture or publication times by the sender's clock.
+        arrived_ns: times of arrival by the recorder's clock.
+        values: arrays or messages.
+    """
+
+    name: str
+    stamps_ns: list[int] = field(default_factory=list)
+    arrived_ns: list[int] = field(default_factory=list)
+    values: list[Any] = field(default_factory=list)
+
+    def add(self, stamp_ns: int, arrived_ns: int, value: Any) -> None:
+        """Append a value; stamps that do not advance are dropped."""
+        if not self.stamps_ns or stamp_ns > self.stamps_ns[-1]:
+            self.stamps_ns.append(stamp_ns)
+            self.arrived_ns.append(arrived_ns)
+            self.values.append(value)
+
+    def forget_before(self, arrived_ns: int) -> None:
+        """Drop what arrived before, except the newest value."""
+        keep = min(int(np.searchsorted(self.arrived_ns, arrived_ns)), max(0, len(self.values) - 1))
+        del self.stamps_ns[:keep], self.arrived_ns[:keep], self.values[:keep]
+
+    def times(self) -> np.ndarray:
+        """Return the stamps ``(N,)`` int64 in the recorder's clock.
+
+        A sender on another computer has another clock; the least delay seen then counts as zero.
+        """
+        stamps = np.array(self.stamps_ns, dtype=np.int64)
+        if not len(stamps):
+            return stamps
+        least = int((np.array(self.arrived_ns, dtype=np.int64) - stamps).min())
+        return stamps + least if abs(least) > CLOCK_OFFSET_NS else stamps
+
+    def newest(self, ticks_ns: np.ndarray, max_age_s: float) -> list[Any]:
+        """Return, per tick, the newest value stamped at or before it.
+
+        Raises:
+            DatasetError: there is none, or it is older than ``max_age_s`` seconds.
+        """
+        times = self.times()
+        rows = np.searchsorted(times, ticks_ns, side="right") - 1
+        if rows.min(initial=0) < 0:
+            raise DatasetError(f"{self.name} is silent at the beginning")
+        self._check_ages(ticks_ns - times[rows], max_age_s)
+        return [self.values[row] for row in rows]
+
+    def interpolate(self, ticks_ns: np.ndarray, max_age_s: float) -> np.ndarray:
+        """Return the values, arrays ``(D,)``, interpolated linearly at the ticks: ``(len(ticks), D)`` float64.
+
+        Before the first and after the last stamp the nearest value is held.
+
+        Raises:
+            DatasetError: there is none, or the nearest is further than ``max_age_s`` seconds from a tick.
+        """
+        times = self.times()
+        if not len(times):
+            raise DatasetError(f"nothing was recorded on {self.name}")
+        after = np.clip(np.searchsorted(times, ticks_ns), 0, len(times) - 1)
+        before = np.maximum(after - 1, 0)
+        nearest = np.minimum(np.abs(times[after] - ticks_ns), np.abs(times[before] - ticks_ns))
+        self._check_ages(nearest, max_age_s)
+        values = np.stack(self.values).astype(np.float64)
+        seconds, grid = (times - ticks_ns[0]) * 1e-9, (ticks_ns - ticks_ns[0]) * 1e-9
+        return np.stack([np.interp(grid, seconds, column) for column in values.T], axis=-1)
+
+    def _check_ages(self, ages_ns: np.ndarray, max_age_s: float) -> None:
+        oldest_s = float(ages_ns.max(initial=0)) * 1e-9
+        if oldest_s > max_age_s:
+            raise DatasetError(f"{self.name} is silent for {oldest_s:.2f} s (at most {max_age_s:g} s)")
+
+
+def normalized_pose(pose: np.ndarray) -> np.ndarray:
+    """Return rows of position (3) and interpolated quaternion (4, wxyz) as position and 6-D rotation, ``(N, 9)``.
+
+    Linear interpolation of quaternions a few milliseconds apart differs from the spherical one by less than 1e-6.
+    """
+    quaternion = pose[:, 3:] / np.linalg.norm(pose[:, 3:], axis=1, keepdims=True)
+    return np.concatenate([pose[:, :3], rotation.to_6d(quaternion)], axis=1)
