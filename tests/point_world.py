@@ -51,7 +51,8 @@ class PointVectorEnv(VectorEnv):
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, dtype=bool))
         for slot in np.flatnonzero(mask):
             reach = 9.0 if fails(seed[slot]) else 1.0
-            self.position[slot] = reach * np.random.default_rng(seed[slot]).uniform(0.5, 1.0, 3)
+            rng = np.random.default_rng(seed[slot])
+            self.position[slot] = reach * rng.uniform(0.5, 1.0, 3) * rng.choice([-1.0, 1.0], 3)
             self.steps[slot] = 0
         return self._observation(), self._info(np.zeros(self.num_envs, dtype=bool))
 

@@ -1,0 +1,257 @@
+"""robomimic's own behaviour-cloning algorithms (Mandlekar et al. 2021) behind our policy interface.
+
+Networks and losses are robomimic 0.3.0's; data, trainer, checkpoints and rollouts are ours, so its results stand
+beside ours under equal conditions. The recurrent types run in robomimic's open-loop mode (``algo.rnn.open_loop``):
+from the newest observation the network unrolls a chunk of actions, which is what a window holds and what keeps the
+policy free of hidden state between calls.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import sys
+import warnings
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from simtoreal.envs.embodiment import Embodiment
+from simtoreal.envs.errors import MissingDependencyError
+from simtoreal.policies.base import Generators, Policy
+from simtoreal.policies.config import PolicyConfig
+from simtoreal.policies.normalization import ACTIONS, Statistics
+
+INSTALL = "pip install --no-deps -r requirements/robomimic.txt"
+
+# Images are cropped at random to 76/84 of their size, robomimic's setting for its image datasets.
+_CROP = 76 / 84
+
+# Standard deviation in normalised units. robomimic's 1e-4 lets action dimensions that never change (rotations of a
+# task without any) dominate the likelihood and, with clipped gradients, stop the others from learning.
+_SMALLEST_DEVIATION = 0.03
+
+# The registration lives as long as this reference.
+_torchvision_operators: torch.library.Library | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobomimicConfig(PolicyConfig):
+    """Settings of robomimic's behaviour cloning; everything not named here has robomimic's default."""
+
+    type: Literal["robomimic/bc", "robomimic/bc_gmm", "robomimic/bc_rnn", "robomimic/bc_rnn_gmm"] = "robomimic/bc_rnn"
+    """``bc``: one action per observation; ``rnn``: a chunk from an LSTM; ``gmm``: mixture of Gaussians."""
+    observation_steps: int = 1
+    """Observations given to the policy; always 1."""
+    horizon: int = 10
+    """Actions predicted at once (control steps); 1 for the types without ``rnn``."""
+    execute_steps: int = 5
+    """Actions of each prediction that are executed before the next one (control steps)."""
+    hidden: int = 400
+    """Width of the LSTM (its two layers)."""
+    layers: tuple[int, ...] = (1024, 1024)
+    """Widths of the perceptron between features and action."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.observation_steps != 1:
+            raise ValueError(f"observation_steps is {self.observation_steps}; {self.type} reads 1")
+        if not self.recurrent and self.horizon != 1:
+            raise ValueError(f"horizon is {self.horizon}; {self.type} predicts 1 action (set execute_steps to 1 too)")
+        if self.hidden < 1 or any(width < 1 for width in self.layers):
+            raise ValueError("hidden and layers must be positive")
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether an LSTM unrolls the chunk."""
+        return "rnn" in self.type
+
+    @property
+    def mixture(self) -> bool:
+        """Whether the action distribution is a mixture of Gaussians."""
+        return self.type.endswith("gmm")
+
+
+def import_robomimic() -> None:
+    """Import robomimic, working around what breaks it in a current environment.
+
+    It needs torchvision, whose compiled operators do not load with another build of torch (the registry has the
+    CUDA build only). robomimic uses none of them, so declaring the two that torchvision's Python code looks up is
+    enough.
+
+    Raises:
+        MissingDependencyError: something is not installed; the message has the command.
+    """
+    global _torchvision_operators
+    try:
+        try:
+            import torchvision
+        except RuntimeError as error:
+            if "torchvision::" not in str(error):
+                raise
+            for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+                del sys.modules[name]
+            _torchvision_operators = torch.library.Library("torchvision", "DEF")
+            for operator in ("nms", "qnms"):
+                _torchvision_operators.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+            import torchvision  # noqa: F401
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints about a missing private macro file
+            import robomimic.algo  # noqa: F401
+    except (ImportError, RuntimeError) as error:
+        raise MissingDependencyError(f"robomimic cannot be imported ({error}). Install it with: {INSTALL}") from error
+
+
+class RobomimicPolicy(Policy):
+    """One of robomimic's behaviour-cloning algorithms.
+
+    Args:
+        config: see :class:`RobomimicConfig`.
+        embodiment, statistics: see :class:`Policy`.
+
+    Raises:
+        MissingDependencyError: robomimic is not installed.
+    """
+
+    config_type: ClassVar[type[PolicyConfig]] = RobomimicConfig
+    config: RobomimicConfig
+
+    def __init__(self, config: RobomimicConfig, embodiment: Embodiment, statistics: Mapping[str, Statistics]) -> None:
+        super().__init__(config, embodiment, statistics)
+        import_robomimic()
+        self._algo: Any = _build(config, embodiment, {key: self.normalizer.dim(key) for key in config.state_keys})
+        self.nets: nn.ModuleDict = self._algo.nets
+        self._shared: _EncodeOnce | None = None
+        if config.recurrent:
+            self._shared = _EncodeOnce(self.nets["policy"].nets["encoder"])
+            self.nets["policy"].nets["encoder"] = self._shared
+
+    def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
+        """See :meth:`Policy.loss`."""
+        actions = self.normalizer.normalize(ACTIONS, batch["actions"]).clamp(-1, 1)
+        with self._precision():
+            prepared = self._prepare(batch["observation"], actions)
+            predictions = self._algo._forward_training(prepared)
+            self._leave_out_padding(predictions, prepared, batch["action_mask"])
+            losses = self._algo._compute_losses(predictions, prepared)
+        return {"loss": losses["action_loss"], **{key: losses[key] for key in losses if key != "action_loss"}}
+
+    def predict(self, observation: dict[str, Tensor], instruction: Sequence[str], generator: Generators) -> Tensor:
+        """See :meth:`Policy.predict`. Mixtures draw a mode with ``generator`` and act its mean."""
+        rows = next(iter(observation.values())).shape[0]
+        placeholder = torch.zeros(rows, self.config.horizon, self._algo.ac_dim, device=self.device)
+        network = self.nets["policy"]
+        with self._precision():
+            inputs = self._prepare(observation, placeholder)["obs"]
+            if self.config.mixture:
+                chunk = _mean_of_drawn_mode(network.forward_train(obs_dict=inputs), generator)
+            else:
+                chunk = network(obs_dict=inputs)
+        return self.actions_from_normalized(chunk.reshape(rows, self.config.horizon, -1))
+
+    def _leave_out_padding(self, predictions: dict[str, Any], prepared: dict[str, Any], mask: Tensor) -> None:
+        """Make the steps after an episode's end contribute nothing to robomimic's losses, which know no mask."""
+        if not self.config.recurrent:
+            return  # the one action of a window is never padded
+        if "log_probs" in predictions:
+            weight = mask.to(predictions["log_probs"].dtype)
+            predictions["log_probs"] = predictions["log_probs"] * (weight / weight.mean())
+        else:
+            guessed = predictions["actions"].detach().to(prepared["actions"].dtype)
+            prepared["actions"] = torch.where(mask[..., None], prepared["actions"], guessed)
+
+    def _prepare(self, observation: Mapping[str, Tensor], actions: Tensor) -> dict[str, Any]:
+        """robomimic's training batch of the newest observations: images float (B, 1, 3, H, W) in [0, 1]."""
+        inputs: dict[str, Tensor] = OrderedDict()
+        for key in self.config.image_keys:
+            inputs[key] = observation[key][:, -1:].permute(0, 1, 4, 2, 3).float() / 255
+        for key in self.config.state_keys:
+            inputs[key] = self.normalizer.normalize(key, observation[key][:, -1:])
+        self._algo.device = actions.device
+        if self._shared is not None:
+            self._shared.repeats = actions.shape[1]
+        prepared: dict[str, Any] = self._algo.process_batch_for_training({"obs": inputs, "actions": actions})
+        return prepared
+
+    def _precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Likelihoods of narrow Gaussians need float32; everything else follows the trainer."""
+        if self.config.mixture:
+            return torch.autocast(self.device.type, enabled=False)
+        return contextlib.nullcontext()
+
+
+class _EncodeOnce(nn.Module):
+    """Encodes an observation that robomimic's open-loop mode repeats for every action of the chunk only once."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.repeats = 1
+
+    def forward(self, **inputs: Any) -> Tensor:
+        """Features of ``(B * repeats, ...)`` inputs whose consecutive ``repeats`` rows are equal."""
+        once = {
+            group: {key: value[:: self.repeats] for key, value in content.items()} if content else content
+            for group, content in inputs.items()
+        }
+        features: Tensor = self.encoder(**once)
+        return features.repeat_interleave(self.repeats, dim=0)
+
+
+def _build(config: RobomimicConfig, embodiment: Embodiment, dims: Mapping[str, int]) -> Any:
+    """robomimic's algorithm object for our observations and actions."""
+    from robomimic.algo import algo_factory
+    from robomimic.config import config_factory
+    from robomimic.utils import obs_utils
+
+    settings = config_factory("bc")
+    with settings.values_unlocked():
+        settings.observation.modalities.obs.rgb = list(config.image_keys)
+        settings.observation.modalities.obs.low_dim = list(config.state_keys)
+        settings.algo.actor_layer_dims = tuple(config.layers)
+        settings.algo.gmm.enabled = config.mixture
+        settings.algo.gmm.min_std = _SMALLEST_DEVIATION
+        settings.algo.rnn.enabled = config.recurrent
+        settings.algo.rnn.open_loop = config.recurrent
+        settings.algo.rnn.horizon = config.horizon
+        settings.algo.rnn.hidden_dim = config.hidden
+    shapes: dict[str, list[int]] = OrderedDict()
+    for camera in embodiment.cameras:
+        if (key := f"{camera.name}_image") in config.image_keys:
+            shapes[key] = [3, camera.height, camera.width]
+    if shapes:
+        height, width = (min(shape[axis] for shape in shapes.values()) for axis in (1, 2))
+        rgb = settings.observation.encoder.rgb
+        with settings.values_unlocked():
+            rgb.obs_randomizer_class = "CropRandomizer"
+            rgb.obs_randomizer_kwargs.crop_height = int(_CROP * height)
+            rgb.obs_randomizer_kwargs.crop_width = int(_CROP * width)
+            rgb.obs_randomizer_kwargs.num_crops = 1
+            rgb.obs_randomizer_kwargs.pos_enc = False
+    shapes.update({key: [dim] for key, dim in dims.items()})
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        # It prints its configuration, and torchvision warns about the name of an argument that robomimic passes.
+        warnings.simplefilter("ignore", UserWarning)
+        obs_utils.initialize_obs_utils_with_config(settings)
+        return algo_factory("bc", settings, shapes, embodiment.action.dim, torch.device("cpu"))
+
+
+def _mean_of_drawn_mode(mixture: Any, generator: Generators) -> Tensor:
+    """Mean of one mode per row (and time), drawn by its probability: ``(B, ..., A)``.
+
+    robomimic draws the same way and adds Gaussian noise of 1e-4, which is left out.
+    """
+    means: Tensor = mixture.component_distribution.base_dist.loc
+    probabilities: Tensor = mixture.mixture_distribution.probs
+    rows = probabilities.flatten(1, -2) if probabilities.ndim > 2 else probabilities[:, None]
+    if generator is None or isinstance(generator, torch.Generator):
+        flat = rows.cpu().flatten(0, 1)
+        modes = torch.multinomial(flat, 1, generator=generator).reshape(rows.shape[:2])
+    else:
+        drawn = [torch.multinomial(row, 1, generator=one) for row, one in zip(rows.cpu(), generator, strict=True)]
+        modes = torch.stack(drawn).squeeze(-1)
+    modes = modes.to(means.device).reshape(*means.shape[:-2], 1, 1).expand(*means.shape[:-2], 1, means.shape[-1])
+    return means.gather(-2, modes).squeeze(-2)
