@@ -121,10 +121,17 @@ def train(
         SimtorealError: the loss stopped being finite.
     """
     with joined_processes(device) as processes:
-        return _Training(policy_config, config, data, Path(output), processes, resume, progress).run()
+        return Training(policy_config, config, data, Path(output), processes, resume, progress).run()
 
 
-class _Training:
+class Training:
+    """One training, from the first step or the newest checkpoint; :func:`train` is the way to run it.
+
+    Attributes:
+        policy: with the current, not the averaged, weights.
+        step: optimiser steps taken.
+    """
+
     def __init__(
         self,
         policy_config: PolicyConfig,
@@ -164,6 +171,7 @@ class _Training:
             torch.set_float32_matmul_precision("high")
 
     def run(self) -> TrainingResult:
+        """Take the steps that are left."""
         config = self.config
         if self.processes.first:
             self.output.mkdir(parents=True, exist_ok=True)
@@ -193,7 +201,7 @@ class _Training:
         began, earlier = time.monotonic(), self.seconds
         mark, marked_step = began, self.step
         for batch in batches:
-            losses, norm = self._take_step(batch)
+            losses, norm = self.take_step(batch)
             self.step += 1
             last = self.step == config.steps
             saving = last or self.step % config.checkpoint_every == 0
@@ -218,7 +226,8 @@ class _Training:
             if saving:
                 processes.barrier()
 
-    def _take_step(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+    def take_step(self, batch: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
+        """Change the weights by one batch; return the losses and the norm of the gradient before clipping."""
         seed_everything(self.config.seed, self.step + 1, self.processes.rank)
         rate = learning_rate(self.config, self.step)
         for group in self.optimizer.param_groups:

@@ -94,14 +94,14 @@ def test_resume_is_bit_identical_to_the_uninterrupted_run(tmp_path, precision, m
     class Killed(Exception):
         pass
 
-    original = trainer_module._Training._take_step
+    original = trainer_module.Training.take_step
 
     def stop_at_five(self, batch):
         if self.step == 5:
             raise Killed
         return original(self, batch)
 
-    monkeypatch.setattr(trainer_module._Training, "_take_step", stop_at_five)
+    monkeypatch.setattr(trainer_module.Training, "take_step", stop_at_five)
     with pytest.raises(Killed):
         train(config, settings, data, tmp_path / "parts")
     monkeypatch.undo()
@@ -336,6 +336,44 @@ def test_data_without_the_cameras_of_the_policy_are_refused(dataset):
         open_training_data(dataset, BCConfig(image_keys=("side_image",)))
     with pytest.raises(DatasetError, match="nosuch"):
         open_training_data(dataset, BCConfig(state_keys=("nosuch",)))
+
+
+PRESETS = sorted((TESTS.parent / "configs" / "policies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_builds_its_policy_and_learns_from_a_batch(preset):
+    from simtoreal.commands.train import Config, policy_config
+    from simtoreal.envs.config import load_fields
+    from simtoreal.envs.panda import panda_embodiment
+    from simtoreal.policies.normalization import Statistics
+    from simtoreal.policies.registry import policy_class
+
+    config = Config(data=Path("data"), output=Path("run"), **load_fields(Config, preset))
+    chosen = policy_config(config)
+    bounds = {
+        key: Statistics(low=-np.ones(size, np.float32), high=np.ones(size, np.float32))
+        for key, size in (("actions", 7), ("proprio", 20))
+    }
+    policy = policy_class(chosen.type)(chosen, panda_embodiment(96), bounds)
+    images = torch.randint(0, 256, (1, chosen.observation_steps, 96, 96, 3), dtype=torch.uint8)
+    observation = {
+        "front_image": images, "wrist_image": images, "proprio": torch.zeros(1, chosen.observation_steps, 20)
+    }  # fmt: skip
+    mask = torch.ones(1, chosen.horizon, dtype=torch.bool)
+    batch = {"observation": observation, "actions": torch.zeros(1, chosen.horizon, 7), "action_mask": mask}
+    assert torch.isfinite(policy.loss({**batch, "instruction": [""]})["loss"])
+    assert policy.eval().predict(observation, [""], None).shape == (1, chosen.horizon, 7)
+
+
+def test_a_preset_with_an_unknown_key_is_refused_with_the_closest_name(tmp_path):
+    from simtoreal.commands.train import Config
+    from simtoreal.envs.config import load_fields
+
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("policy: diffusion\ndiffusion:\n  horizn: 16\n")
+    with pytest.raises(ConfigError, match=r"preset.yaml: unknown key 'diffusion.horizn'. Did you mean 'horizon'"):
+        load_fields(Config, preset)
 
 
 def test_the_command_refuses_unknown_policies_and_settings(dataset, tmp_path):

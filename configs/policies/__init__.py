@@ -1,0 +1,1 @@
+"""Presets of ``simtoreal train``: give one with ``--config``; flags on the command line win."""
