@@ -16,9 +16,8 @@ import gymnasium as gym
 import numpy as np
 
 from simtoreal.envs.embodiment import Embodiment
-from simtoreal.envs.errors import RobotError, SafetyError
-from simtoreal.envs.rollout import Listener, Observation, Step
-from simtoreal.robot.gate import SafetyGate
+from simtoreal.envs.errors import RobotError
+from simtoreal.envs.rollout import Observation
 from simtoreal.robot.gate_messages import GateStatus
 from simtoreal.robot.timing import TimingSummary
 
@@ -85,65 +84,24 @@ def running_twin(
             twin.wait()
 
 
-class EpisodeGuard(gym.Wrapper):  # type: ignore[misc]
-    """Ends an episode as failed when the safety gate stops the arm, and lets somebody judge it.
-
-    A stop because of what the policy did is a failure of this episode, not of the deployment. An emergency stop,
-    or a gate that is gone, ends the deployment.
+class JudgedByOperator(gym.Wrapper):  # type: ignore[misc]
+    """Asks a person at the end of every episode whether it succeeded: a real robot has no other judge.
 
     Args:
         env: ``Ros2Env``.
-        gate: asked why the arm was stopped.
-        judge: called at the end of an episode, returns whether it succeeded; None: the twin has judged already.
+        judge: returns whether the episode that has just ended succeeded.
     """
 
-    def __init__(
-        self, env: gym.Env[Observation, np.ndarray], gate: SafetyGate, judge: Callable[[], bool] | None
-    ) -> None:
+    def __init__(self, env: gym.Env[Observation, np.ndarray], judge: Callable[[], bool]) -> None:
         super().__init__(env)
-        self._gate, self._judge = gate, judge
-        self._last: tuple[Observation, dict[str, Any]] = ({}, {})
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, dict[str, Any]]:
-        """See the wrapped environment."""
-        self._last = self.env.reset(seed=seed, options=options)
-        return self._last
+        self._judge = judge
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """See the wrapped environment.
-
-        Raises:
-            SafetyError: emergency stop, or the gate is gone.
-        """
-        try:
-            observation, reward, terminated, truncated, info = self.env.step(action)
-        except SafetyError as error:
-            if self._gate.status().state != "stopped":
-                raise
-            observation, info = self._last
-            reward, terminated, truncated = 0.0, False, True
-            info = {**info, "success": False, "sim_fault": f"safety stop: {error}"}
-        if self._judge is not None and (terminated or truncated):
+        """See the wrapped environment; ``info["success"]`` of the last step is the judgement."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        if terminated or truncated:
             info = {**info, "success": self._judge()}
-        self._last = observation, info
-        return observation, float(reward), bool(terminated), bool(truncated), info
-
-
-class CameraHeartbeat(Listener):
-    """Tells the gate how old the images are that the policy goes by."""
-
-    def __init__(self, gate: SafetyGate) -> None:
-        self._gate = gate
-
-    def on_reset(self, slot: int, episode: int, seed: int, observation: Observation, info: dict[str, Any]) -> None:
-        """Report the first images."""
-        self._gate.report_observation(int(info["observation_ns"]))
-
-    def on_step(self, step: Step) -> None:
-        """Report the images that the next action goes by."""
-        self._gate.report_observation(int(step.info["observation_ns"][0]))
+        return observation, float(reward), terminated, truncated, info
 
 
 def control_results(clock: TimingSummary, status: GateStatus, actor: dict[str, Any]) -> dict[str, Any]:

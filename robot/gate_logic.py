@@ -81,6 +81,7 @@ class GateLogic:
         self._joints_stamp_ns = -1
         self._joints_problem = "no joint_states received yet"
         self._target_ns: int | None = None
+        self._newest_at_ns = 0
         self._rejected = ""
         self._observation_ns = 0
         self._hold_since_ns = 0
@@ -211,12 +212,13 @@ class GateLogic:
         position, orientation = self._limiter.position, self._limiter.quaternion
         if self.state == "armed":
             position, orientation = self._interpolator.last[:3], self._interpolator.last[3:7]
-        jump = float(np.linalg.norm(target[:3] - position))
+        with np.errstate(over="ignore"):  # absurdly far is infinitely far
+            jump = float(np.linalg.norm(target[:3] - position))
         turn = float(np.linalg.norm(rotation_between(orientation, quaternion)))
         if jump > self.limits.max_step_m or turn > self.limits.max_step_rad:
             self._stop("jump", f"target jumps by {jump:.3f} m and {turn:.2f} rad")
             return
-        self._target_ns, self._commanding = now_ns, True
+        self._target_ns, self._newest_at_ns, self._commanding = now_ns, request.at_ns, True
         self._update_hold(now_ns)
         if self.state == "armed":
             self._opening = min(max(float(target[9]), 0.0), 1.0)
@@ -231,7 +233,7 @@ class GateLogic:
         self.refusal = self._not_armable(now_ns)
         if not self.refusal:
             self._episode = episode
-            self._target_ns = None
+            self._target_ns, self._newest_at_ns = None, 0
             self._rejected, self._observation_ns = "", 0
             self.state, self.reason, self._commanding = "armed", "", False
         return self.refusal
@@ -313,7 +315,7 @@ class GateLogic:
             return "stale_target"
         if request.at_ns - now_ns > HORIZON_NS:
             return "future_target"
-        if self._commanding and self.state == "armed" and request.at_ns <= self._interpolator.last_time_ns:
+        if request.at_ns <= self._newest_at_ns:
             return "out_of_order"
         return ""
 

@@ -27,7 +27,6 @@ PERIOD_S = 0.008  # 125 Hz
 REALTIME_PRIORITY = 20
 # In ticks: how often services and the graph are looked at (they cost more than topics), and status is told.
 SERVICE_TICKS, GRAPH_TICKS, STATUS_TICKS, ROS_STATUS_TICKS, GRIPPER_TICKS = 5, 31, 5, 25, 12
-PAUSE_NS = 500_000_000  # not publishing for longer is a pause between episodes, not a low rate
 # After the runtime is gone the pose is held this long; then the arm's own controller holds the last command.
 LINGER_S = 1.0
 
@@ -80,7 +79,8 @@ class GateNode:
         self._gone_ns: int | None = None
         self._closing = False
         self._ticks = self._published = 0
-        self._interval_count, self._interval_ns, self._published_ns = 0, 0, 0
+        self._interval_count, self._interval_ns = 0, 0
+        self._published_ns: int | None = None
         self._told: tuple[str, str] = ("", "")
         self._clock = PeriodicClock(PERIOD_S)
 
@@ -119,7 +119,9 @@ class GateNode:
         if self._ticks % GRAPH_TICKS == 0:
             self._logic.on_foreign_publishers(self._foreign_publishers())
         command = self._logic.tick(now_ns)
-        if command is not None:
+        if command is None:
+            self._published_ns = None
+        else:
             self._publish(command)
         self._tell()
 
@@ -237,7 +239,7 @@ class GateNode:
             self._pose_publisher.publish(self._pose)
         now_ns = time.monotonic_ns()
         self._published += 1
-        if now_ns - self._published_ns < PAUSE_NS:
+        if self._published_ns is not None:
             self._interval_count += 1
             self._interval_ns += now_ns - self._published_ns
         self._published_ns = now_ns

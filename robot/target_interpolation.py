@@ -36,11 +36,6 @@ class TargetInterpolator:
         self._knots: list[tuple[int, np.ndarray]] = [(now_ns, value)]
 
     @property
-    def last_time_ns(self) -> int:
-        """Time of the newest target."""
-        return self._knots[-1][0]
-
-    @property
     def last(self) -> np.ndarray:
         """Newest target ``(8,)``: position, quaternion wxyz, opening."""
         return self._knots[-1][1]
@@ -54,7 +49,9 @@ class TargetInterpolator:
         last_ns, last = self._knots[-1]
         # The same rotation has two quaternions; averages need neighbouring ones.
         near = quaternion if float(quaternion @ last[3:7]) >= 0 else -quaternion
-        if now_ns - last_ns > GAP_NS:
+        if at_ns <= last_ns:
+            self._knots.pop()  # two for the same moment: the newer one counts
+        elif now_ns - last_ns > GAP_NS:
             # The last target was reached a while ago: the motion to the new one begins now, not back then.
             self._knots.append((now_ns - self._dt_ns, last))
         self._knots.append((at_ns, np.concatenate([position, near, [opening]])))

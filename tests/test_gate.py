@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 
 from simtoreal.envs import rotation
+from simtoreal.envs.panda import HOME_RAD, panda_embodiment
 from simtoreal.robot.gate_limits import GateLimits, PoseLimiter, rotation_between, stopping_distance
+from simtoreal.robot.gate_logic import GateLogic
+from simtoreal.robot.gate_messages import TARGET, Request
+from simtoreal.robot.joint_guard import JointGuard
+from simtoreal.robot.kinematics import Kinematics
 from simtoreal.robot.target_interpolation import TargetInterpolator
+from simtoreal.robot.topics import load_robot_config
 
 DT = 0.008
 LOW, HIGH = np.array([0.28, -0.32, 0.012]), np.array([0.72, 0.32, 0.45])
@@ -160,3 +166,259 @@ def test_interpolated_targets_keep_the_limits_and_do_not_overshoot() -> None:
     assert opening == 0.0
     assert np.allclose(path[-1] - CENTRE, [0, 0.2, 0])
     assert np.max(np.array(path)[:, 1]) <= 0.2 + 1e-12
+
+
+# ---- the state machine, with a clock made of numbers
+
+
+MS = 1_000_000
+
+
+class Rig:
+    """The gate's logic with an arm that follows its commands exactly."""
+
+    def __init__(self) -> None:
+        config = load_robot_config()
+        embodiment = panda_embodiment()
+        self.kinematics = Kinematics(embodiment)
+        self.names = list(config.joint_names)
+        self.logic = GateLogic(config, LIMITS, JointGuard(self.kinematics, LIMITS), DT, embodiment.control_period_s)
+        self.now = 10_000 * MS
+        self.joints = np.array(HOME_RAD)
+        position, quaternion = self.kinematics.forward(self.joints)
+        self.target = np.concatenate([position, rotation.to_6d(quaternion), [1.0]])
+        self.path: list[np.ndarray] = []
+        self.silent = False
+
+    def tick(self, count: int = 1) -> None:
+        for _ in range(count):
+            self.now += 8 * MS
+            if not self.silent:
+                self.logic.on_joint_state(self.names, self.joints.tolist(), [], self.now, self.now)
+            command = self.logic.tick(self.now)
+            if command is not None:
+                self.path.append(command.position)
+                self.joints = self.kinematics.solve_ik(command.position, command.quaternion, self.joints)
+
+    def send(self, move: tuple[float, float, float] = (0, 0, 0), *, age_ms: float = 0, episode: int = 1) -> None:
+        self.target[:3] += move
+        at_ns = self.now - round(age_ms * MS)
+        self.logic.on_target(Request(TARGET, 0, at_ns, episode, 0, tuple(self.target.tolist())), self.now)
+
+    def move(self, steps: int = 4) -> None:
+        """Arm, and get to full speed along y."""
+        self.tick()
+        assert self.logic.arm(1, self.now) == ""
+        for _ in range(steps):
+            self.send((0, 0.02, 0))
+            self.tick(6)
+
+    def speed(self) -> float:
+        return float(np.linalg.norm(self.path[-1] - self.path[-2])) / DT
+
+
+def test_nothing_is_commanded_before_arming_and_the_first_target() -> None:
+    rig = Rig()
+    assert "no joint_states" in rig.logic.arm(1, rig.now)
+    rig.tick(5)
+    rig.send((0, 0.02, 0))
+    rig.tick(5)
+    assert rig.path == []
+    assert rig.logic.arm(1, rig.now) == ""
+    rig.tick(50)
+    assert rig.path == []
+    assert rig.logic.state == "armed"
+    for _ in range(4):
+        rig.send()
+        rig.tick(6)
+    assert np.allclose(rig.path[-1], rig.target[:3])
+    assert rig.path[0][1] < 0.01
+
+
+@pytest.mark.parametrize("index", range(10))
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e308])
+def test_a_bad_value_anywhere_stops_in_a_controlled_way(index: int, bad: float) -> None:
+    rig = Rig()
+    rig.move()
+    rig.target[index] = bad
+    rig.send()
+    if index == 9 and np.isfinite(bad):
+        assert rig.logic.state == "armed"  # an opening of "more than open" is open
+        return
+    assert rig.logic.state == "stopped"
+    assert set(rig.logic.faults) <= {"bad_target", "jump"}
+    rig.tick(12)
+    assert rig.logic.at_rest
+    assert np.isfinite(rig.path).all()
+    check_motion(np.array(rig.path), np.tile(DOWN, (len(rig.path), 1)))
+
+
+def test_a_jump_is_refused_and_arming_again_recovers() -> None:
+    rig = Rig()
+    rig.move()
+    rig.send((0, 0, 0.1))
+    assert "jumps by 0.100 m" in rig.logic.reason
+    assert "still moving" in rig.logic.arm(2, rig.now)
+    rig.tick(12)
+    assert rig.logic.arm(2, rig.now) == ""
+    rig.target[:3] = rig.path[-1]
+    rig.send((0, -0.02, 0), episode=2)
+    for _ in range(4):
+        rig.tick(6)
+        rig.send(episode=2)
+    assert np.allclose(rig.path[-1], rig.target[:3])
+
+
+def test_silent_joint_states_hold_then_resume_or_stop() -> None:
+    rig = Rig()
+    rig.move()
+    rig.silent = True
+    for _ in range(4):
+        rig.send((0, 0.005, 0))
+        rig.tick(6)
+    assert rig.logic.state == "hold"
+    assert "joint_states is" in rig.logic.reason
+    assert rig.logic.at_rest
+    rig.silent = False
+    rig.tick(2)
+    assert rig.logic.state == "armed"
+    rig.tick(20)
+    assert rig.logic.state == "hold"
+    assert "no target" in rig.logic.reason
+    rig.target[:3] = rig.path[-1]
+    rig.send((0, 0.005, 0))
+    assert rig.logic.state == "armed"
+    check_motion(np.array(rig.path), np.tile(DOWN, (len(rig.path), 1)))
+    rig.silent = True
+    for _ in range(40):
+        rig.send()
+        rig.tick(6)
+    assert rig.logic.state == "stopped"
+    assert "gave up" in rig.logic.reason
+
+
+def test_a_silent_runtime_is_stopped_within_100_ms_of_its_last_message() -> None:
+    rig = Rig()
+    rig.move()
+    assert rig.speed() > 0.3
+    rig.path = rig.path[-2:]
+    rig.tick(12)  # 96 ms
+    assert rig.logic.at_rest or rig.speed() == 0.0
+    rig.tick(130)
+    assert rig.logic.state == "stopped"
+
+
+def test_stale_future_reordered_and_foreign_targets_are_dropped() -> None:
+    rig = Rig()
+    rig.move()
+    for kind, arguments in {
+        "stale_target": {"age_ms": 150}, "future_target": {"age_ms": -2000},
+        "out_of_order": {"age_ms": 60}, "wrong_episode": {"episode": 0},
+    }.items():  # fmt: skip
+        before = rig.logic.state
+        rig.send((0, 0, 0), **arguments)
+        assert rig.logic.faults[kind] == 1
+        assert rig.logic.state == before == "armed"
+
+
+def test_joint_states_are_mapped_by_name_and_incomplete_ones_do_not_count() -> None:
+    rig = Rig()
+    order = np.random.default_rng(0).permutation(len(rig.names))
+    names = ["another_joint", *(rig.names[i] for i in order)]
+    rig.tick()
+    rig.logic.on_joint_state(names, [9.0, *rig.joints[order]], [], rig.now + MS, rig.now + MS)
+    assert np.array_equal(rig.logic.measured_joints, rig.joints)
+    assert rig.logic.arm(1, rig.now) == ""
+    rig.logic.on_joint_state(rig.names[1:], rig.joints[1:].tolist(), [], rig.now + 2 * MS, rig.now + 200 * MS)
+    assert f"lacks {rig.names[0]}" in rig.logic.arm(1, rig.now + 200 * MS)
+    rig.logic.on_joint_state(rig.names, [np.nan] * 7, [], rig.now + 3 * MS, rig.now + 201 * MS)
+    assert "not finite" in rig.logic.arm(1, rig.now + 201 * MS)
+    assert rig.logic.faults == {"joint_states_incomplete": 1, "joint_states_not_finite": 1}
+
+
+def test_a_repeated_joint_state_is_not_a_fresh_one() -> None:
+    rig = Rig()
+    rig.tick()
+    stamp = rig.now
+    for later in range(1, 30):
+        rig.logic.on_joint_state(rig.names, rig.joints.tolist(), [], stamp, rig.now + later * 8 * MS)
+    assert "joint_states is" in rig.logic.arm(1, rig.now + 240 * MS)
+
+
+def test_emergency_stop_latches_in_every_state_and_needs_two_steps() -> None:
+    for state in ("idle", "armed", "hold", "stopped"):
+        rig = Rig()
+        if state == "idle":
+            rig.tick()
+        else:
+            rig.move()
+        if state == "hold":
+            rig.tick(12)
+        elif state == "stopped":
+            rig.send((0, 0, 0.2))
+        assert rig.logic.state == state
+        rig.logic.on_estop(True)
+        rig.tick(12)
+        assert rig.logic.state == "estopped"
+        assert rig.logic.at_rest
+        assert rig.logic.rearm(rig.now)[0] is False
+        rig.logic.on_estop(False)
+        rig.tick(100)
+        assert rig.logic.state == "estopped"
+        assert "emergency stop" in rig.logic.arm(2, rig.now)
+        assert rig.logic.rearm(rig.now)[0] is True
+        assert rig.logic.state == "idle"
+        commands = len(rig.path)
+        rig.tick(10)
+        assert len(rig.path) == commands
+        assert rig.logic.arm(2, rig.now) == ""
+
+
+def test_rearming_needs_fresh_joint_states() -> None:
+    rig = Rig()
+    rig.move()
+    rig.logic.on_estop(True)
+    rig.logic.on_estop(False)
+    rig.silent = True
+    rig.tick(20)
+    accepted, message = rig.logic.rearm(rig.now)
+    assert not accepted
+    assert "joint_states" in message
+
+
+def test_an_arm_that_does_not_follow_is_stopped() -> None:
+    rig = Rig()
+    rig.tick()
+    rig.logic.arm(1, rig.now)
+    for _ in range(12):
+        rig.send((0, 0.02, 0))
+        for _ in range(6):
+            rig.now += 8 * MS
+            rig.logic.on_joint_state(rig.names, list(HOME_RAD), [], rig.now, rig.now)
+            rig.logic.tick(rig.now)
+    assert rig.logic.state == "stopped"
+    assert "blocked" in rig.logic.reason
+
+
+def test_an_old_camera_image_holds() -> None:
+    rig = Rig()
+    rig.move()
+    rig.logic.on_target(Request(TARGET, 0, rig.now, 1, rig.now - 400 * MS, tuple(rig.target.tolist())), rig.now)
+    assert rig.logic.state == "hold"
+    assert "camera" in rig.logic.reason
+
+
+def test_joints_are_kept_away_from_their_limits() -> None:
+    kinematics = Kinematics(panda_embodiment())
+    guard = JointGuard(kinematics, LIMITS)
+    joints = np.array(HOME_RAD)
+    assert guard.update(joints, None) == ""
+    assert guard.slow_down(np.array([0.0, 0.2, 0.1]), np.zeros(3)) == 1.0
+    joints[3] = kinematics.joint_low_rad[3] + LIMITS.joint_margin_rad  # the elbow is folded as far as it goes
+    guard.update(joints, None)
+    factors = [guard.slow_down(0.2 * direction, np.zeros(3)) for direction in (np.eye(3)[0], -np.eye(3)[0])]
+    assert min(factors) == 0.0  # further in
+    assert max(factors) > 0.0  # out again
+    joints[3] = kinematics.joint_low_rad[3] - 0.1
+    assert "joint 4 is 0.100 rad beyond" in guard.update(joints, None)
+    assert "moves at 5.00 rad/s" in guard.update(np.array(HOME_RAD), np.array([0, 5.0, 0, 0, 0, 0, 0]))

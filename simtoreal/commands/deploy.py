@@ -104,7 +104,7 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
     from simtoreal.evaluation.progress import EpisodeProgress
     from simtoreal.evaluation.results import RESULTS_FILE, read_episodes
     from simtoreal.robot.async_actor import AsyncPolicyActor
-    from simtoreal.robot.deployment import CameraHeartbeat, EpisodeGuard, close_all, control_results, running_twin
+    from simtoreal.robot.deployment import JudgedByOperator, close_all, control_results, running_twin
     from simtoreal.robot.gate import SafetyGate
     from simtoreal.robot.gate_limits import GateLimits
     from simtoreal.robot.inference import InferenceProcess
@@ -148,7 +148,7 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
             observe_truth=config.actor == "expert",
         )
         closers.insert(1, env.close)
-        guarded = EpisodeGuard(env, gate, None if config.robot == "twin" else _ask_for_success)
+        judged = env if config.robot == "twin" else JudgedByOperator(env, _ask_for_success)
         actor, listeners = _actor(config, task, embodiment, inference)
         settings = _settings(config, task, inference)
         known = [result.success for result in read_episodes(config.output) if result.seed in seeds]
@@ -156,13 +156,13 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
         title = f"{settings['label']} on the {config.robot}"
         with EpisodeProgress(console, title, config.episodes, known) as progress:
             results = evaluate(
-                guarded,
+                judged,
                 actor,
                 seeds,
                 config.output,
                 settings,
                 videos=config.videos,
-                listeners=[*listeners, CameraHeartbeat(gate), progress],
+                listeners=[*listeners, progress],
             )
         status = gate.close()
         statistics = actor.statistics() if isinstance(actor, AsyncPolicyActor) else {}
