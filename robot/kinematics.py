@@ -16,6 +16,9 @@ ROTATION_TOLERANCE_RAD = 1e-3
 # 200 iterations of 0.1 s cover the whole workspace from home; control-rate steps take 3 to 5.
 MAX_ITERATIONS = 200
 ITERATION_S = 0.1
+# The null space stays where it is but for this share of the way home per call: the elbow neither swings within a
+# control step, nor drifts to its limits over many.
+HOMEWARD = 0.05
 
 
 class Kinematics:
@@ -61,7 +64,7 @@ class Kinematics:
         """Joint positions that put the TCP at a pose, near ``start`` and inside the joint limits.
 
         Differential inverse kinematics with a quadratic program per iteration (mink): the TCP task, a weak
-        pull of the null space towards home, and the joint limits as constraints.
+        pull of the null space towards ``start``, and the joint limits as constraints.
 
         Args:
             position: ``(3,)`` metres, base frame.
@@ -93,7 +96,7 @@ class Kinematics:
         tool.set_target(goal)
         posture = mink.PostureTask(self.model, cost=1e-4)
         rest = np.zeros(self.model.nq)
-        rest[self._addresses] = self._home
+        rest[self._addresses] = start + HOMEWARD * (self._home - start)
         posture.set_target(rest)
         limits = [mink.ConfigurationLimit(self.model)]
         for _ in range(MAX_ITERATIONS):
