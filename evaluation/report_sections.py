@@ -317,5 +317,9 @@ def notes(
             "One training seed each: the intervals cover the noise of the episodes, not of training. Repeat with other "
             "seeds before claiming that one method is better than another."
         )
+    times = {label: content["seconds"] for label, content in trained.items() if content.get("seconds")}
+    if times and max(times.values()) > 1.5 * min(times.values()):
+        listed = ", ".join(f"{label} {minutes(seconds)}" for label, seconds in times.items())
+        found.append(f"Training times differ ({listed}); part of a difference in success may come from that.")
     found += [f"{arm.label}: {note}" for arm in evaluations for note in arm.results.get("notes", [])]
     return found

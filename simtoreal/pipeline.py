@@ -1,9 +1,10 @@
 """Stages that run one after the other, each in its own process, and resume where they were interrupted.
 
 A stage is one ``simtoreal`` command line that writes one folder. Beside the folder lies a marker with the digest of
-everything that decides the stage's result: its command line, the package version and the digests of the stages it
-reads. A finished stage with the same digest is skipped, an unfinished one is continued in its folder (the commands
-resume by themselves), and one whose digest changed is run again from the beginning.
+everything that decides the stage's result: its command line with the content of the files it names, the package
+version and the digests of the stages it reads. A finished stage with the same digest is skipped, an unfinished one is
+continued in its folder (the commands resume by themselves), and one whose digest changed is run again from the
+beginning.
 """
 
 from __future__ import annotations
@@ -72,9 +73,16 @@ def digests(stages: Sequence[Stage]) -> dict[str, str]:
         missing = [name for name in stage.needs if name not in found]
         if missing or stage.name in found:
             raise PipelineError(f"stage '{stage.name}' occurs twice or needs a later stage: {missing}")
-        content = [simtoreal.__version__, *stage.command, *(found[name] for name in stage.needs)]
+        arguments = [_identity(argument) for argument in stage.command]
+        content = [simtoreal.__version__, *arguments, *(found[name] for name in stage.needs)]
         found[stage.name] = hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
     return found
+
+
+def _identity(argument: str) -> str:
+    """Return what an argument means: of a file (a preset, a task) its content, wherever it lies."""
+    path = Path(argument)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else argument
 
 
 def run_stages(stages: Sequence[Stage], output: Path, console: Console) -> list[StageRecord]:

@@ -21,7 +21,7 @@ class Profile:
     Attributes:
         demonstrations: episodes collected.
         image_size_px: camera resolution.
-        policy_flags, baseline_flags: given to ``simtoreal train``.
+        policy_flags, baseline_flags: given to ``simtoreal train``; ``{presets}`` stands for configs/policies.
         simulation_episodes: unseen initial conditions per policy.
         simulation_flags: given to ``simtoreal evaluate`` for the policy.
         robot_episodes: episodes on the twin, in real time.
@@ -41,8 +41,26 @@ PROFILES = {
     "smoke": Profile(
         demonstrations=12,
         image_size_px=32,
-        policy_flags=("--steps", "60", "--trainer.batch-size", "16", "--trainer.validate-every", "30"),
-        baseline_flags=("--steps", "40", "--trainer.batch-size", "16", "--trainer.validate-every", "20"),
+        policy_flags=(
+            "--policy",
+            "diffusion",
+            "--steps",
+            "60",
+            "--trainer.batch-size",
+            "16",
+            "--trainer.validate-every",
+            "30",
+        ),
+        baseline_flags=(
+            "--policy",
+            "bc",
+            "--steps",
+            "40",
+            "--trainer.batch-size",
+            "16",
+            "--trainer.validate-every",
+            "20",
+        ),
         simulation_episodes=8,
         robot_episodes=2,
         simulation_flags=("--videos", "1", "--no-outside"),
@@ -50,16 +68,16 @@ PROFILES = {
     "cpu": Profile(
         demonstrations=200,
         image_size_px=64,
-        policy_flags=("--steps", "4000"),
-        baseline_flags=("--steps", "800"),
+        policy_flags=("--config", "{presets}/diffusion_cpu.yaml"),
+        baseline_flags=("--config", "{presets}/bc_cpu.yaml", "--steps", "800"),
         simulation_episodes=100,
         robot_episodes=20,
     ),
     "gpu": Profile(
         demonstrations=400,
         image_size_px=96,
-        policy_flags=("--steps", "20000", "--trainer.batch-size", "256"),
-        baseline_flags=("--steps", "4000", "--trainer.batch-size", "256"),
+        policy_flags=("--config", "{presets}/diffusion_gpu.yaml"),
+        baseline_flags=("--config", "{presets}/bc_cpu.yaml", "--trainer.batch-size", "256"),
         simulation_episodes=200,
         robot_episodes=20,
     ),
@@ -85,6 +103,14 @@ class Config:
             raise ConfigError(f"--seed is {self.seed}, expected 0 or more")
 
 
+def _located(flags: tuple[str, ...]) -> tuple[str, ...]:
+    """Fill in where the presets of policies are installed."""
+    import importlib.resources
+
+    folder = str(importlib.resources.files("simtoreal.configs") / "policies")
+    return tuple(flag.replace("{presets}", folder) for flag in flags)
+
+
 def demo_stages(config: Config) -> list[Stage]:
     """Return the stages of the demo, in order."""
     from simtoreal.pipeline import Stage
@@ -105,13 +131,13 @@ def demo_stages(config: Config) -> list[Stage]:
         Stage(
             name="policy",
             title="Train the image diffusion policy",
-            command=("train", *data, "--policy", "diffusion", "--output", "{output}/policy", *profile.policy_flags),
+            command=("train", *data, "--output", "{output}/policy", *_located(profile.policy_flags)),
             needs=("demonstrations",),
         ),
         Stage(
             name="baseline",
             title="Train the baseline (behaviour cloning) on the same data",
-            command=("train", *data, "--policy", "bc", "--output", "{output}/baseline", *profile.baseline_flags),
+            command=("train", *data, "--output", "{output}/baseline", *_located(profile.baseline_flags)),
             needs=("demonstrations",),
         ),
         Stage(

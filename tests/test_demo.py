@@ -1,0 +1,166 @@
+"""Stages that resume, and the whole demo: interrupted, continued, complete."""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from simtoreal.commands.demo import PROFILES, Config, demo_stages
+from simtoreal.envs.errors import ConfigError
+from simtoreal.envs.files import write_json
+from simtoreal.envs.rollout import EpisodeResult
+from simtoreal.evaluation.results import append_episode, summarize
+from simtoreal.pipeline import PipelineError, Stage, digests, format_duration, run_stages
+
+
+def _evaluation(folder: Path, successes: int) -> Path:
+    episodes = [
+        EpisodeResult(
+            episode=index, seed=index, success=index < successes, steps=9, duration_s=0.5, milestones={},
+            instruction="", failure="" if index < successes else "timeout",
+        )
+        for index in range(10)
+    ]  # fmt: skip
+    for episode in episodes:
+        append_episode(folder, episode)
+    write_json(folder / "results.json", {"task": "reach", "label": folder.name, **summarize(episodes)})
+    return folder
+
+
+@pytest.fixture
+def stages(tmp_path: Path) -> list[Stage]:
+    """Two small stages of the real command line; the second stands for one that reads the first."""
+    folders = (str(_evaluation(tmp_path / "x", 9)), str(_evaluation(tmp_path / "y", 4)))
+    return [
+        Stage(name="first", title="First", command=("compare", *folders, "--output", "{output}/first")),
+        Stage(
+            name="second",
+            title="Second",
+            command=("compare", *folders, "--alpha", "0.1", "--output", "{output}/second"),
+            needs=("first",),
+        ),
+    ]
+
+
+def _run(stages: list[Stage], output: Path) -> dict[str, bool]:
+    """Return stage name -> whether it was skipped."""
+    records = run_stages(stages, output, Console(file=io.StringIO()))
+    return {record.stage.name: record.skipped for record in records}
+
+
+def test_finished_stages_are_skipped_and_changed_ones_run_again(stages: list[Stage], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    assert _run(stages, output) == {"first": False, "second": False}
+    assert (output / "first" / "results.json").is_file()
+    assert _run(stages, output) == {"first": True, "second": True}
+    (output / "second" / "leftover").touch()
+    changed = [stages[0], Stage(**{**vars(stages[1]), "command": (*stages[1].command, "--unpaired")})]
+    assert _run(changed, output) == {"first": True, "second": False}
+    assert not (output / "second" / "leftover").exists()
+    assert json.loads((output / "second" / "results.json").read_text())["paired"] is False
+
+
+def test_a_changed_stage_invalidates_those_that_read_it(stages: list[Stage], tmp_path: Path) -> None:
+    before = digests(stages)
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("alpha: 0.2\n")
+    changed = [Stage(**{**vars(stages[0]), "command": (*stages[0].command, "--config", str(preset))}), stages[1]]
+    middle = digests(changed)
+    assert all(before[name] != middle[name] for name in before)
+    preset.write_text("alpha: 0.3\n")
+    assert all(middle[name] != digests(changed)[name] for name in before)
+    with pytest.raises(PipelineError, match="needs a later stage"):
+        digests(stages[::-1])
+
+
+def test_failure_is_explained_and_the_next_run_continues(stages: list[Stage], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    missing = tmp_path / "x" / "results.json"
+    content = missing.read_text()
+    _run(stages[:1], output)
+    missing.unlink()
+    with pytest.raises(PipelineError, match="stage 'second' failed with exit status 2"):
+        _run(stages, output)
+    missing.write_text(content)
+    assert _run(stages, output) == {"first": True, "second": False}
+
+
+def test_foreign_folders_and_parallel_runs_are_refused(stages: list[Stage], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    (output / "first").mkdir(parents=True)
+    (output / "first" / "precious").touch()
+    with pytest.raises(PipelineError, match="not made by this pipeline"):
+        _run(stages, output)
+    assert (output / "first" / "precious").exists()
+    with open(output / ".lock", "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        with pytest.raises(PipelineError, match="another process"):
+            _run(stages, output)
+
+
+def test_durations_are_readable() -> None:
+    assert [format_duration(seconds) for seconds in (3.21, 42.0, 425.0)] == ["3.2 s", "42 s", "7 min 05 s"]
+
+
+@pytest.mark.parametrize("profile", sorted(PROFILES))
+def test_every_profile_uses_flags_that_exist(profile: str) -> None:
+    from simtoreal import cli
+
+    for stage in demo_stages(Config(profile=profile)):  # type: ignore[arg-type]
+        verb, rest = cli._split_verb(stage.command)
+        module = __import__(cli._module_name(verb), fromlist=["Config"])
+        assert cli._read_flags(verb, module, rest).output.name == stage.name
+    with pytest.raises(ConfigError, match="--seed is -1"):
+        Config(seed=-1)
+
+
+def _demo(output: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "simtoreal", "demo", "--profile", "smoke", "--output", str(output)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=os.environ
+    )
+
+
+def _stop_in_stage(demo: subprocess.Popen[str], marker: Path) -> str:
+    """Press Ctrl-C as soon as a stage has begun; return what was printed."""
+    deadline = time.monotonic() + 120
+    while not marker.exists() and demo.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(demo.pid, signal.SIGINT)
+    return demo.communicate(timeout=60)[0]
+
+
+def test_demo_interrupted_and_continued_is_complete(tmp_path: Path) -> None:
+    output = tmp_path / "demo"
+    demo = _demo(output)
+    printed = _stop_in_stage(demo, output / ".stages" / "policy.json")
+    assert demo.returncode == 130, printed
+    assert not (output / "results.json").exists()
+    demo = _demo(output)
+    printed = demo.communicate(timeout=280)[0]
+    assert demo.returncode == 0, printed
+    assert "demonstrations already done" in printed
+    results = json.loads((output / "results.json").read_text())
+    assert results["collect"]["episodes"] == 12
+    assert results["collect"]["episodes_per_s"] > 0
+    assert results["train"]["parameters"] > 100_000
+    assert results["train"]["seconds"] > 0
+    for key, n in (("sim", 8), ("baseline", 8), ("robot", 2)):
+        low, high = results[key]["interval"]
+        assert results[key]["n"] == n
+        assert low <= results[key]["success_rate"] <= high
+    assert results["robot"]["gap"] == "standard"
+    assert results["robot"]["missed_periods"] >= 0
+    assert results["robot"]["p99_period_error_ms"] >= 0
+    assert Path(results["report"]).stat().st_size > 100_000
+    assert (output / "overview.jpg").read_bytes()[:2] == b"\xff\xd8"
