@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -516,6 +517,48 @@ def _record_for_ever(path: Path) -> None:
     recorder = recorder_of(path)
     assert not recorder.problem
     time.sleep(60)
+
+
+def test_run_on_the_twin_becomes_its_dataset(tmp_path):
+    from simtoreal.data_collection.expert import ScriptedExpert
+    from simtoreal.envs import Listener, rollout
+    from simtoreal.robot.deployment import running_twin
+    from simtoreal.robot.gate import SafetyGate
+    from simtoreal.robot.gate_limits import GateLimits
+    from simtoreal.robot.ros2_env import Ros2Env
+
+    targets, images = [], []
+
+    class Watching(Listener):
+        """Keeps what the runtime itself commanded and saw."""
+
+        def on_step(self, step):
+            targets.append(step.info["target"][0])
+            images.append(step.observation["front_image"][0])
+
+    task, path = load_task("reach"), tmp_path / "run.mcap"
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(running_twin("reach", EMBODIMENT, "panda_ros2", gap="none", seed=0, log=tmp_path / "twin"))
+        gate = SafetyGate.start(ROBOT, GateLimits.for_embodiment(EMBODIMENT), EMBODIMENT)
+        stack.callback(gate.close)
+        env = Ros2Env(task, embodiment=EMBODIMENT, config=ROBOT, gate=gate, observe_truth=True)
+        stack.callback(env.close)
+        recorder = stack.enter_context(recorder_of(path))
+        result = rollout(env, ScriptedExpert(task, EMBODIMENT), [3], listeners=[recorder, Watching()])[0]
+    import_recording(path, tmp_path / "data", described(path))
+    dataset = Dataset.open(tmp_path / "data")
+    episode = dataset.episodes[0]
+    assert (episode.seed, episode.success, episode.instruction) == (3, result.success, result.instruction)
+    assert abs(episode.steps - result.steps) <= 1
+    arrays = dataset.read(episode)
+    count = min(episode.steps, result.steps)
+    difference = np.abs(arrays["step/target"][:count, :3] - np.stack(targets)[:count, :3])
+    # The gate limits acceleration, so the pose that reached the robot trails the wish by millimetres at first.
+    assert difference.mean() < 2e-3
+    assert difference.max() < 1e-2
+    # Every image that the runtime saw is in the dataset, within a tick of where it was seen.
+    stored = {image.tobytes() for image in arrays["obs/front_image"]}
+    assert np.mean([image.tobytes() in stored for image in images]) > 0.8
 
 
 def test_recordings_are_never_overwritten(tmp_path):
