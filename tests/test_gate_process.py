@@ -1,0 +1,287 @@
+"""The gate's real process on a real ROS 2 graph, against an arm node that states its joints and keeps commands."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra 'ros')")
+
+from simtoreal.envs import rotation
+from simtoreal.envs.errors import SafetyError
+from simtoreal.envs.panda import HOME_RAD, panda_embodiment
+from simtoreal.robot.gate import SafetyGate
+from simtoreal.robot.gate_limits import GateLimits
+from simtoreal.robot.kinematics import Kinematics
+from simtoreal.robot.timing import PeriodicClock
+from simtoreal.robot.topics import load_robot_config, start_ros
+
+CONFIG = load_robot_config()
+EMBODIMENT = panda_embodiment()
+LIMITS = GateLimits.for_embodiment(EMBODIMENT)
+# A runtime that moves the arm to and fro at full speed until it is killed.
+RUNTIME = """
+import sys, time
+import numpy as np
+from tests.test_gate_process import CONFIG, EMBODIMENT, LIMITS, home_target
+from simtoreal.robot.gate import SafetyGate
+from simtoreal.robot.timing import PeriodicClock
+gate = SafetyGate.start(CONFIG, LIMITS, EMBODIMENT)
+gate.begin_episode(1)
+target, clock, direction = home_target(), PeriodicClock(0.05), 1.0
+print(gate.pid, flush=True)
+while True:
+    direction = -direction if abs(target[1] + 0.02 * direction) > 0.1 else direction
+    target[1] += 0.02 * direction
+    gate.send_target(target, time.monotonic_ns(), 1)
+    clock.wait()
+"""
+
+
+def home_target() -> np.ndarray:
+    position, quaternion = Kinematics(EMBODIMENT).forward(np.array(HOME_RAD))
+    return np.concatenate([position, rotation.to_6d(quaternion), [1.0]])
+
+
+class ArmNode:
+    """A node that stands still at home, says so at 100 Hz, and keeps the commands it receives."""
+
+    def __init__(self) -> None:
+        from rclpy.executors import SingleThreadedExecutor
+        from rclpy.node import Node
+
+        self.context = start_ros()
+        self.node = Node("arm", context=self.context, use_global_arguments=False)
+        self.poses: list[tuple[int, np.ndarray]] = []
+        self.openings: list[float] = []
+        self.silent = False
+        topics = CONFIG.topics
+        self.joints = self.node.create_publisher(topics.joint_states.message_class(), topics.joint_states.name, 1)
+        self.estop = self.node.create_publisher(topics.estop.message_class(), topics.estop.name, topics.estop.qos())
+        pose = topics.target_pose
+        self.node.create_subscription(pose.message_class(), pose.name, self._on_pose, 100)
+        gripper = topics.gripper_command
+        self.node.create_subscription(
+            gripper.message_class(), gripper.name, lambda message: self.openings.append(message.data), gripper.qos()
+        )
+        self.node.create_timer(0.01, self._publish)
+        self.executor = SingleThreadedExecutor(context=self.context)
+        self.executor.add_node(self.node)
+        self.thread = threading.Thread(target=self._spin, daemon=True)
+        self.thread.start()
+
+    def _spin(self) -> None:
+        from rclpy.executors import ExternalShutdownException
+
+        try:
+            self.executor.spin()
+        except ExternalShutdownException:
+            return
+
+    def _publish(self) -> None:
+        if self.silent:
+            return
+        message = CONFIG.topics.joint_states.message_class()()
+        message.header.stamp = self.node.get_clock().now().to_msg()
+        message.name = list(reversed(CONFIG.joint_names))  # any order will do
+        message.position = list(reversed(HOME_RAD))
+        self.joints.publish(message)
+
+    def _on_pose(self, message: object) -> None:
+        stamp, position = message.header.stamp, message.pose.position
+        self.poses.append((stamp.sec * 10**9 + stamp.nanosec, np.array([position.x, position.y, position.z])))
+
+    def press_estop(self, pressed: bool) -> None:
+        message = CONFIG.topics.estop.message_class()()
+        message.data = pressed
+        self.estop.publish(message)
+
+    def call_rearm(self) -> object:
+        from std_srvs.srv import Trigger
+
+        client = self.node.create_client(Trigger, CONFIG.services.gate_rearm)
+        assert client.wait_for_service(10.0)
+        future = client.call_async(Trigger.Request())
+        wait_for(future.done)
+        return future.result()
+
+    def motion(self) -> tuple[np.ndarray, np.ndarray]:
+        """Stamps (s) and distance moved since the message before (m)."""
+        stamps = np.array([stamp for stamp, _ in self.poses]) * 1e-9
+        moved = np.linalg.norm(np.diff([position for _, position in self.poses], axis=0), axis=1)
+        return stamps[1:], moved
+
+    def close(self) -> None:
+        self.context.shutdown()
+        self.thread.join(5)
+        self.executor.shutdown()
+        self.node.destroy_node()
+
+
+def wait_for(condition: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the condition did not come true"
+        time.sleep(0.005)
+
+
+@pytest.fixture
+def arm() -> Iterator[ArmNode]:
+    node = ArmNode()
+    yield node
+    node.close()
+
+
+@pytest.fixture
+def gate(arm: ArmNode) -> Iterator[SafetyGate]:
+    started = SafetyGate.start(CONFIG, LIMITS, EMBODIMENT)
+    yield started
+    started.close()
+
+
+def drive(gate: SafetyGate, steps: int, target: np.ndarray, dy: float = 0.02, episode: int = 1) -> None:
+    clock = PeriodicClock(0.05)
+    for _ in range(steps):
+        target[1] += dy
+        gate.send_target(target, time.monotonic_ns(), episode)
+        clock.wait()
+
+
+def test_targets_come_out_smooth_and_fast(arm: ArmNode, gate: SafetyGate) -> None:
+    gate.begin_episode(1)
+    target = home_target()
+    target[9] = 0.0
+    drive(gate, 5, target)
+    drive(gate, 5, target, 0.0)
+    status = gate.close()
+    assert status.fault_counts == {"closed": 1}
+    assert 100 <= status.publish_hz <= 126
+    assert status.timing["periods"] > 50
+    wait_for(lambda: len(arm.poses) >= status.published - 5)
+    assert np.allclose(arm.poses[-1][1], target[:3], atol=1e-6)
+    _, moved = arm.motion()
+    assert moved.max() <= 0.008 * LIMITS.max_speed_m_s * 1.01
+    assert set(arm.openings) == {0.0}
+
+
+def test_not_a_number_stops_and_says_why(arm: ArmNode, gate: SafetyGate) -> None:
+    gate.begin_episode(1)
+    target = home_target()
+    drive(gate, 2, target)
+    gate.send_target(np.full(10, np.nan), time.monotonic_ns(), 1)
+    wait_for(lambda: gate.status().state == "stopped" and gate.status().at_rest)
+    with pytest.raises(SafetyError, match="not finite"):
+        gate.send_target(target, time.monotonic_ns(), 1)
+    assert all(np.isfinite(position).all() for _, position in arm.poses)
+    with pytest.raises(SafetyError, match="shape"):
+        gate.send_target(target[:7], time.monotonic_ns(), 1)
+    gate.begin_episode(2)  # a person or the runtime decides to go on
+    drive(gate, 2, home_target(), episode=2)
+
+
+def test_arming_needs_joint_states(arm: ArmNode, gate: SafetyGate) -> None:
+    wait_for(lambda: gate.status().handled == 0)
+    arm.silent = True
+    time.sleep(0.3)
+    with pytest.raises(SafetyError, match="joint_states"):
+        gate.begin_episode(1, timeout_s=0.3)
+
+
+def test_silent_joint_states_hold_then_stop(arm: ArmNode, gate: SafetyGate) -> None:
+    gate.begin_episode(1)
+    target = home_target()
+    drive(gate, 2, target, 0.01)
+    arm.silent = True
+    with pytest.raises(SafetyError, match="joint_states is"):
+        drive(gate, 60, target, 0.0)
+    assert gate.status().fault_counts["joint_states_stale"] == 1
+    assert gate.status().at_rest
+
+
+def test_emergency_stop_latches_until_rearmed(arm: ArmNode, gate: SafetyGate) -> None:
+    gate.begin_episode(1)
+    target = home_target()
+    drive(gate, 2, target)
+    arm.press_estop(True)
+    wait_for(lambda: gate.status().state == "estopped")
+    with pytest.raises(SafetyError, match="emergency stop"):
+        gate.send_target(target, time.monotonic_ns(), 1)
+    assert not arm.call_rearm().success
+    arm.press_estop(False)
+    with pytest.raises(SafetyError, match="emergency stop"):
+        gate.begin_episode(2)
+    wait_for(lambda: arm.call_rearm().success)
+    assert gate.status().state == "idle"
+    gate.begin_episode(2)
+    drive(gate, 2, home_target(), episode=2)
+
+
+def test_a_second_publisher_of_commands_stops(arm: ArmNode, gate: SafetyGate) -> None:
+    from rclpy.node import Node
+
+    gate.begin_episode(1)
+    target = home_target()
+    drive(gate, 2, target)
+    intruder = Node("intruder", context=arm.context, use_global_arguments=False)
+    topic = CONFIG.topics.target_pose
+    intruder.create_publisher(topic.message_class(), topic.name, 1)
+    with pytest.raises(SafetyError, match="/target_pose by intruder"):
+        drive(gate, 100, target, 0.0)
+    with pytest.raises(SafetyError, match="somebody else publishes"):
+        gate.begin_episode(2, timeout_s=0.2)
+    intruder.destroy_node()
+    gate.begin_episode(2, timeout_s=10)
+
+
+def test_the_death_of_the_policy_process_stops(arm: ArmNode, gate: SafetyGate) -> None:
+    policy = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    gate.watch(policy.pid)
+    gate.begin_episode(1)
+    target = home_target()
+    drive(gate, 2, target)
+    policy.kill()
+    with pytest.raises(SafetyError, match=f"process {policy.pid}"):
+        drive(gate, 20, target, 0.0)
+    policy.wait()
+
+
+def test_a_dead_gate_is_an_error_at_once(arm: ArmNode, gate: SafetyGate) -> None:
+    gate.begin_episode(1)
+    os.kill(gate.pid, signal.SIGKILL)
+    with pytest.raises(SafetyError, match=r"gone|ended|died"):
+        drive(gate, 10, home_target())
+    assert gate.close().state == "stopped"
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_arm_rests_within_100_ms_of_the_end_of_the_runtime(arm: ArmNode, kind: signal.Signals) -> None:
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    runtime = subprocess.Popen([sys.executable, "-c", RUNTIME], stdout=subprocess.PIPE, cwd=root)
+    try:
+        assert runtime.stdout is not None
+        gate_pid = int(runtime.stdout.readline())
+        wait_for(lambda: len(arm.poses) > 100)
+        wait_for(lambda: arm.motion()[1][-1] > 0.002)  # in full motion, 0.25 m/s or more
+        killed_s = time.time_ns() * 1e-9
+        runtime.send_signal(kind)
+        wait_for(lambda: arm.poses[-1][0] * 1e-9 > killed_s + 0.4)
+        stamps, moved = arm.motion()
+        last_motion_s = stamps[moved > 0][-1]
+        assert last_motion_s - killed_s <= 0.1
+        # The deceleration is limited too: 13 m/s^2 change the way per tick of 8 ms by 0.83 mm at most.
+        assert np.abs(np.diff(moved)).max() <= 0.008**2 * LIMITS.max_acceleration_m_s2 * 1.01
+        # It holds the last pose, still publishing.
+        assert (stamps > last_motion_s).sum() > 10
+    finally:
+        runtime.kill()
+        runtime.wait()
+    # Without its runtime the gate ends by itself.
+    wait_for(lambda: not os.path.exists(f"/proc/{gate_pid}"))
