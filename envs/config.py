@@ -133,15 +133,15 @@ def _convert_union(value: Any, options: tuple[Any, ...], source: str, where: str
     if isinstance(value, dict) and "type" in value:
         # Several dataclasses may stand here (kinds of policies): their default for ``type`` tells them apart.
         kinds = {
-            field.default: option
+            str(field.default): option
             for option in options
             if dataclasses.is_dataclass(option)
             for field in dataclasses.fields(option)
             if field.name == "type"
         }
-        if value["type"] not in kinds:
+        if str(value["type"]) not in kinds:
             raise ConfigError(f"{source}: '{where}.type' is {value['type']!r}. {closest(str(value['type']), kinds)}")
-        return _convert(value, kinds[value["type"]], source, where)
+        return _convert(value, kinds[str(value["type"])], source, where)
     problems = []
     for option in options:
         try:

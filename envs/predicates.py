@@ -65,7 +65,7 @@ def _inserted(scene: SceneView, peg: ObjectSpec, socket: ObjectSpec) -> Array:
 
 def _grasped(scene: SceneView, a: ObjectSpec) -> Array:
     """Both fingers touch ``a``."""
-    return scene.touches[a.name].all(axis=-1)
+    return np.asarray(scene.touches[a.name].all(axis=-1))
 
 
 def _upright(scene: SceneView, a: ObjectSpec) -> Array:
@@ -172,7 +172,7 @@ def _argument(predicate: str, kind: str, node: ast.expr, objects: dict[str, Any]
         raise TaskError(f"{where}: {predicate} expects a number in metres, got '{text}'")
     if kind == "place" and text == "tcp":
         return _Tcp()
-    accepted = {
+    accepted: Callable[[ObjectSpec], bool] = {
         "object": lambda item: True,
         "place": lambda item: True,
         "free": lambda item: not item.fixed,

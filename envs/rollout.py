@@ -230,7 +230,7 @@ class _Rollout:
         self.observation: Observation = {}
         self.history: Observation = {}
         self.instructions: list[str] = [""] * count
-        self.action = np.zeros(env.action_space.shape, dtype=np.float32)
+        self.action = np.zeros(env.action_space.shape or (), dtype=np.float32)
 
     def refill(self, slots: np.ndarray) -> None:
         """Begin the next episodes in ``slots``, as far as seeds are left."""
@@ -252,7 +252,7 @@ class _Rollout:
                 options["reset_mask"] = mask
             else:
                 seeds = [self.seeds[0] if seed is None else seed for seed in seeds]
-        observation, info = self.env.reset(seed=seeds, options=options or None)
+        observation, info = self.env.reset(seed=seeds, options=options or None)  # type: ignore[arg-type]
         self.running[slots] = True
         self.episode[slots], self.steps[slots] = episodes, 0
         steps = self.actor.observation_steps
@@ -287,7 +287,7 @@ class _Rollout:
         for key, value in after.items():
             self.history[key] = np.concatenate([self.history[key][:, 1:], value[:, None]], axis=1)
         self.steps[slots] += 1
-        for slot in slots:
+        for slot in slots.tolist():
             self._note_instruction(slot, info)
             for name, reached in info.get("milestones", {}).items():
                 self.milestones[slot][name] = self.milestones[slot].get(name, False) or bool(reached[slot])
@@ -322,7 +322,7 @@ class _Rollout:
             seed=self.seeds[episode],
             success=success,
             steps=int(self.steps[slot]),
-            duration_s=float(self.steps[slot] * self.env.embodiment.control_period_s),
+            duration_s=float(self.steps[slot] * self.env.embodiment.control_period_s),  # type: ignore[attr-defined]
             milestones=dict(self.milestones[slot]),
             instruction=self.instructions[slot],
             failure="" if success else (fault or "timeout"),
