@@ -19,7 +19,7 @@ COMMANDS = Path(__file__).parent / "commands"
 
 # Verbs made of two words: ``simtoreal data info`` is the module ``data_info``.
 GROUPS = {
-    "data": "Look at, repair, merge, split, import and export datasets.",
+    "data": "Look at, repair, merge, split and import datasets.",
 }
 
 EXIT_FAILURE = 2

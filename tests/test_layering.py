@@ -211,6 +211,7 @@ def test_every_package_folder_is_listed_in_pyproject():
     import tomllib
 
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
-    folders = {path.parent.relative_to(ROOT) for path in FILES if path.name == "__init__.py"}
+    packages = [*FILES, *(ROOT / "configs").rglob("__init__.py")]
+    folders = {path.parent.relative_to(ROOT) for path in packages if path.name == "__init__.py"}
     names = {".".join(("simtoreal", *(part for part in folder.parts if part != "simtoreal"))) for folder in folders}
     assert names <= listed
