@@ -129,10 +129,8 @@ def _check_comparable(arms: Sequence[Evaluation], paired: bool) -> list[str]:
         shifts = reference.results.get("randomization"), arm.results.get("randomization")
         if shifts[0] != shifts[1]:
             notes.append(f"{both}: different randomization ({shifts[0]}, {shifts[1]})")
-    if not paired:
-        common = set(reference.seeds).intersection(*(arm.seeds for arm in arms[1:]))
-        if common:
-            notes.append("some initial conditions are common; the paired test would be sharper")
+    if not paired and set(reference.seeds).intersection(*(arm.seeds for arm in arms[1:])):
+        notes.append("some initial conditions are common; the paired test would be sharper")
     return notes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class _Writer(Listener):
         append_episode(self.folder, result)
 
 
-def check_unseen(seeds: Sequence[int], training_seeds: Sequence[int], *, allowed: bool = False) -> str:
+def check_unseen(seeds: Sequence[int], training_seeds: Collection[int], *, allowed: bool = False) -> str:
     """Make sure that no initial condition of the evaluation was demonstrated.
 
     Args:
@@ -134,7 +134,7 @@ def evaluate(
         )
     remaining = [seed for seed in seeds if seed not in done]
     if remaining:
-        embodiment = env.unwrapped.embodiment  # type: ignore[attr-defined]
+        embodiment = env.unwrapped.embodiment  # type: ignore[union-attr]
         visible = [key for key in embodiment.image_keys if key in env.observation_space.spaces]  # type: ignore[attr-defined]
         limit = videos if visible else 0
         recorder = EpisodeVideos(folder / "videos", visible, embodiment.control_hz, limit, outside)

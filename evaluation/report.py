@@ -217,12 +217,9 @@ def _details(runs: Mapping[str, Path], results: Mapping[str, dict[str, Any] | No
     blocks.append(
         {"title": "Versions and machine", "text": "", "table": {"columns": ["what", "version"], "rows": rows}}
     )
-    commits = {name: str(content["provenance"]["commit"]) for name, content in results.items() if _has_commit(content)}
+    commits = {name: str((content or {}).get("provenance", {}).get("commit", "")) for name, content in results.items()}
+    commits = {name: commit for name, commit in commits.items() if commit}
     if commits:
         table = {"columns": ["result", "commit"], "rows": [[name, commit] for name, commit in commits.items()]}
         blocks.append({"title": "Source of every result", "text": "", "table": table})
     return blocks
-
-
-def _has_commit(content: dict[str, Any] | None) -> bool:
-    return bool(content and content.get("provenance", {}).get("commit"))

@@ -108,10 +108,10 @@ def summarize(results: Sequence[EpisodeResult]) -> dict[str, Any]:
     summary["milestones"] = {name: _rate(flags) for name, flags in reached.items()}
     summary["completion"] = _completion(results, len(names)) if names else None
     times = [result.duration_s for result in results if result.success]
-    quartiles = np.quantile(times, [0.25, 0.5, 0.75]) if times else []
-    summary["time_to_success_s"] = (
-        dict(zip(("q25", "median", "q75"), map(float, quartiles), strict=True)) if times else None
-    )
+    summary["time_to_success_s"] = None
+    if times:
+        quartiles = [float(value) for value in np.quantile(times, [0.25, 0.5, 0.75])]
+        summary["time_to_success_s"] = dict(zip(("q25", "median", "q75"), quartiles, strict=True))
     summary["failures"] = dict(Counter(failure_tag(result) for result in results if not result.success).most_common())
     return summary
 

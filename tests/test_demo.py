@@ -140,6 +140,7 @@ def _stop_in_stage(demo: subprocess.Popen[str], marker: Path) -> str:
     return demo.communicate(timeout=60)[0]
 
 
+@pytest.mark.timeout(600)
 def test_demo_interrupted_and_continued_is_complete(tmp_path: Path) -> None:
     output = tmp_path / "demo"
     demo = _demo(output)

@@ -136,7 +136,7 @@ def _prepare(config: Config) -> tuple[TabletopVectorEnv, Actor, dict[str, Any], 
         expert = ScriptedExpert(env.task, env.embodiment, seed=config.policy_seed)
         task = env.task
         settings = {"task": task.name, "label": "expert", "policy": None, "horizon": task.horizon, **shared}
-        return env, expert, settings, set()
+        return env, expert, settings, set()  # type: ignore[return-value]
 
     from simtoreal.evaluation.policies import checkpoint_digest, load_actor, training_seeds
 
