@@ -307,3 +307,27 @@ def test_view_needs_a_display_to_be_interactive(monkeypatch, capsys):
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     assert exit_status(monkeypatch, "view", "lift", "--interactive") == 2
     assert "needs a display" in capsys.readouterr().err
+
+
+def test_doctor_prints_one_line_when_it_may_not_install(monkeypatch, capsys):
+    from rich.console import Console
+
+    monkeypatch.setattr(doctor.os, "geteuid", lambda: 1000)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert not doctor.install_libraries(("libegl1", "libusb-1.0-0"), Console(width=200))
+    text = capsys.readouterr().out
+    assert "sudo apt-get install -y --no-install-recommends libegl1 libusb-1.0-0" in text
+
+
+def test_doctor_reports_a_broken_ros_as_optional_with_its_fix(monkeypatch):
+    monkeypatch.setattr(doctor, "ROS_SCRIPT", "raise ImportError(\"No module named 'rclpy'\")")
+    finding = doctor.check_ros()
+    assert finding.state == doctor.WARNING
+    assert "rclpy" in finding.found
+    assert "simtoreal[ros]" in finding.fix
+
+
+def test_doctor_wants_room_on_the_disk(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1e9, "total": 64e6}))
+    assert doctor.check_disk(tmp_path).state == doctor.MISSING
+    assert "--shm-size" in doctor.check_shared_memory().fix
