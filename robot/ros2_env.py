@@ -287,12 +287,21 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         steps = max(1, int(np.ceil(seconds / self.embodiment.control_period_s)))
         settle = int(np.ceil(HOMING_SETTLE_S / self.embodiment.control_period_s))
         self.clock.restart()
-        for step in range(1, steps + settle + 1):
+        step, seen_ns = 0, time.monotonic_ns()
+        while step < steps + settle:
+            try:
+                self._inputs.read_arm()
+            except StaleObservationError:
+                # As in an episode: hold for a while, then give up.
+                if (time.monotonic_ns() - seen_ns) * 1e-9 > self.config.staleness.stop_s:
+                    raise
+                self.clock.wait()
+                continue
+            step, seen_ns = step + 1, time.monotonic_ns()
             share = min(1.0, step / steps)
             between = rotation.quaternion_multiply(rotation.from_rotation_vector(share * turn), quaternion)
             target = np.concatenate([position + share * (goal - position), rotation.to_6d(between), [1.0]])
-            self._inputs.read_arm()
-            self._gate.send_target(target, self.clock.deadline_ns, self._episode)
+            self._gate.send_target(target, time.monotonic_ns(), self._episode)
             self.clock.wait()
 
 
