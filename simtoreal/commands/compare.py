@@ -61,23 +61,19 @@ def main(config: Config) -> None:
     console.print(table)
 
     pairs = Table(title=f"{result['test']}, Bonferroni over {len(result['pairs'])} pair(s), alpha {config.alpha:g}")
-    columns = ["first", "second", "difference", "95 % interval", "p", "p adjusted"]
-    columns += [] if config.unpaired else ["only first", "only second", "e-value", "e decided after"]
+    columns = ["pair", "difference [points]", "p adjusted"] + ([] if config.unpaired else ["only one wins", "e-value"])
     for name in [*columns, "verdict"]:
-        pairs.add_column(name, justify="left" if name in ("first", "second", "verdict") else "right")
+        pairs.add_column(name, justify="left" if name in ("pair", "verdict") else "right")
     for pair in result["pairs"]:
-        low, high = pair["difference_interval"]
+        low, high = (f"{100 * value:+.0f}" for value in pair["difference_interval"])
         cells = [
-            pair["first"],
-            pair["second"],
-            f"{100 * pair['difference']:+.1f} %",
-            f"{100 * low:+.0f} to {100 * high:+.0f} %",
-            f"{pair['p_value']:.2g}",
+            f"{pair['second']} minus {pair['first']}",
+            f"{100 * pair['difference']:+.1f} ({low} to {high})",
             f"{pair['p_adjusted']:.2g}",
         ]
         if not config.unpaired:
-            after = pair["e_decided_after"]
-            cells += [str(pair["only_first"]), str(pair["only_second"]), f"{pair['e_value']:.2g}", str(after or "-")]
+            after = f", decided after {pair['e_decided_after']}" if pair["e_decided_after"] else ""
+            cells += [f"{pair['only_second']} : {pair['only_first']}", f"{pair['e_value']:.2g}{after}"]
         pairs.add_row(*cells, pair["verdict"])
     console.print(pairs)
     console.print("Policies that share a letter are not distinguishable at this number of episodes.")
