@@ -63,7 +63,8 @@ def main(config: Config) -> None:
     pairs = Table(title=f"{result['test']}, Bonferroni over {len(result['pairs'])} pair(s), alpha {config.alpha:g}")
     columns = ["pair", "difference [points]", "p adjusted"] + ([] if config.unpaired else ["only one wins", "e-value"])
     for name in [*columns, "verdict"]:
-        pairs.add_column(name, justify="left" if name in ("pair", "verdict") else "right")
+        text = name in ("pair", "verdict")
+        pairs.add_column(name, justify="left" if text else "right", min_width=15 if name == "verdict" else None)
     for pair in result["pairs"]:
         low, high = (f"{100 * value:+.0f}" for value in pair["difference_interval"])
         cells = [
