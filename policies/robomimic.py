@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from simtoreal.envs.embodiment import Embodiment
-from simtoreal.envs.errors import MissingDependencyError
+from simtoreal.envs.errors import ConfigError, MissingDependencyError
 from simtoreal.policies.base import Generators, Policy
 from simtoreal.policies.config import PolicyConfig
 from simtoreal.policies.normalization import ACTIONS, Statistics
@@ -30,10 +30,7 @@ INSTALL = "pip install --no-deps -r requirements/robomimic.txt"
 
 # Images are cropped at random to 76/84 of their size, robomimic's setting for its image datasets.
 _CROP = 76 / 84
-
-# Standard deviation in normalised units. robomimic's 1e-4 lets action dimensions that never change (rotations of a
-# task without any) dominate the likelihood and, with clipped gradients, stop the others from learning.
-_SMALLEST_DEVIATION = 0.03
+_RESNET_STRIDE = 32
 
 # The registration lives as long as this reference.
 _torchvision_operators: torch.library.Library | None = None
@@ -43,12 +40,12 @@ _torchvision_operators: torch.library.Library | None = None
 class RobomimicConfig(PolicyConfig):
     """Settings of robomimic's behaviour cloning; everything not named here has robomimic's default."""
 
-    type: Literal["robomimic/bc", "robomimic/bc_gmm", "robomimic/bc_rnn", "robomimic/bc_rnn_gmm"] = "robomimic/bc_rnn"
-    """``bc``: one action per observation; ``rnn``: a chunk from an LSTM; ``gmm``: mixture of Gaussians."""
+    type: Literal["robomimic/bc", "robomimic/bc_rnn"] = "robomimic/bc_rnn"
+    """``robomimic/bc``: one action per observation; ``robomimic/bc_rnn``: a chunk from an LSTM."""
     observation_steps: int = 1
     """Observations given to the policy; always 1."""
     horizon: int = 10
-    """Actions predicted at once (control steps); 1 for the types without ``rnn``."""
+    """Actions predicted at once (control steps); 1 for ``robomimic/bc``."""
     execute_steps: int = 5
     """Actions of each prediction that are executed before the next one (control steps)."""
     hidden: int = 400
@@ -68,12 +65,7 @@ class RobomimicConfig(PolicyConfig):
     @property
     def recurrent(self) -> bool:
         """Whether an LSTM unrolls the chunk."""
-        return "rnn" in self.type
-
-    @property
-    def mixture(self) -> bool:
-        """Whether the action distribution is a mixture of Gaussians."""
-        return self.type.endswith("gmm")
+        return self.type == "robomimic/bc_rnn"
 
 
 def import_robomimic() -> None:
@@ -114,6 +106,7 @@ class RobomimicPolicy(Policy):
 
     Raises:
         MissingDependencyError: robomimic is not installed.
+        ConfigError: the images are too small for robomimic's encoder.
     """
 
     config_type: ClassVar[type[PolicyConfig]] = RobomimicConfig
@@ -132,36 +125,22 @@ class RobomimicPolicy(Policy):
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """See :meth:`Policy.loss`."""
         actions = self.normalizer.normalize(ACTIONS, batch["actions"]).clamp(-1, 1)
-        with self._precision():
-            prepared = self._prepare(batch["observation"], actions)
-            predictions = self._algo._forward_training(prepared)
-            self._leave_out_padding(predictions, prepared, batch["action_mask"])
-            losses = self._algo._compute_losses(predictions, prepared)
+        prepared = self._prepare(batch["observation"], actions)
+        predictions = self._algo._forward_training(prepared)
+        if self.config.recurrent:
+            # robomimic's losses know no mask: steps after the episode's end are given what was predicted.
+            guessed = predictions["actions"].detach().to(actions.dtype)
+            prepared["actions"] = torch.where(batch["action_mask"][..., None], prepared["actions"], guessed)
+        losses = self._algo._compute_losses(predictions, prepared)
         return {"loss": losses["action_loss"], **{key: losses[key] for key in losses if key != "action_loss"}}
 
     def predict(self, observation: dict[str, Tensor], instruction: Sequence[str], generator: Generators) -> Tensor:
-        """See :meth:`Policy.predict`. Mixtures draw a mode with ``generator`` and act its mean."""
+        """See :meth:`Policy.predict`; these policies are deterministic."""
         rows = next(iter(observation.values())).shape[0]
         placeholder = torch.zeros(rows, self.config.horizon, self._algo.ac_dim, device=self.device)
-        network = self.nets["policy"]
-        with self._precision():
-            inputs = self._prepare(observation, placeholder)["obs"]
-            if self.config.mixture:
-                chunk = _mean_of_drawn_mode(network.forward_train(obs_dict=inputs), generator)
-            else:
-                chunk = network(obs_dict=inputs)
+        inputs = self._prepare(observation, placeholder)["obs"]
+        chunk: Tensor = self.nets["policy"](obs_dict=inputs)
         return self.actions_from_normalized(chunk.reshape(rows, self.config.horizon, -1))
-
-    def _leave_out_padding(self, predictions: dict[str, Any], prepared: dict[str, Any], mask: Tensor) -> None:
-        """Make the steps after an episode's end contribute nothing to robomimic's losses, which know no mask."""
-        if not self.config.recurrent:
-            return  # the one action of a window is never padded
-        if "log_probs" in predictions:
-            weight = mask.to(predictions["log_probs"].dtype)
-            predictions["log_probs"] = predictions["log_probs"] * (weight / weight.mean())
-        else:
-            guessed = predictions["actions"].detach().to(prepared["actions"].dtype)
-            prepared["actions"] = torch.where(mask[..., None], prepared["actions"], guessed)
 
     def _prepare(self, observation: Mapping[str, Tensor], actions: Tensor) -> dict[str, Any]:
         """robomimic's training batch of the newest observations: images float (B, 1, 3, H, W) in [0, 1]."""
@@ -175,12 +154,6 @@ class RobomimicPolicy(Policy):
             self._shared.repeats = actions.shape[1]
         prepared: dict[str, Any] = self._algo.process_batch_for_training({"obs": inputs, "actions": actions})
         return prepared
-
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        """Likelihoods of narrow Gaussians need float32; everything else follows the trainer."""
-        if self.config.mixture:
-            return torch.autocast(self.device.type, enabled=False)
-        return contextlib.nullcontext()
 
 
 class _EncodeOnce(nn.Module):
@@ -212,8 +185,6 @@ def _build(config: RobomimicConfig, embodiment: Embodiment, dims: Mapping[str, i
         settings.observation.modalities.obs.rgb = list(config.image_keys)
         settings.observation.modalities.obs.low_dim = list(config.state_keys)
         settings.algo.actor_layer_dims = tuple(config.layers)
-        settings.algo.gmm.enabled = config.mixture
-        settings.algo.gmm.min_std = _SMALLEST_DEVIATION
         settings.algo.rnn.enabled = config.recurrent
         settings.algo.rnn.open_loop = config.recurrent
         settings.algo.rnn.horizon = config.horizon
@@ -223,12 +194,17 @@ def _build(config: RobomimicConfig, embodiment: Embodiment, dims: Mapping[str, i
         if (key := f"{camera.name}_image") in config.image_keys:
             shapes[key] = [3, camera.height, camera.width]
     if shapes:
-        height, width = (min(shape[axis] for shape in shapes.values()) for axis in (1, 2))
+        height, width = (int(_CROP * min(shape[axis] for shape in shapes.values())) for axis in (1, 2))
+        if min(height, width) <= _RESNET_STRIDE:
+            raise ConfigError(
+                f"images cropped to {height} x {width} pixels shrink to one cell in robomimic's ResNet-18, whose "
+                f"spatial softmax then says nothing; {config.type} needs more than {_RESNET_STRIDE / _CROP:.0f} pixels."
+            )
         rgb = settings.observation.encoder.rgb
         with settings.values_unlocked():
             rgb.obs_randomizer_class = "CropRandomizer"
-            rgb.obs_randomizer_kwargs.crop_height = int(_CROP * height)
-            rgb.obs_randomizer_kwargs.crop_width = int(_CROP * width)
+            rgb.obs_randomizer_kwargs.crop_height = height
+            rgb.obs_randomizer_kwargs.crop_width = width
             rgb.obs_randomizer_kwargs.num_crops = 1
             rgb.obs_randomizer_kwargs.pos_enc = False
     shapes.update({key: [dim] for key, dim in dims.items()})
@@ -237,21 +213,3 @@ def _build(config: RobomimicConfig, embodiment: Embodiment, dims: Mapping[str, i
         warnings.simplefilter("ignore", UserWarning)
         obs_utils.initialize_obs_utils_with_config(settings)
         return algo_factory("bc", settings, shapes, embodiment.action.dim, torch.device("cpu"))
-
-
-def _mean_of_drawn_mode(mixture: Any, generator: Generators) -> Tensor:
-    """Mean of one mode per row (and time), drawn by its probability: ``(B, ..., A)``.
-
-    robomimic draws the same way and adds Gaussian noise of 1e-4, which is left out.
-    """
-    means: Tensor = mixture.component_distribution.base_dist.loc
-    probabilities: Tensor = mixture.mixture_distribution.probs
-    rows = probabilities.flatten(1, -2) if probabilities.ndim > 2 else probabilities[:, None]
-    if generator is None or isinstance(generator, torch.Generator):
-        flat = rows.cpu().flatten(0, 1)
-        modes = torch.multinomial(flat, 1, generator=generator).reshape(rows.shape[:2])
-    else:
-        drawn = [torch.multinomial(row, 1, generator=one) for row, one in zip(rows.cpu(), generator, strict=True)]
-        modes = torch.stack(drawn).squeeze(-1)
-    modes = modes.to(means.device).reshape(*means.shape[:-2], 1, 1).expand(*means.shape[:-2], 1, means.shape[-1])
-    return means.gather(-2, modes).squeeze(-2)
