@@ -135,12 +135,17 @@ def _section(result: Mapping[str, Any]) -> list[str]:
     hardware = f"{machine.get('cpu', '?')}, {machine.get('cores', '?')} cores" if isinstance(machine, dict) else machine
     software = ", ".join(f"{name} {version}" for name, version in versions.items())
     lines += [
-        f"`{result['command']}` · {number(result['seconds'])} s · commit `{str(result['commit'])[:12]}` · "
+        f"`{result['command']}` · {number(result['seconds'])} s · commit `{_commit(result['commit'])}` · "
         f"seeds {_seeds(result['seeds'])}  ",
         f"{hardware} · {software}",
         "",
     ]
     return lines
+
+
+def _commit(commit: Any) -> str:
+    """Shorten a commit, but keep the mark of a modified source tree."""
+    return str(commit)[:12] + ("-dirty" if str(commit).endswith("-dirty") else "")
 
 
 def _seeds(seeds: Any) -> str:

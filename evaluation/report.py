@@ -144,7 +144,7 @@ def build_context(sources: ReportSources) -> dict[str, Any]:
         "reproduce": list(sources.reproduce) or _commands(results, deployment),
         "details": _details(sources.runs, results),
         "version": simtoreal.__version__,
-        "commit": git_commit()[:12],
+        "commit": git_commit(),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
 

@@ -61,7 +61,7 @@ def main(config: Config) -> None:
     console.print(table)
 
     pairs = Table(title=f"{result['test']}, Bonferroni over {len(result['pairs'])} pair(s), alpha {config.alpha:g}")
-    columns = ["pair", "difference [points]", "p adjusted"] + ([] if config.unpaired else ["only one wins", "e-value"])
+    columns = ["pair", "difference [points]", "p adj."] + ([] if config.unpaired else ["wins", "e-value"])
     for name in [*columns, "verdict"]:
         text = name in ("pair", "verdict")
         pairs.add_column(name, justify="left" if text else "right", min_width=15 if name == "verdict" else None)
