@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -140,13 +140,20 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def close_all(closers: Sequence[Callable[[], object]]) -> None:
-    """Call everything in order, deaf to further signals: a second Ctrl-C must not skip the controlled stop."""
-    previous = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+@contextlib.contextmanager
+def deaf_to_signals() -> Iterator[Callable[[], None]]:
+    """Yield a function after whose call further signals are ignored until the context ends.
+
+    Called first when a deployment is left, so that a second Ctrl-C does not skip the controlled stop.
+    """
+    previous: dict[int, Any] = {}
+
+    def ignore() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            previous[number] = signal.signal(number, signal.SIG_IGN)
+
     try:
-        with contextlib.ExitStack() as stack:
-            for close in reversed(closers):
-                stack.callback(close)
+        yield ignore
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

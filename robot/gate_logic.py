@@ -82,6 +82,7 @@ class GateLogic:
         self._joints_problem = "no joint_states received yet"
         self._target_ns: int | None = None
         self._newest_at_ns = 0
+        self._last_target = (np.zeros(3), np.array([1.0, 0.0, 0.0, 0.0]))
         self._rejected = ""
         self._observation_ns = 0
         self._hold_since_ns = 0
@@ -209,15 +210,17 @@ class GateLogic:
             self._start_at_measured_pose(now_ns)
         target = np.array(request.target)
         quaternion = rotation.from_6d(target[3:9])
-        position, orientation = self._limiter.position, self._limiter.quaternion
-        if self.state == "armed":
-            position, orientation = self._interpolator.last[:3], self._interpolator.last[3:7]
         with np.errstate(over="ignore"):  # absurdly far is infinitely far
-            jump = float(np.linalg.norm(target[:3] - position))
-        turn = float(np.linalg.norm(rotation_between(orientation, quaternion)))
+            jump = float(np.linalg.norm(target[:3] - self._last_target[0]))
+            ahead = float(np.linalg.norm(target[:3] - self._limiter.position))
+        turn = float(np.linalg.norm(rotation_between(self._last_target[1], quaternion)))
         if jump > self.limits.max_step_m or turn > self.limits.max_step_rad:
             self._stop("jump", f"target jumps by {jump:.3f} m and {turn:.2f} rad")
             return
+        if ahead > MAX_TRACKING_ERROR_M:
+            self._stop("ahead", f"target is {ahead:.2f} m ahead of the commanded pose, which may not follow as fast")
+            return
+        self._last_target = (target[:3], quaternion)
         self._target_ns, self._newest_at_ns, self._commanding = now_ns, request.at_ns, True
         self._update_hold(now_ns)
         if self.state == "armed":
@@ -272,6 +275,7 @@ class GateLogic:
         position, quaternion = self._guard.tcp_pose()
         self._limiter.reset(position, quaternion)
         self._interpolator.reset(position, quaternion, self._opening, now_ns)
+        self._last_target = (position, quaternion)
         self._starting = True
 
     def _update_hold(self, now_ns: int) -> None:

@@ -88,7 +88,6 @@ class GateNode:
         """Run until the runtime closes the gate, or for a moment after it has died."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the runtime; its end stops the robot
         signal.signal(signal.SIGTERM, lambda *_: self._runtime_gone("gate was told to end"))
-        prefer_realtime(REALTIME_PRIORITY)
         self._tell(force=True)
         self._clock.restart()
         while not self._finished():
@@ -271,6 +270,7 @@ class GateNode:
 
 def run_gate(descriptor: int) -> None:
     """Serve the runtime at the other end of the inherited socket ``descriptor``."""
+    prefer_realtime(REALTIME_PRIORITY)
     channel = socket.socket(fileno=descriptor)
     setup = json.loads(channel.recv(MAX_BYTES))
     node = GateNode(

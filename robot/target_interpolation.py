@@ -35,11 +35,6 @@ class TargetInterpolator:
         self._window[:] = value
         self._knots: list[tuple[int, np.ndarray]] = [(now_ns, value)]
 
-    @property
-    def last(self) -> np.ndarray:
-        """Newest target ``(8,)``: position, quaternion wxyz, opening."""
-        return self._knots[-1][1]
-
     def add(self, position: np.ndarray, quaternion: np.ndarray, opening: float, at_ns: int, now_ns: int) -> None:
         """Append a target to be reached at ``at_ns``, later than the targets before it.
 

@@ -127,10 +127,11 @@ def summarize_lateness(lateness_ns: Sequence[int], missed: int) -> TimingSummary
 def prefer_realtime(priority: int) -> bool:
     """Ask for SCHED_FIFO for the calling thread where the system allows it; returns whether it was granted.
 
-    Children (threads and processes) start with the normal scheduler again, so only the caller is preferred. Not
-    being allowed is normal for an ordinary user and changes nothing but jitter.
+    Threads and processes started afterwards inherit it. That is wanted for the threads of the middleware: one that
+    is preempted while it holds a lock (or the interpreter's) would stall the control loop. Start processes that may
+    wait before. Not being allowed is normal for an ordinary user and changes nothing but jitter.
     """
     with contextlib.suppress(OSError, AttributeError):
-        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(priority))
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
         return True
     return False

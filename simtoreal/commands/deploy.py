@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from simtoreal.robot.inference import InferenceProcess
 
 
+# Real-time priority of the control loop, where the system allows it; below the gate's.
+CONTROL_PRIORITY = 10
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Ctrl-C stops the robot in a controlled way. An interrupted deployment continues when it is run again."""
@@ -43,6 +47,8 @@ class Config:
     """Videos of successes, and of failures, as the robot's cameras see them."""
     image_size_px: int = 64
     """Camera resolution for the expert; a policy brings its own."""
+    record: bool = True
+    """Record all topics to run-<number>.mcap (simtoreal data import turns it into a dataset)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the policy runs; auto uses a GPU if there is one."""
     threads: int = 0
@@ -104,71 +110,86 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
     from simtoreal.evaluation.progress import EpisodeProgress
     from simtoreal.evaluation.results import RESULTS_FILE, read_episodes
     from simtoreal.robot.async_actor import AsyncPolicyActor
-    from simtoreal.robot.deployment import JudgedByOperator, close_all, control_results, running_twin
+    from simtoreal.robot.deployment import JudgedByOperator, control_results, deaf_to_signals, running_twin
     from simtoreal.robot.gate import SafetyGate
     from simtoreal.robot.gate_limits import GateLimits
     from simtoreal.robot.inference import InferenceProcess
+    from simtoreal.robot.recording import RunRecorder
     from simtoreal.robot.ros2_env import Ros2Env
     from simtoreal.robot.timing import prefer_realtime
     from simtoreal.robot.topics import load_robot_config
 
     seeds = range(config.seed, config.seed + config.episodes)
     robot = load_robot_config(config.topics)
-    closers: list[Any] = []
+    twin = config.robot == "twin"
     inference: InferenceProcess | None = None
-    with contextlib.ExitStack() as stack:
-        stack.callback(lambda: close_all(closers))
+    # Left in the opposite order: the recorder, then the arm comes to rest, and only then everything else ends.
+    with deaf_to_signals() as leaving, contextlib.ExitStack() as stack:
         if config.policy is not None:
             threads = config.threads or max(1, (os.cpu_count() or 2) // 2)
             inference = InferenceProcess(config.policy, seed=config.policy_seed, device=config.device, threads=threads)
-            closers.insert(0, inference.close)
+            stack.callback(inference.close)
             check_unseen(seeds, inference.description.training_seeds)
             embodiment = inference.description.embodiment
         else:
             embodiment = panda_embodiment(config.image_size_px)
         task_name = config.task or _trained_task(inference, config)
         task = load_task(Path(task_name) if task_name.endswith((".yaml", ".yml")) else task_name)
-        if config.robot == "twin":
+        if twin:
             log = config.output / "twin.log"
             stack.enter_context(
                 running_twin(task_name, embodiment, config.topics, gap=config.gap, seed=config.seed, log=log)
             )
-            # Registered after the twin, so that it is called before: the arm rests before its twin ends.
-            stack.callback(lambda: close_all(closers))
         gate = SafetyGate.start(robot, GateLimits.for_embodiment(embodiment), embodiment)
-        closers.insert(0, gate.close)
+        stack.callback(gate.close)
         if inference is not None:
             gate.watch(inference.pid)
+        actor, listeners = _actor(config, task, embodiment, inference)
+        settings = _settings(config, task, inference)
+        if config.record:
+            recorder = RunRecorder(
+                _next_recording(config.output),
+                robot,
+                embodiment=embodiment,
+                task=task.to_dict(),
+                source="twin" if twin else "robot",
+                operator=settings["label"],
+            )
+            listeners.append(stack.enter_context(recorder))
+        # From here on: this thread and all that are started below (ROS, progress bar). One that is not preferred
+        # could be suspended while it holds the interpreter's lock, and the control loop would wait for it.
+        prefer_realtime(CONTROL_PRIORITY)
+        known = [result.success for result in read_episodes(config.output) if result.seed in seeds]
+        title = f"{settings['label']} on the {config.robot}"
+        listeners.append(stack.enter_context(EpisodeProgress(console, title, config.episodes, known)))
         env = Ros2Env(
             task,
             embodiment=embodiment,
             config=robot,
             gate=gate,
-            operator=None if config.robot == "twin" else _ask_for_scene,
+            operator=None if twin else _ask_for_scene,
             observe_truth=config.actor == "expert",
         )
-        closers.insert(1, env.close)
-        judged = env if config.robot == "twin" else JudgedByOperator(env, _ask_for_success)
-        actor, listeners = _actor(config, task, embodiment, inference)
-        settings = _settings(config, task, inference)
-        known = [result.success for result in read_episodes(config.output) if result.seed in seeds]
-        prefer_realtime(10)
-        title = f"{settings['label']} on the {config.robot}"
-        with EpisodeProgress(console, title, config.episodes, known) as progress:
-            results = evaluate(
-                judged,
-                actor,
-                seeds,
-                config.output,
-                settings,
-                videos=config.videos,
-                listeners=[*listeners, progress],
-            )
+        stack.callback(env.close)
+        stack.callback(gate.close)
+        stack.callback(leaving)
+        results = evaluate(
+            env if twin else JudgedByOperator(env, _ask_for_success),
+            actor, seeds, config.output, settings, videos=config.videos, listeners=listeners,
+        )  # fmt: skip
         status = gate.close()
         statistics = actor.statistics() if isinstance(actor, AsyncPolicyActor) else {}
         results.update(control_results(env.clock.summary(), status, statistics))
         write_json(config.output / RESULTS_FILE, results)
     return results
+
+
+def _next_recording(folder: Path) -> Path:
+    """A recording is never overwritten; a deployment that is continued makes another."""
+    number = 0
+    while (path := folder / f"run-{number:03d}.mcap").exists():
+        number += 1
+    return path
 
 
 def _trained_task(inference: InferenceProcess | None, config: Config) -> str:
