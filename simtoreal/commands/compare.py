@@ -32,6 +32,7 @@ class Config:
 
 def main(config: Config) -> None:
     """Print the comparison and, with ``output``, write it."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
@@ -43,7 +44,7 @@ def main(config: Config) -> None:
     result = compare(arms, paired=not config.unpaired, alpha=config.alpha)
     console = Console()
 
-    table = Table(title=f"{result['task']}: success rate with 95 % posterior interval")
+    table = Table(title=f"{result['task']}: success rate with 95 % posterior interval", box=SIMPLE_HEAD)
     for name in ("policy", "world", "success", "n", "95 % interval", "median time", "letters"):
         table.add_column(name, justify="left" if name in ("policy", "world", "letters") else "right")
     for arm in result["arms"]:
@@ -60,11 +61,12 @@ def main(config: Config) -> None:
         )
     console.print(table)
 
-    pairs = Table(title=f"{result['test']}, Bonferroni over {len(result['pairs'])} pair(s), alpha {config.alpha:g}")
+    family = f"Bonferroni over {len(result['pairs'])} pair(s), alpha {config.alpha:g}"
+    pairs = Table(title=f"{result['test']}, {family}", box=SIMPLE_HEAD)
     columns = ["pair", "difference [points]", "p adj."] + ([] if config.unpaired else ["wins", "e-value"])
     for name in [*columns, "verdict"]:
         text = name in ("pair", "verdict")
-        pairs.add_column(name, justify="left" if text else "right", min_width=15 if name == "verdict" else None)
+        pairs.add_column(name, justify="left" if text else "right", overflow="fold")
     for pair in result["pairs"]:
         low, high = (f"{100 * value:+.0f}" for value in pair["difference_interval"])
         cells = [
