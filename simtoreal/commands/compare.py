@@ -66,7 +66,7 @@ def main(config: Config) -> None:
     columns = ["pair", "difference [points]", "p adj."] + ([] if config.unpaired else ["wins", "e-value"])
     for name in [*columns, "verdict"]:
         text = name in ("pair", "verdict")
-        pairs.add_column(name, justify="left" if text else "right", overflow="fold")
+        pairs.add_column(name, justify="left" if text else "right", no_wrap=name == "verdict")
     for pair in result["pairs"]:
         low, high = (f"{100 * value:+.0f}" for value in pair["difference_interval"])
         cells = [
