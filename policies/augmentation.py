@@ -19,16 +19,20 @@ def random_shift(images: Tensor, pixels: int) -> Tensor:
     """
     if pixels == 0:
         return images
-    batch, _, height, width, _ = images.shape
+    batch, steps, height, width, channels = images.shape
     device = images.device
-    offset = torch.randint(-pixels, pixels + 1, (2, batch, 1), device=device)
+    offset = torch.randint(-pixels, pixels + 1, (2, batch, 1, 1), device=device)
+    left, right = images[..., :1, :], images[..., -1:, :]
+    shape = (batch, steps, height, pixels, channels)
+    padded = torch.cat([left.expand(shape), images, right.expand(shape)], dim=-2)
+    # Every output row is one run of bytes in the padded rows, so the translation is a single gather of rows.
+    stride = width + 2 * pixels
+    starts = padded.view(-1).as_strided(
+        (batch * steps * height * stride - width + 1, width * channels), (channels, 1)
+    )  # fmt: skip
     rows = (torch.arange(height, device=device) + offset[0]).clamp_(0, height - 1)
-    columns = (torch.arange(width, device=device) + offset[1]).clamp_(0, width - 1)
-    sample = torch.arange(batch, device=device)
-    # Two one-axis gathers of contiguous rows are far cheaper than one gather of single pixels.
-    moved = images.transpose(1, 2)[sample[:, None], rows]  # (B, H, S, W, 3)
-    moved = moved.permute(0, 3, 1, 2, 4)[sample[:, None], columns]  # (B, W, H, S, 3)
-    return moved.permute(0, 3, 2, 1, 4)
+    image = torch.arange(batch * steps, device=device).view(batch, steps, 1)
+    return starts[(image * height + rows) * stride + pixels + offset[1]].view(images.shape)
 
 
 def colour_transform(count: int, config: AugmentationConfig | None, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,7 @@ class ConditionalBlock(nn.Module):
     def forward(self, sequence: Tensor, condition: Tensor) -> Tensor:
         hidden = functional.silu(self.first_norm(self.first(sequence)))
         scale, shift = self.film(condition)[..., None].chunk(2, dim=1)
-        hidden = hidden * (1 + scale) + shift
+        hidden = torch.addcmul(shift, hidden, 1 + scale)
         hidden = functional.silu(self.second_norm(self.second(hidden)))
         return hidden + self.shortcut(sequence)
 

@@ -152,7 +152,10 @@ class ObservationEncoder(nn.Module):
         autocast = torch.is_autocast_enabled(device.type)
         # Integers up to 256 are exact in bfloat16.
         dtype = torch.get_autocast_dtype(device.type) if autocast else torch.float32
-        shape = (batch, 1, 1, 1, 3)
-        scaled = torch.addcmul(bias.to(dtype).view(shape), images.to(dtype), scale.to(dtype).view(shape))
-        flat = scaled.reshape(batch * steps, *images.shape[2:])
+        height, width = images.shape[2:4]
+        # Rows of pixels rather than pixels as the innermost axis: vector instructions need more than three values.
+        shape = (batch, 1, 1, width * 3)
+        scale, bias = (value.to(dtype).repeat(1, width).view(shape) for value in (scale, bias))
+        rows = images.reshape(batch, steps, height, width * 3).to(dtype)
+        flat = torch.addcmul(bias, rows, scale).view(batch * steps, height, width, 3)
         return flat.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
