@@ -190,11 +190,8 @@ class InferenceProcess:
 
     def _receive(self, timeout_s: float) -> dict[str, Any] | None:
         try:
-            if timeout_s > 0:
-                self._channel.settimeout(timeout_s)
-                content = self._channel.recv(MAX_BYTES)
-            else:
-                content = self._channel.recv(MAX_BYTES, socket.MSG_DONTWAIT)
+            self._channel.settimeout(timeout_s)  # 0: never wait
+            content = self._channel.recv(MAX_BYTES)
         except (BlockingIOError, TimeoutError):
             return None
         except OSError as error:
