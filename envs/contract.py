@@ -55,7 +55,7 @@ def check_robot_env(env: gym.Env | VectorEnv, *, deterministic: bool, seed: int 
 class _Contract:
     def __init__(self, env: gym.Env | VectorEnv, deterministic: bool, seed: int) -> None:
         self.failures: list[str] = []
-        self.env = env
+        self.env: Any = env
         self.base: Any = env.unwrapped
         self.single = not isinstance(env, VectorEnv)
         self.deterministic = deterministic
@@ -78,7 +78,7 @@ class _Contract:
     def check(self) -> None:
         if not self.attempt("description", self.check_description):
             return
-        self.vector: VectorEnv = SingleVectorEnv(self.env) if self.single else self.env
+        self.vector: Any = SingleVectorEnv(self.env) if self.single else self.env
         self.count = self.vector.num_envs
         self.attempt("reset", self.check_reset)
         if self.failures:
@@ -110,10 +110,11 @@ class _Contract:
         observation = self.env.observation_space if self.single else self.env.single_observation_space
         action = self.env.action_space if self.single else self.env.single_action_space
         spec = embodiment.action
-        box = isinstance(action, gym.spaces.Box) and action.dtype == np.float32 and action.shape == (spec.dim,)
-        self.expect(box, f"the action space must be a float32 Box of shape ({spec.dim},), found {action}")
-        if box and spec.mode == "ee_delta":
-            self.expect(bool((action.low == -1).all() and (action.high == 1).all()), "actions must span [-1, 1]")
+        shaped = action.dtype == np.float32 and action.shape == (spec.dim,)
+        box = action if isinstance(action, gym.spaces.Box) and shaped else None
+        self.expect(box is not None, f"the action space must be a float32 Box of shape ({spec.dim},), found {action}")
+        if box is not None and spec.mode == "ee_delta":
+            self.expect(bool((box.low == -1).all() and (box.high == 1).all()), "actions must span [-1, 1]")
         if not isinstance(observation, gym.spaces.Dict):
             self.expect(False, f"the observation space must be a Dict, found {type(observation).__name__}")
             return
@@ -132,9 +133,9 @@ class _Contract:
 
     # -- values --------------------------------------------------------------------------------------
 
-    def reset(self, seed: int | None = None, **options: Any) -> tuple[Observation, dict[str, Any]]:
+    def reset(self, seed: int | None = None) -> Any:
         first = self.seed if seed is None else seed
-        return self.vector.reset(seed=[first + index for index in range(self.count)], options=options or None)
+        return self.vector.reset(seed=[first + index for index in range(self.count)])
 
     def actions(self, *values: float) -> np.ndarray:
         """The same action in every environment; missing dimensions are 0 and the gripper stays open."""
@@ -197,7 +198,8 @@ class _Contract:
             kept.append((info["target"], info["target"].copy()))
             action = self.actions(*generator.uniform(-0.3, 0.3, 6)[: self.embodiment.action.dim - 1])
             given = action.copy()
-            before, (observation, reward, terminated, truncated, info) = info["target"], self.vector.step(action)
+            before = info["target"]
+            observation, reward, terminated, truncated, info = self.vector.step(action)
             self.expect(bool((action == given).all()), "step changed the caller's action")
             self.check_observation(observation, "step")
             self.check_info(info, "step")
@@ -309,8 +311,8 @@ class _Contract:
             self.expect(bool((first[key] == again[key]).all()), f"equal seeds give different '{key}' at reset")
             same = bool((first_next[key] == again_next[key]).all())
             self.expect(same, f"equal seeds and actions give different '{key}' after a step")
-        same = [str(a) == str(b) for a, b in zip(first_info["instruction"], again_info["instruction"], strict=True)]
-        self.expect(all(same), "equal seeds give different instructions")
+        pairs = zip(first_info["instruction"], again_info["instruction"], strict=True)
+        self.expect(all(str(a) == str(b) for a, b in pairs), "equal seeds give different instructions")
         other, _ = self.reset(seed=self.seed + self.count)
         differs = any(bool((first[key] != other[key]).any()) for key in self.keys)
         self.expect(differs, "different seeds give the same initial condition")

@@ -102,7 +102,7 @@ class Kinematics:
         for _ in range(MAX_ITERATIONS):
             error = tool.compute_error(configuration)
             if np.linalg.norm(error[:3]) < POSITION_TOLERANCE_M and np.linalg.norm(error[3:]) < ROTATION_TOLERANCE_RAD:
-                return configuration.q[self._addresses].copy()
+                return np.array(configuration.q[self._addresses])
             velocity = mink.solve_ik(configuration, [tool, posture], ITERATION_S, solver="daqp", limits=limits)
             configuration.integrate_inplace(velocity, ITERATION_S)
         reached, turned = self.forward(configuration.q[self._addresses])

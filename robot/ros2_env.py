@@ -392,7 +392,7 @@ def _action_space(embodiment: Embodiment) -> gym.spaces.Box:
     return gym.spaces.Box(-bound, bound, (embodiment.action.dim,), np.float32)
 
 
-def _observation_space(embodiment: Embodiment, task: TaskSpec, images: bool, truth: bool) -> gym.spaces.Dict:
+def _observation_space(embodiment: Embodiment, task: TaskSpec, images: bool, truth: bool) -> Any:
     spaces: dict[str, gym.Space[Any]] = {}
     for camera in embodiment.cameras if images else ():
         spaces[f"{camera.name}_image"] = gym.spaces.Box(0, 255, (camera.height, camera.width, 3), np.uint8)

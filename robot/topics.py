@@ -55,14 +55,14 @@ class Topic:
         if self.depth < 1:
             raise ValueError(f"depth of {self.name} is {self.depth}; expected at least 1")
 
-    def message_class(self) -> type:
+    def message_class(self) -> Any:
         """Python class of the message.
 
         Raises:
             MissingDependencyError: the message package is not installed.
         """
         package, kind, name = self.type.split("/")
-        return getattr(require(f"{package}.{kind}", "ros", package=package), name)  # type: ignore[no-any-return]
+        return getattr(require(f"{package}.{kind}", "ros", package=package), name)
 
     def qos(self) -> Any:
         """``rclpy.qos.QoSProfile`` for publishers and subscriptions of this topic (volatile, keep last)."""

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import subprocess
-import sys
 
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from simtoreal.data_collection.expert import ScriptedExpert
-from simtoreal.envs import gym_id, list_tasks, load_task, make_env, make_vector_env, panda_embodiment, rollout
+from simtoreal.envs import gym_id, list_tasks, make_env, make_vector_env
 from simtoreal.envs.contract import ContractError, check_robot_env
 from simtoreal.envs.randomization import RANDOMIZATIONS
 
@@ -133,42 +130,3 @@ def test_third_party_environments_learn_everything_at_once() -> None:
     with pytest.raises(ContractError) as caught:
         check_robot_env(gym.make("CartPole-v1"), deterministic=True)
     assert "embodiment must be an Embodiment" in str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def robot_env():
-    """Ros2Env with the real safety gate on a live twin without a gap, each in its own process."""
-    pytest.importorskip("rclpy")
-    from simtoreal.robot.gate import SafetyGate
-    from simtoreal.robot.gate_limits import GateLimits
-    from simtoreal.robot.ros2_env import Ros2Env
-    from simtoreal.robot.topics import load_robot_config
-
-    code = "from simtoreal.commands.twin import Config, main; main(Config(gap='none'))"
-    twin = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
-    embodiment, config = panda_embodiment(), load_robot_config()
-    # The machine may be busy with other tests.
-    patience = dataclasses.replace(config.staleness, joint_states_s=0.5, camera_s=1.0, stop_s=2.0)
-    config = dataclasses.replace(config, staleness=patience)
-    gate = SafetyGate.start(config, GateLimits.for_embodiment(embodiment), embodiment)
-    env = Ros2Env(load_task("pick_place"), embodiment=embodiment, config=config, gate=gate, observe_truth=True)
-    yield env
-    env.close()
-    gate.close()
-    twin.terminate()
-    twin.wait(20)
-
-
-def test_the_robot_keeps_the_contract(robot_env) -> None:
-    check_robot_env(robot_env, deterministic=False)
-
-
-def test_the_same_expert_drives_simulation_and_robot(robot_env) -> None:
-    task = load_task("pick_place")
-    simulated = rollout(make_env(task, observe="state"), ScriptedExpert(task, panda_embodiment()), [100, 101])
-    driven = rollout(robot_env, ScriptedExpert(task, robot_env.embodiment), [100, 101])
-    for result, reference in zip(driven, simulated, strict=True):
-        assert reference.success
-        assert result.success, result.failure
-        assert result.milestones == reference.milestones
-        assert result.instruction == reference.instruction

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from kinematic_robot import KinematicRobot
@@ -12,12 +13,14 @@ from kinematic_robot import KinematicRobot
 from simtoreal.envs import load_task, panda_embodiment, rotation
 from simtoreal.envs.errors import ActionError, ConfigError, RobotError, SafetyError, StaleObservationError
 from simtoreal.robot import inputs, ros2_env
+from simtoreal.robot.images import decode_image, fit_image
 from simtoreal.robot.inputs import JointStates
 from simtoreal.robot.kinematics import Kinematics
 from simtoreal.robot.ros2_env import Ros2Env
 from simtoreal.robot.topics import load_robot_config
 
 pytest.importorskip("rclpy")
+from sensor_msgs.msg import CompressedImage, Image
 
 EMBODIMENT = panda_embodiment(32)
 HOME = np.array(EMBODIMENT.home_joint_positions_rad)
@@ -237,6 +240,45 @@ def test_contradictions_are_refused(config, robot) -> None:
     other = dataclasses.replace(config, cameras={"frond": config.cameras["front"], "wrist": config.cameras["wrist"]})
     with pytest.raises(ConfigError, match=r"no camera 'front'.*Did you mean 'frond'"):
         Ros2Env(task, **options | {"config": other})
+
+
+@pytest.mark.parametrize("encoding", ["rgb8", "bgr8", "rgba8", "bgra8", "png"])
+def test_images_of_every_encoding(encoding: str) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    if encoding == "png":
+        message = CompressedImage(format="png", data=cv2.imencode(".png", image[:, :, ::-1])[1].tobytes())
+    else:
+        pixels = image if encoding.startswith("rgb") else image[:, :, ::-1]
+        alpha = np.full((6, 8, 1), 255, dtype=np.uint8)
+        pixels = np.concatenate([pixels, alpha], axis=-1) if "a" in encoding else pixels
+        rows = np.pad(pixels.reshape(6, -1), ((0, 0), (0, 5)))
+        message = Image(height=6, width=8, step=rows.shape[1], encoding=encoding, data=rows.tobytes())
+    np.testing.assert_array_equal(decode_image(message, "/camera"), image)
+
+
+def test_images_that_cannot_be_read() -> None:
+    whole = Image(height=4, width=4, step=12, encoding="rgb8", data=bytes(48))
+    assert decode_image(whole, "/camera").shape == (4, 4, 3)
+    for changes, message in (
+        ({"data": bytes(30)}, "torn"),
+        ({"step": 11}, "torn"),
+        ({"encoding": "16UC1"}, "encoding '16UC1'"),
+    ):
+        fields = {"height": 4, "width": 4, "step": 12, "encoding": "rgb8", "data": bytes(48)} | changes
+        with pytest.raises(RobotError, match=message):
+            decode_image(Image(**fields), "/camera")
+    with pytest.raises(RobotError, match="torn"):
+        decode_image(CompressedImage(format="jpeg", data=b"nothing"), "/camera")
+
+
+def test_larger_images_are_cropped_in_the_middle_and_averaged() -> None:
+    image = np.zeros((480, 640, 3), dtype=np.uint8)
+    image[:, 80:560] = 100
+    image[:, 80:320] = 200
+    small = fit_image(image, 64, 64)
+    assert small.shape == (64, 64, 3)
+    assert (small[:, :32] == 200).all()
+    assert (small[:, 32:] == 100).all()
 
 
 class _Message:
