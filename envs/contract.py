@@ -171,10 +171,10 @@ class _Contract:
                 self.expect(all(isinstance(item, str) for item in value), f"{where}: info['{key}'] must be text")
         self.expect(all(str(text).strip() for text in info.get("instruction", ())), f"{where}: empty instruction")
         for key in ("milestones", "contacts"):
-            value = info.get(key)
-            good = isinstance(value, dict) and all(
+            flags = info.get(key)
+            good = isinstance(flags, dict) and all(
                 np.asarray(flag).shape == (self.count,) and np.asarray(flag).dtype == bool
-                for name, flag in value.items()
+                for name, flag in flags.items()
                 if not str(name).startswith("_")  # gymnasium's presence masks
             )
             self.expect(good, f"{where}: info['{key}'] must map names to bools")
