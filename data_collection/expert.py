@@ -306,11 +306,13 @@ class ScriptedExpert:
         height = floor if inside else rim + CLEARANCE_M * _ramp(apart, tolerance, tolerance + 0.03)
         if not inside and error < tolerance and aligned:
             height = floor
-        goal = scene.target.copy()
-        # Correct the target by the object's error, which also removes the sag under its weight.
-        lifted = base > rim + 0.6 * CLEARANCE_M or error < 0.05
-        goal[:2] += offset * (1.0 if lifted else 0.25) * (1.0 if error > 0.02 else 0.6)
-        goal[2] += height - base
+        # Where the hand must be for the object to be there; absolute, so that latency cannot wind it up.
+        goal = np.array([*(scene.tcp[:2] + offset), scene.tcp[2] + height - base])
+        if error < 0.008:
+            # Close by, nudge the commanded target instead, which also removes the sag under the load.
+            goal[:2] = scene.target[:2] + 0.3 * offset
+        if base < rim + 0.6 * CLEARANCE_M and error > 0.05:
+            goal[:2] = scene.tcp[:2] + 0.25 * offset
         slow = 0.25 if tolerance < 0.005 and error < 0.02 else (0.6 if error < 0.03 else 1.0)
         return _Goal(goal, scene.tcp_yaw if yaw is None else scene.tcp_yaw + turn, True, slow)
 
