@@ -32,7 +32,7 @@ _PATIENCE_TRIES, _HOPELESS_RATE = 64, 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class CollectionPlan:
-    """What to collect. Everything but ``episodes``, ``workers`` and ``num_envs`` decides which data result.
+    """What to collect. All but ``workers`` and ``num_envs`` decides which episodes result.
 
     Attributes:
         output: dataset folder.

@@ -35,7 +35,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
         recorder = Recorder(
             memory_takes(writer), task="point", embodiment=env.embodiment, source="expert", operator="expert"
         )
-        rollout(env, point_world.PointExpert(), list(range(250)), listeners=[recorder])
+        rollout(env, point_world.PointExpert(), list(range(150)), listeners=[recorder])
     return path
 
 
@@ -54,7 +54,7 @@ def make_policy(config: RobomimicConfig, data: TrainingData, seed: int = 0) -> R
 def test_trained_policy_solves_the_task_after_reloading(dataset: Path, tmp_path: Path, kind: str) -> None:
     config = make_config(kind)
     data = open_training_data(dataset, config)
-    trainer = TrainerConfig(steps=500, batch_size=64, warmup_steps=20, validate_every=500, checkpoint_every=500)
+    trainer = TrainerConfig(steps=300, batch_size=64, warmup_steps=20, validate_every=300, checkpoint_every=300)
     train(config, trainer, data, tmp_path / "run", device="cpu")
     loaded = load_policy(tmp_path / "run")
     assert loaded.config == config

@@ -25,10 +25,10 @@ class Config:
     seed: int = 0
     """Which initial conditions: collections of different seeds never share one."""
     workers: int = 0
-    """Processes; 0 uses one per processor core. Does not change the data."""
+    """Processes; 0 uses one per processor core. Does not change which episodes result."""
     num_envs: int = 16
-    """Simulations per process. Does not change the data."""
-    randomization: Literal["none", "standard"] = "none"
+    """Simulations per process. Does not change which episodes result."""
+    randomization: Literal["none", "training", "standard", "hard"] = "none"
     """Domain randomisation of masses, friction, gains, latency, colours, lights and cameras."""
     style: str = "expert"
     """How the expert moves: expert, careful, hasty, from_left or from_right; stored as the operator."""
