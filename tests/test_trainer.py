@@ -125,29 +125,26 @@ TRAINING = """
 
 
 def test_kill_at_any_moment_then_resume_gives_the_same_weights(tmp_path):
-    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
     steps = 40
     config = toy.small_diffusion()
-    train(config, toy.small_trainer(steps=steps, checkpoint_every=1), toy.data(config, episodes=6), whole)
-    kills = 0
-    for extra in (0.03, 0.11):
-        process = run_python(TRAINING.format(steps=steps, run=parts))
-        before = len(read_metrics(tmp_path / "parts"))
+    data = toy.data(config, episodes=6)
+    settings = toy.small_trainer(steps=steps, checkpoint_every=1)
+    train(config, settings, data, tmp_path / "whole")
+    waits = {tmp_path / "early": 0.03, tmp_path / "late": 0.2}
+    processes = {run: run_python(TRAINING.format(steps=steps, run=str(run))) for run in waits}
+    for run, process in processes.items():
         deadline = time.monotonic() + 60
-        while len(read_metrics(tmp_path / "parts")) <= before + 1 and time.monotonic() < deadline:
-            time.sleep(0.005)
-            if process.poll() is not None:
-                break
-        time.sleep(extra)
-        if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
-            kills += 1
+        while not read_metrics(run) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(waits[run])
+        process.send_signal(signal.SIGKILL)
         process.communicate(timeout=60)
-    assert kills
-    train(config, toy.small_trainer(steps=steps, checkpoint_every=1), toy.data(config, episodes=6), parts, resume=True)
-    assert_identical(tmp_path / "whole", tmp_path / "parts")
-    leftovers = [path.name for path in (tmp_path / "parts" / "checkpoints").iterdir() if path.name.startswith(".")]
-    assert not leftovers
+    assert any(process.returncode == -signal.SIGKILL for process in processes.values())
+    for run in waits:
+        train(config, settings, data, run, resume=True)
+        assert_identical(tmp_path / "whole", run)
+        names = [path.name for path in (run / "checkpoints").iterdir()]
+        assert not [name for name in names if name.startswith(".")]
 
 
 def test_a_finished_run_resumes_to_itself(tmp_path):
