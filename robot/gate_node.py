@@ -20,7 +20,7 @@ from simtoreal.robot.gate_logic import Command, GateLogic
 from simtoreal.robot.gate_messages import ARM, CLOSE, MAX_BYTES, TARGET, GateStatus, Request
 from simtoreal.robot.joint_guard import JointGuard
 from simtoreal.robot.kinematics import Kinematics
-from simtoreal.robot.timing import PeriodicClock, prefer_realtime
+from simtoreal.robot.timing import PeriodicClock, realtime
 from simtoreal.robot.topics import RobotConfig, Topic, start_ros
 
 PERIOD_S = 0.008  # 125 Hz
@@ -270,16 +270,16 @@ class GateNode:
 
 def run_gate(descriptor: int) -> None:
     """Serve the runtime at the other end of the inherited socket ``descriptor``."""
-    prefer_realtime(REALTIME_PRIORITY)
     channel = socket.socket(fileno=descriptor)
     setup = json.loads(channel.recv(MAX_BYTES))
-    node = GateNode(
-        channel,
-        build_config(RobotConfig, setup["config"], source="robot configuration of the runtime"),
-        build_config(GateLimits, setup["limits"], source="limits of the runtime"),
-        Embodiment.from_dict(setup["embodiment"]),
-    )
-    try:
-        node.run()
-    finally:
-        node.close()
+    with realtime(REALTIME_PRIORITY):
+        node = GateNode(
+            channel,
+            build_config(RobotConfig, setup["config"], source="robot configuration of the runtime"),
+            build_config(GateLimits, setup["limits"], source="limits of the runtime"),
+            Embodiment.from_dict(setup["embodiment"]),
+        )
+        try:
+            node.run()
+        finally:
+            node.close()

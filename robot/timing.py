@@ -10,7 +10,7 @@ import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,14 +124,20 @@ def summarize_lateness(lateness_ns: Sequence[int], missed: int) -> TimingSummary
     )
 
 
-def prefer_realtime(priority: int) -> bool:
-    """Ask for SCHED_FIFO for the calling thread where the system allows it; returns whether it was granted.
+@contextlib.contextmanager
+def realtime(priority: int) -> Iterator[bool]:
+    """Run with SCHED_FIFO where the system allows it; yields whether it was granted.
 
-    Threads and processes started afterwards inherit it. That is wanted for the threads of the middleware: one that
-    is preempted while it holds a lock (or the interpreter's) would stall the control loop. Start processes that may
+    Threads and processes started inside inherit it. That is wanted for the threads of the middleware: one that is
+    suspended while it holds a lock (or the interpreter's) would stall the control loop. Start processes that may
     wait before. Not being allowed is normal for an ordinary user and changes nothing but jitter.
     """
+    granted = False
     with contextlib.suppress(OSError, AttributeError):
         os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(priority))
-        return True
-    return False
+        granted = True
+    try:
+        yield granted
+    finally:
+        if granted:
+            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))

@@ -116,7 +116,7 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
     from simtoreal.robot.inference import InferenceProcess
     from simtoreal.robot.recording import RunRecorder
     from simtoreal.robot.ros2_env import Ros2Env
-    from simtoreal.robot.timing import prefer_realtime
+    from simtoreal.robot.timing import realtime
     from simtoreal.robot.topics import load_robot_config
 
     seeds = range(config.seed, config.seed + config.episodes)
@@ -135,6 +135,10 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
             embodiment = panda_embodiment(config.image_size_px)
         task_name = config.task or _trained_task(inference, config)
         task = load_task(Path(task_name) if task_name.endswith((".yaml", ".yml")) else task_name)
+        settings = _settings(config, task, inference)
+        done = _finished(config, settings, seeds)
+        if done is not None:
+            return done
         if twin:
             log = config.output / "twin.log"
             stack.enter_context(
@@ -145,7 +149,6 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
         if inference is not None:
             gate.watch(inference.pid)
         actor, listeners = _actor(config, task, embodiment, inference)
-        settings = _settings(config, task, inference)
         if config.record:
             recorder = RunRecorder(
                 _next_recording(config.output),
@@ -158,7 +161,7 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
             listeners.append(stack.enter_context(recorder))
         # From here on: this thread and all that are started below (ROS, progress bar). One that is not preferred
         # could be suspended while it holds the interpreter's lock, and the control loop would wait for it.
-        prefer_realtime(CONTROL_PRIORITY)
+        stack.enter_context(realtime(CONTROL_PRIORITY))
         known = [result.success for result in read_episodes(config.output) if result.seed in seeds]
         title = f"{settings['label']} on the {config.robot}"
         listeners.append(stack.enter_context(EpisodeProgress(console, title, config.episodes, known)))
@@ -175,13 +178,33 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
         stack.callback(leaving)
         results = evaluate(
             env if twin else JudgedByOperator(env, _ask_for_success),
-            actor, seeds, config.output, settings, videos=config.videos, listeners=listeners,
-        )  # fmt: skip
+            actor,
+            seeds,
+            config.output,
+            settings,
+            videos=config.videos,
+            listeners=listeners,
+            notes=[f"control loop and inference: only the last {len(seeds) - len(known)} episodes"] if known else [],
+        )
         status = gate.close()
         statistics = actor.statistics() if isinstance(actor, AsyncPolicyActor) else {}
         results.update(control_results(env.clock.summary(), status, statistics))
         write_json(config.output / RESULTS_FILE, results)
     return results
+
+
+def _finished(config: Config, settings: dict[str, Any], seeds: range) -> dict[str, Any] | None:
+    """Return the stored results if every episode has been run with the same settings already."""
+    from simtoreal.evaluation.evaluate import check_settings
+    from simtoreal.evaluation.results import RESULTS_FILE, load_evaluation, read_episodes
+
+    check_settings(config.output, settings)
+    if {result.seed for result in read_episodes(config.output)} != set(seeds):
+        return None
+    if not (config.output / RESULTS_FILE).is_file():
+        return None
+    results = load_evaluation(config.output).results
+    return results if "missed_periods" in results else None
 
 
 def _next_recording(folder: Path) -> Path:
