@@ -126,7 +126,7 @@ class DiffusionConfig(PolicyConfig):
     """Changes made to training batches."""
     denoiser: Literal["unet", "transformer"] = "unet"
     """``unet``: conditional 1-D U-Net; ``transformer``: adaLN transformer."""
-    unet_widths: tuple[int, ...] = (128, 256)
+    unet_widths: tuple[int, ...] = (64, 128)
     """Channels of each level of the U-Net (multiples of 8); the horizon must be divisible by 2^(levels-1)."""
     transformer_width: int = 192
     """Token size of the transformer (multiple of 64)."""
@@ -171,7 +171,7 @@ class TrainerConfig:
         ValueError: a value is out of range.
     """
 
-    steps: int = 4000
+    steps: int = 2500
     """Optimiser steps; the learning rate follows a cosine over all of them."""
     batch_size: int = 64
     """Windows per step, over all processes."""
