@@ -219,7 +219,7 @@ def open_episode(path: Path) -> Iterator[h5py.File]:
     try:
         refuse_foreign_content(file, path)
         yield file
-    except OSError as error:
+    except (OSError, KeyError, RuntimeError) as error:  # h5py raises any of them for damaged metadata
         raise DatasetError(f"{path}: reading failed, the file is damaged ({error}).") from error
     finally:
         file.close()

@@ -95,12 +95,11 @@ class StreamTake:
             DatasetError: the disk is full; the steps before this one are safe in the journal.
         """
         with disk_errors(self._part):
-            if self._descriptor is None:
-                self._begin(row)
+            descriptor = self._begin(row) if self._descriptor is None else self._descriptor
             payload = b"".join(row[name].tobytes() for name in self._names)
-            self._write(self._descriptor, payload + struct.pack("<I", zlib.crc32(payload)))
+            self._write(descriptor, payload + struct.pack("<I", zlib.crc32(payload)))
 
-    def _begin(self, row: Arrays) -> None:
+    def _begin(self, row: Arrays) -> int:
         self._names = list(row)
         fields = [[name, value.dtype.str, list(value.shape)] for name, value in row.items()]
         header = json.dumps({**_HEADER, "info": self._info.to_json(), "fields": fields}) + "\n"
@@ -110,6 +109,7 @@ class StreamTake:
         except OSError:
             self.discard()
             raise
+        return self._descriptor
 
     @staticmethod
     def _write(descriptor: int, content: bytes) -> None:

@@ -181,7 +181,7 @@ def dying_setup(plan: CollectionPlan) -> tuple:
 
 def test_killed_worker_is_reported_and_its_finished_episodes_stay(tmp_path: Path, reference: str) -> None:
     with pytest.raises(SimtorealError, match=r"died \(exit code -9.*run the command again"):
-        collect(make_plan(tmp_path / "a"), setup=dying_setup)
+        collect(make_plan(tmp_path / "a", workers=1), setup=dying_setup)
     assert 0 < len(Dataset.open(tmp_path / "a").episodes) < 20
     collect(make_plan(tmp_path / "a"), setup=point_world.setup)
     assert content_digest(tmp_path / "a") == reference
@@ -203,7 +203,7 @@ def full_disk_setup(plan: CollectionPlan) -> tuple:
 
 def test_full_disk_is_reported_and_nothing_is_half_written(tmp_path: Path, reference: str) -> None:
     with pytest.raises(DatasetError, match="the disk is full"):
-        collect(make_plan(tmp_path / "a"), setup=full_disk_setup)
+        collect(make_plan(tmp_path / "a", workers=1), setup=full_disk_setup)
     assert 0 < len(Dataset.open(tmp_path / "a").episodes) < 20
     assert not [file for file in (tmp_path / "a").rglob("*") if file.suffix in (".tmp", ".part")]
     collect(make_plan(tmp_path / "a"), setup=point_world.setup)
@@ -276,3 +276,22 @@ def test_recorded_states_reproduce_the_recorded_observations(tmp_path: Path) -> 
         np.testing.assert_array_equal(observation["proprio"], arrays["obs/proprio"][step + 1])
         np.testing.assert_array_equal(observation["front_image"], arrays["obs/front_image"][step + 1])
     env.close()
+
+
+def test_command_writes_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from simtoreal.commands.collect import Config, main
+
+    config = Config(task="reach", output=tmp_path / "d", episodes=3, image_size=16, workers=1, num_envs=3)
+    main(config)
+    results = json.loads((tmp_path / "d/results.json").read_text())
+    collected = results["collect"]
+    assert (collected["episodes"], collected["successes"]) == (3, 3)
+    assert collected["tried"] == 3 + len(collected["failures"])
+    assert collected["interval"][0] < collected["success_rate"] <= 1
+    assert collected["episodes_per_s"] > 0
+    assert results["provenance"]["seeds"][0] == 0
+    assert "95 % interval" in " ".join(capsys.readouterr().out.split())
+    main(config)
+    assert json.loads((tmp_path / "d/results.json").read_text()) == results
+    with pytest.raises(ConfigError, match="Did you mean 'careful'"):
+        main(dataclasses.replace(config, style="carefull"))

@@ -529,3 +529,43 @@ def test_contact_sheet_plays_every_episode(tmp_path: Path) -> None:
     assert len(read_video(path)) == max(episode.steps for episode in dataset.episodes)
     with pytest.raises(DatasetError, match="Did you mean 'front'"):
         contact_sheet(dataset, dataset.episodes, "fornt", tmp_path / "sheet.mp4")
+
+
+def test_damaged_metadata_gives_one_kind_of_error(tmp_path: Path) -> None:
+    path = tmp_path / "000000.hdf5"
+    write_episode(path, make_arrays(0, steps=2), make_info())
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(150):
+        damaged = bytearray(content)
+        for position in rng.integers(0, len(content), 3):
+            damaged[position] ^= int(rng.integers(1, 256))
+        path.write_bytes(damaged)
+        try:
+            read_episode(path)
+        except DatasetError:  # any other exception fails the test
+            refused += 1
+    assert refused > 50
+
+
+def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from simtoreal.commands import data_info, data_merge, data_recover, data_split, data_view
+
+    for name, first_seed in (("a", 0), ("b", 50)):
+        make_dataset(tmp_path / name, episodes=5, first_seed=first_seed)
+    merged, parts = tmp_path / "c", tmp_path / "parts"
+    data_merge.main(data_merge.Config(datasets=(tmp_path / "a", tmp_path / "b"), output=merged))
+    assert json.loads((merged / "results.json").read_text())["merge"]["episodes"] == 10
+    data_split.main(data_split.Config(dataset=merged, output=parts))
+    assert json.loads((parts / "results.json").read_text())["split"]["parts"] == {"train": 8, "test": 2}
+    data_info.main(data_info.Config(dataset=merged))
+    printed = capsys.readouterr().out
+    assert "10 of 10" in printed
+    assert "obs/front_image" in printed
+    data_view.main(data_view.Config(dataset=merged, episodes=4, output=tmp_path / "sheet.mp4"))
+    assert (tmp_path / "sheet.mp4").stat().st_size > 1000
+    (merged / "episodes/000004.hdf5").unlink()
+    data_recover.main(data_recover.Config(dataset=merged))
+    assert "9 readable episodes" in " ".join(capsys.readouterr().out.split())
+    assert len(Dataset.open(tmp_path / "a").episodes) == 5
