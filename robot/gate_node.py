@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from simtoreal.envs.config import build_config
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.robot.gate_limits import GateLimits
@@ -71,7 +73,8 @@ class GateNode:
         if config.command == "joint_trajectory":
             from simtoreal.robot.joint_commands import JointCommands
 
-            self._joints = JointCommands(kinematics, config, self._publisher(topics.joint_trajectory), PERIOD_S)
+            publisher, home = self._publisher(topics.joint_trajectory), np.array(embodiment.home_joint_positions_rad)
+            self._joints = JointCommands(kinematics, config, publisher, PERIOD_S, home)
             self._owned.append(topics.joint_trajectory.name)
         self._service = self._node.create_service(Trigger, config.services.gate_rearm, self._on_rearm)
         self._handled = 0

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from simtoreal.envs.errors import RobotError
 from simtoreal.robot.kinematics import Kinematics
 from simtoreal.robot.topics import RobotConfig
 
@@ -21,9 +22,12 @@ class JointCommands:
         config: joint names and base frame.
         publisher: of the trajectory topic.
         dt: seconds between poses; the point is to be reached after this time.
+        home: ``(7,)`` radians, any configuration of the arm.
     """
 
-    def __init__(self, kinematics: Kinematics, config: RobotConfig, publisher: Any, dt: float) -> None:
+    def __init__(
+        self, kinematics: Kinematics, config: RobotConfig, publisher: Any, dt: float, home: np.ndarray
+    ) -> None:
         from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
         self._kinematics, self._publisher = kinematics, publisher
@@ -32,6 +36,8 @@ class JointCommands:
         self._point.time_from_start.nanosec = round(dt * 1e9)
         self._message = JointTrajectory(joint_names=list(config.joint_names), points=[self._point])
         self._message.header.frame_id = config.base_frame
+        # The first solution imports and compiles; that must not happen while the arm moves.
+        kinematics.solve_ik(*kinematics.forward(home), home)
 
     def restart(self, measured: np.ndarray) -> None:
         """Solutions are near ``measured`` ``(7,)`` radians from now on."""
@@ -42,8 +48,6 @@ class JointCommands:
 
         The last solution is repeated when the pose cannot be reached, so that the arm holds.
         """
-        from simtoreal.envs.errors import RobotError
-
         problem = ""
         try:
             joints = self._kinematics.solve_ik(position, quaternion, self._joints)

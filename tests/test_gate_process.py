@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -22,9 +23,17 @@ from simtoreal.robot.gate import SafetyGate
 from simtoreal.robot.gate_limits import GateLimits
 from simtoreal.robot.kinematics import Kinematics
 from simtoreal.robot.timing import PeriodicClock
-from simtoreal.robot.topics import load_robot_config, start_ros
+from simtoreal.robot.topics import RobotConfig, load_robot_config, start_ros
 
-CONFIG = load_robot_config()
+
+def lossless(config: RobotConfig) -> RobotConfig:
+    """Deep queues for commands: the gate's newest-only ones may skip some for a busy reader, but here all count."""
+    topics = config.topics
+    deep = {name: dataclasses.replace(getattr(topics, name), depth=200) for name in ("target_pose", "joint_trajectory")}
+    return dataclasses.replace(config, topics=dataclasses.replace(topics, **deep))
+
+
+CONFIG = lossless(load_robot_config())
 EMBODIMENT = panda_embodiment()
 LIMITS = GateLimits.for_embodiment(EMBODIMENT)
 # A runtime that moves the arm to and fro at full speed until it is killed.
@@ -67,7 +76,7 @@ class ArmNode:
         self.joints = self.node.create_publisher(topics.joint_states.message_class(), topics.joint_states.name, 1)
         self.estop = self.node.create_publisher(topics.estop.message_class(), topics.estop.name, topics.estop.qos())
         pose = topics.target_pose
-        self.node.create_subscription(pose.message_class(), pose.name, self._on_pose, 100)
+        self.node.create_subscription(pose.message_class(), pose.name, self._on_pose, pose.qos())
         gripper = topics.gripper_command
         self.node.create_subscription(
             gripper.message_class(), gripper.name, lambda message: self.openings.append(message.data), gripper.qos()
@@ -170,6 +179,30 @@ def test_targets_come_out_smooth_and_fast(arm: ArmNode, gate: SafetyGate) -> Non
     _, moved = arm.motion()
     assert moved.max() <= 0.008 * LIMITS.max_speed_m_s * 1.01
     assert set(arm.openings) == {0.0}
+
+
+def test_position_controlled_arms_get_joint_trajectories(arm: ArmNode) -> None:
+    topic = CONFIG.topics.joint_trajectory
+    points: list[list[float]] = []
+    arm.node.create_subscription(
+        topic.message_class(), topic.name, lambda message: points.append(list(message.points[0].positions)), topic.qos()
+    )
+    gate = SafetyGate.start(dataclasses.replace(CONFIG, command="joint_trajectory"), LIMITS, EMBODIMENT)
+    try:
+        gate.begin_episode(1)
+        target = home_target()
+        drive(gate, 4, target)
+        drive(gate, 4, target, 0.0)
+        assert gate.close().publish_hz >= 100
+    finally:
+        gate.close()
+    assert arm.poses == []
+    wait_for(lambda: len(points) > 40)
+    joints = np.array(points)
+    position, _ = Kinematics(EMBODIMENT).forward(joints[-1])
+    assert np.allclose(position, target[:3], atol=2e-4)
+    assert np.abs(joints[0] - HOME_RAD).max() < 0.01
+    assert np.abs(np.diff(joints, axis=0)).max() < 0.008 * 2.175
 
 
 def test_not_a_number_stops_and_says_why(arm: ArmNode, gate: SafetyGate) -> None:
