@@ -182,10 +182,14 @@ def _run(
 
     report()
     while not ledger.complete:
-        for number, worker in enumerate(idle := workers.idle()):
-            want = ledger.want()
-            if want > 0:
-                workers.give(worker, ledger.assign(-(-want // (len(idle) - number))))
+        idle, want = workers.idle(), ledger.want()
+        if idle and want > 0:
+            seeds = ledger.assign(want)
+            for number, worker in enumerate(idle):
+                # Dealt like cards, so that all workers advance through the range together and episodes are committed
+                # soon after they are finished.
+                if mine := seeds[number :: len(idle)]:
+                    workers.give(worker, mine)
         for outcome in workers.outcomes():
             ledger.record(outcome)
             session += 1
