@@ -118,7 +118,7 @@ class ScriptedExpert:
 
     observation_steps = 1
     execute_steps = 1
-    ensembling = None
+    ensembling: float | None = None
 
     def __init__(
         self, task: TaskSpec, embodiment: Embodiment, *, style: OperatorStyle | None = None, seed: int = 0

@@ -56,7 +56,9 @@ def test_seed_defines_the_episode_whatever_the_slot():
     actions = _actions(5, 4)
     for action in actions:
         for key in alone:
-            assert np.array_equal(observation[key][2], alone[key][0]), key
+            # A rasteriser may round a pixel differently in another tile of the framebuffer; physics may not.
+            tolerance = 2 if key.endswith("_image") else 0
+            assert np.abs(observation[key][2].astype(float) - alone[key][0]).max() <= tolerance, key
         observation = wide.step(action)[0]
         alone = narrow.step(action[2:3])[0]
 
