@@ -37,6 +37,9 @@ FINAL_RATE = 0.01
 # What AdamW keeps per parameter; it has nothing for one that never got a gradient.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
+# Settings that may change when a training is continued: they do not touch the weights.
+HARMLESS = ("validate_every", "validation_windows", "checkpoint_every", "log_every")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingResult:
@@ -333,16 +336,20 @@ class Training:
             raise CheckpointError(f"{folder} cannot continue a training: {error}; use another checkpoint") from error
 
     def _require_same_training(self, folder: Path, training: dict[str, Any]) -> None:
+        def decisive(trainer: dict[str, Any] | None) -> dict[str, Any]:
+            return {key: value for key, value in (trainer or {}).items() if key not in HARMLESS}
+
+        data = training.get("data") or {}
         stored = {
             "policy": read_yaml(folder / checkpoints.CONFIG),
-            "trainer": training.get("trainer"),
-            "data": (training.get("data") or {}).get("fingerprint"),
+            "trainer": decisive(training.get("trainer")),
+            "data": {key: data.get(key) for key in ("windows", "fingerprint")},
             "processes": training.get("processes"),
         }
         now = {
             "policy": checkpoints.plain_config(self.policy.config),
-            "trainer": checkpoints.plain_config(self.config),
-            "data": self.fingerprint,
+            "trainer": decisive(checkpoints.plain_config(self.config)),
+            "data": {"windows": len(self.data.train), "fingerprint": self.fingerprint},
             "processes": self.processes.world,
         }
         lines = _differences("", stored, now)

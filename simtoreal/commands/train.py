@@ -25,7 +25,7 @@ class Config:
     seed: int | None = None
     """Decides weights, batches and noise; overrides trainer.seed."""
     resume: bool = False
-    """Continue the run in --output; every other flag must be the same."""
+    """Continue the run in --output; everything that decides the weights must be the same."""
     device: str | None = None
     """Torch device (cpu, cuda, cuda:1); by default a GPU if there is one."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
