@@ -54,6 +54,8 @@ lint: $(READY)
 	  ln -s $(CURDIR)/$$folder build/types/simtoreal/$$folder; done
 	@$(BIN)/mypy
 
-## make benchmark  run every script in benchmarks/ and store its JSON (takes long)
+## make benchmark  run the benchmarks and write docs/results.md (half an hour; run make demo first)
+BENCHMARKS := vector_env rendering image_env window_sampler train_step collection expert control_loop pick_place
 benchmark: $(READY)
-	@for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python $$script; done
+	@for name in $(BENCHMARKS); do echo "== $$name"; LP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py; done
+	@$(BIN)/python benchmarks/render_results.py
