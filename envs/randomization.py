@@ -28,6 +28,8 @@ class Randomization:
         table_looks: whether the table's texture changes.
         image_noise: standard deviation of pixel noise, of 255.
         joint_noise_rad: standard deviation of noise on measured joint positions.
+        start_anywhere: probability that the arm starts anywhere above the table, with open or closed gripper,
+            instead of at home. Demonstrations from there teach a policy what to do after a failed grasp.
     """
 
     mass_scale: Range = (1.0, 1.0)
@@ -43,13 +45,20 @@ class Randomization:
     table_looks: bool = False
     image_noise: float = 0.0
     joint_noise_rad: float = 0.0
+    start_anywhere: float = 0.0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, tuple) and (len(value) != 2 or value[0] > value[1]):
                 raise ConfigError(f"randomization '{field.name}' must be (low, high) with low <= high, got {value}")
+        if not 0 <= self.start_anywhere <= 1:
+            raise ConfigError(f"randomization 'start_anywhere' is {self.start_anywhere}; expected a probability")
 
+
+# Horizontal region of arm starts; its height begins above the tallest object.
+START_LOW_M, START_HIGH_M = (0.36, -0.2), (0.6, 0.2)
+START_HEIGHT_M = (0.03, 0.22)
 
 # "standard" and "hard" are the reality gaps of the twin; "training" covers them for training.
 RANDOMIZATIONS: dict[str, Randomization] = {
@@ -67,7 +76,7 @@ RANDOMIZATIONS: dict[str, Randomization] = {
     "training": Randomization(
         mass_scale=(0.7, 1.4), friction_scale=(0.6, 1.1), gain_scale=(0.8, 1.1), latency_steps=(0, 2),
         camera_offset_m=(0.0, 0.025), camera_tilt_deg=(0.0, 2.5), camera_fov_deg=(-1.0, 1.0), light_scale=(0.7, 1.3),
-        light_offset_m=(0.0, 0.5), color_jitter=0.06, image_noise=3.0, joint_noise_rad=0.002,
+        light_offset_m=(0.0, 0.5), color_jitter=0.06, image_noise=3.0, joint_noise_rad=0.002, start_anywhere=0.5,
     ),
 }  # fmt: skip
 
@@ -96,6 +105,8 @@ class Variation:
         light_offset_m: ``(3,)``.
         color_offsets: ``(objects, 3)``.
         table_look: index of the table's texture.
+        start_m: position ``(3,)`` where the arm starts, its height above the tallest object; None for home.
+        start_closed: whether the gripper is closed there.
     """
 
     mass_scale: float
@@ -111,6 +122,8 @@ class Variation:
     table_look: int
     image_noise: float
     joint_noise_rad: float
+    start_m: np.ndarray | None
+    start_closed: bool
 
 
 def sample_variation(
@@ -129,6 +142,8 @@ def sample_variation(
         vectors = rng.normal(size=(count, 3))
         return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
+    start = rng.uniform((*START_LOW_M, START_HEIGHT_M[0]), (*START_HIGH_M, START_HEIGHT_M[1]))
+    start_closed, start_here = rng.random() < 0.5, rng.random() < r.start_anywhere
     return Variation(
         mass_scale=rng.uniform(*r.mass_scale),
         friction_scale=rng.uniform(*r.friction_scale),
@@ -143,4 +158,6 @@ def sample_variation(
         table_look=int(rng.integers(table_looks)) if r.table_looks else 0,
         image_noise=r.image_noise,
         joint_noise_rad=r.joint_noise_rad,
+        start_m=start if start_here else None,
+        start_closed=bool(start_closed),
     )

@@ -27,6 +27,8 @@ from simtoreal.envs.task import TaskSpec, load_task, sample_initial_condition
 SUCCESS_HOLD_STEPS = 5
 MAX_LATENCY_STEPS = 4
 HOME_NOISE_RAD = 0.02
+# Control steps in which an arm is driven to a start away from home, the last of them at rest.
+START_STEPS, START_SETTLE_STEPS = 26, 8
 # Beyond any state the scenes can reach; MuJoCo itself only reacts at 1e10.
 DIVERGED_STATE = 1e6
 HEADLIGHT = ("vis.headlight.ambient", "vis.headlight.diffuse")
@@ -134,6 +136,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         self._faults = np.full(count, "", dtype=object)
         self._noise = [np.random.default_rng(0) for _ in range(count)]
         self._image_noise, self._joint_noise = np.zeros(count), np.zeros(count)
+        self._starts: list[tuple[np.ndarray, bool] | None] = [None] * count
         self._looks: dict[str, np.ndarray] = {}
         self._started = False
 
@@ -288,11 +291,30 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         matrices = self.fields["site_xmat"][slots, self._tcp].reshape(-1, 3, 3)
         self._quaternion[slots] = rotation.from_matrix(matrices)
         self._opening[slots] = 1.0
+        self._move_to_start(slots)
         commands = pose_to_control(self._position, self._quaternion, self._opening)
         self._commands[slots] = commands[slots][:, None]
         self.fields["ctrl"][slots] = commands[slots]
         self._steps[slots], self._hold[slots], self._ended[slots] = 0, 0, False
         self._faults[slots] = ""
+
+    def _move_to_start(self, slots: np.ndarray) -> None:
+        """Drive the arms whose variation says so from home to where they start, before the episode begins."""
+        moving = np.array([slot for slot in slots if self._starts[slot] is not None], dtype=int)
+        if not len(moving):
+            return
+        tallest = max(item.height_m for item in self.task.objects)
+        goals = np.array([self._starts[slot][0] for slot in moving]) + [0.0, 0.0, tallest]
+        begin = self._position[moving].copy()
+        self._opening[moving] = [0.0 if self._starts[slot][1] else 1.0 for slot in moving]
+        for share in np.minimum(1.0, np.arange(1, START_STEPS + 1) / (START_STEPS - START_SETTLE_STEPS)):
+            self._position[moving] = begin + share * (goals - begin)
+            self.fields["ctrl"][moving] = pose_to_control(
+                self._position[moving], self._quaternion[moving], self._opening[moving]
+            )
+            self._step_physics(moving)
+        self.batch.bind("time")[moving] = 0.0
+        self.batch.forward(moving, _STAGE_VEL)
 
     def _place(self, slot: int, rng: np.random.Generator) -> None:
         """Put robot and objects of one simulation where its seed says."""
@@ -346,6 +368,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
             looks[name][slot] = attrgetter(name)(model) * variation.light_scale
         looks["geom_matid"][slot, model.geom("table").id] = model.material(f"table{variation.table_look}").id
         self._latency[slot] = variation.latency_steps
+        self._starts[slot] = None if variation.start_m is None else (variation.start_m, variation.start_closed)
         self._image_noise[slot], self._joint_noise[slot] = variation.image_noise, variation.joint_noise_rad
 
     # Step -------------------------------------------------------------------------------------------------

@@ -92,6 +92,13 @@ class ObjectSpec:
         return 0.0 if self.shape in ("region", "point") else self.half_height_m
 
     @property
+    def height_m(self) -> float:
+        """Height of its highest point when it stands on the table."""
+        if self.shape in ("socket", "drawer"):
+            return 2 * self.size_m[2]
+        return self.top_m if self.fixed else 2 * self.half_height_m
+
+    @property
     def half_extent_m(self) -> float:
         """Horizontal half extent of the supporting surface."""
         return min(self.size_m[:2]) if self.shape == "box" else self.size_m[0]

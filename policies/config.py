@@ -171,7 +171,7 @@ class TrainerConfig:
         ValueError: a value is out of range.
     """
 
-    steps: int = 2500
+    steps: int = 3500
     """Optimiser steps; the learning rate follows a cosine over all of them."""
     batch_size: int = 64
     """Windows per step, over all processes."""

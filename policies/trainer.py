@@ -294,6 +294,7 @@ class Training:
             "processes": self.processes.world,
             "data": {
                 "source": self.data.source,
+                "seeds": list(self.data.seeds),
                 "fingerprint": self.fingerprint,
                 "windows": len(self.data.train),
                 "held_out_windows": len(self.data.valid) if self.data.valid is not None else 0,

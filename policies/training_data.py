@@ -53,6 +53,7 @@ class TrainingData:
         valid: held-out windows, or None.
         statistics: normalisation bounds, from the training windows.
         source: where the data come from, for messages.
+        seeds: initial conditions of the episodes, which an evaluation must not reuse.
     """
 
     embodiment: Embodiment
@@ -61,6 +62,7 @@ class TrainingData:
     valid: Windows | None
     statistics: dict[str, Statistics]
     source: str
+    seeds: tuple[int, ...] = ()
 
     def fingerprint(self) -> str:
         """Return a digest of the embodiment and of the vectors and actions, which changes when the data change."""
@@ -136,6 +138,7 @@ def open_training_data(
         valid=WindowSampler(dataset, held_out, **sizes) if held_out else None,
         statistics=fit_all(train, dataset.embodiment, config),
         source=str(path),
+        seeds=tuple(episode.seed for episode in (*chosen, *held_out)),
     )
 
 

@@ -230,6 +230,23 @@ def test_latency_delays_the_effect_of_a_command():
     assert [response(latency) - response(0) for latency in (1, 2)] == [1, 2]
 
 
+def test_arms_may_start_anywhere_above_the_table():
+    from simtoreal.envs.randomization import Randomization
+
+    env = make_vector_env("insert", 16, observe="state", randomization=Randomization(start_anywhere=1.0))
+    observation, info = env.reset(seed=0)
+    tcp, home = observation["proprio"][:, :3], make_vector_env("insert", 1, observe="state").reset(seed=[0])[0]
+    assert np.abs(tcp - info["target"][:, :3]).max() < 0.01, "the arm is at rest at its target"
+    assert tcp[:, 2].min() > 0.09, "fingers stay above the peg"
+    assert np.ptp(tcp, axis=0).min() > 0.1
+    assert np.abs(tcp - home["proprio"][0, :3]).max(axis=1).min() > 0.005
+    opening = observation["proprio"][:, 12]
+    assert 2 <= (opening < 0.1).sum() <= 14, "some grippers are closed"
+    assert np.array_equal(info["target"][:, 9] > 0.5, opening > 0.5)
+    alone = make_vector_env("insert", 1, observe="state", randomization=Randomization(start_anywhere=1.0))
+    assert _same({key: value[5:6] for key, value in observation.items()}, alone.reset(seed=[5])[0])
+
+
 @pytest.mark.parametrize("task", list_tasks())
 def test_gym_make_and_picture(task):
     env = gym.make(gym_id(task), render_mode="rgb_array", observe="state")
