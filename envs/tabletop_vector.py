@@ -442,7 +442,12 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
             self.fields["site_xpos"][:, self._tcp], matrices, self._position,
             qpos[:, self._finger] / FINGER_TRAVEL_M, joints,
         )  # fmt: skip
-        parts = []
+        observation["object_state"] = self._object_state()
+        return observation
+
+    def _object_state(self) -> np.ndarray:
+        """Scene truth ``(N, D)`` float32; names in ``task.object_state_names``."""
+        qpos, parts = self.fields["qpos"], []
         for item in self.task.objects:
             where = self.objects[item.name]
             if item.fixed:
@@ -451,8 +456,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
                 parts.append(qpos[:, where.qpos : where.qpos + 7])
             if item.articulated:
                 parts.append(qpos[:, where.joint_qpos : where.joint_qpos + 1])
-        observation["object_state"] = np.concatenate(parts, axis=-1, dtype=np.float32, casting="same_kind")
-        return observation
+        return np.concatenate(parts, axis=-1, dtype=np.float32, casting="same_kind")
 
     def _draw(self, drawn: np.ndarray) -> dict[str, np.ndarray]:
         if self._renderer is None:

@@ -60,7 +60,7 @@ def running_twin(
         raise RobotError(f"the twin is a Panda with its default cameras; yours differs: {'; '.join(differences)}")
     command = [
         sys.executable, "-m", "simtoreal", "twin", "--task", task, "--gap", gap, "--seed", str(seed),
-        "--image-size", str(size), "--robot", topics, "--cameras", *names,
+        "--image-size", str(size), "--topics", topics, "--cameras", *names,
     ]  # fmt: skip
     libc = ctypes.CDLL(None)
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -31,8 +31,11 @@ class Twin:
 
     Requests for episodes come as JSON text ``{"request", "episode", "seed", "task"}`` on ``twin_command`` and are
     acknowledged by the same ``request`` in the truth, which is published once per control period as JSON text:
-    ``request, error, episode, seed, task, time_s, success, milestones, contacts, object_state, fault``. The Trigger
+    ``request, error, episode, seed, task, time_s, skipped_s, success, milestones, contacts, object_state, fault``
+    (``skipped_s``: real time of this episode that was not simulated because the machine was too slow). The Trigger
     service ``twin_reset`` begins an episode with the next seed.
+
+    Images have the embodiment's pixels; sizes in ``config`` are those of a real robot's cameras.
 
     Physics, measurements and drawing run in the thread that calls :meth:`run`; message callbacks run in the thread
     of a single-threaded executor and only store.
@@ -43,10 +46,9 @@ class Twin:
         config: topics.
         gap: ``none``, ``standard`` or ``hard``; drawn anew per episode, from its seed.
         seed: of the episode that runs until somebody asks for another.
-        rate: simulated seconds per real second.
 
     Raises:
-        ConfigError: unknown gap, a camera without topics, or a rate that is not positive.
+        ConfigError: unknown gap, or a camera without topics.
     """
 
     def __init__(
@@ -57,24 +59,15 @@ class Twin:
         *,
         gap: str = "standard",
         seed: int = 0,
-        rate: float = 1.0,
     ) -> None:
-        if not 0 < rate < float("inf"):
-            raise ConfigError(f"rate is {rate}; expected simulated seconds per real second, above 0")
         for camera in embodiment.cameras:
             if camera.name not in config.cameras:
                 raise ConfigError(
                     f"the robot yaml has no camera '{camera.name}'. {closest(camera.name, config.cameras)}"
                 )
-            topics = config.cameras[camera.name]
-            if topics.width is not None and (topics.width, topics.height) != (camera.width, camera.height):
-                raise ConfigError(
-                    f"the robot yaml says that '{camera.name}' publishes {topics.width}x{topics.height}, the twin "
-                    f"would publish {camera.width}x{camera.height}"
-                )
         self.config, self.embodiment, self.task = config, embodiment, task
         self.world = TwinWorld(task, embodiment, gap)
-        self._tick_ns = round(TICK_S * 1e9 / rate)
+        self._deadline_ns = 0
         self._kinematics = Kinematics(embodiment)
         self._next_seed = seed
         self._requests: collections.deque[dict[str, Any]] = collections.deque()
@@ -82,7 +75,7 @@ class Twin:
         self._outgoing: collections.deque[tuple[int, Any, Any]] = collections.deque()
         self._status: dict[str, Any] = {"request": "", "error": "", "episode": 0, "seed": seed, "task": task.name}
         self._served: collections.deque[str] = collections.deque(maxlen=64)
-        self.episodes, self.skipped_s = 0, 0.0
+        self.episodes, self.skipped_s, self._skipped_before_s = 0, 0.0, 0.0
         self._context = start_ros()
         from rclpy.executors import SingleThreadedExecutor
         from rclpy.node import Node
@@ -205,19 +198,18 @@ class Twin:
         """Simulate and publish in real time until ``stop`` is set."""
         self._begin(self._next_seed)
         self._thread.start()
-        deadline = time.monotonic_ns()
         while not stop.is_set():
-            deadline += self._tick_ns
-            late = time.monotonic_ns() - deadline
+            self._deadline_ns += round(TICK_S * 1e9)
+            late = time.monotonic_ns() - self._deadline_ns
             if late > MAX_LAG_S * 1e9:
                 self.skipped_s += late * 1e-9
-                deadline += late
+                self._deadline_ns += late
             # Deadlines here need no microseconds, so nothing is spun.
-            sleep_until(deadline, spin_s=0.0)
+            sleep_until(self._deadline_ns, spin_s=0.0)
             self._serve()
-            self._apply_commands(deadline)
+            self._apply_commands(self._deadline_ns)
             self.world.tick()
-            self._measure(deadline)
+            self._measure(self._deadline_ns)
             self._publish_due(time.monotonic_ns())
 
     def _serve(self) -> None:
@@ -239,6 +231,9 @@ class Twin:
         self.episodes += 1
         self._commands.clear()
         self._outgoing.clear()
+        # Building a scene takes time that belongs to no episode.
+        self._deadline_ns = time.monotonic_ns()
+        self._skipped_before_s = self.skipped_s
 
     def _apply_commands(self, now_ns: int) -> None:
         while self._commands and self._commands[0][0] <= now_ns:
@@ -293,7 +288,8 @@ class Twin:
 
     def _publish_truth(self) -> None:
         message = self.config.topics.twin_truth.message_class()()
-        message.data = json.dumps({**self._status, **self.world.truth()})
+        skipped_s = self.skipped_s - self._skipped_before_s
+        message.data = json.dumps({**self._status, **self.world.truth(), "skipped_s": skipped_s})
         self._truth_publisher.publish(message)
 
     def close(self) -> None:

@@ -108,22 +108,9 @@ class TwinWorld(TabletopVectorEnv):
                 name: bool(predicate(scene)[0]) for name, predicate in self.task.milestone_predicates.items()
             },
             "contacts": {name: bool(touch.any()) for name, touch in scene.touches.items()},
-            "object_state": self._object_state(),
+            "object_state": self._object_state()[0].tolist(),
             "fault": self.fault,
         }
-
-    def _object_state(self) -> list[float]:
-        values: list[float] = []
-        qpos, mocap_pos, mocap_quat = (self.fields[name][0] for name in ("qpos", "mocap_pos", "mocap_quat"))
-        for item in self.task.objects:
-            where = self.objects[item.name]
-            if item.fixed:
-                values += [*mocap_pos[where.mocap].tolist(), *mocap_quat[where.mocap].tolist()]
-            else:
-                values += qpos[where.qpos : where.qpos + 7].tolist()
-            if item.articulated:
-                values.append(float(qpos[where.joint_qpos]))
-        return values
 
 
 def finger_positions(openings_m: np.ndarray, closed: float, opened: float, count: int) -> list[float]:

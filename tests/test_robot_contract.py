@@ -36,7 +36,7 @@ def robot_on_twin(folder: Path, **changes: str):
         text = text.replace(old, new)
     path = folder / "robot.yaml"
     path.write_text(text)
-    code = f"from simtoreal.commands.twin import Config, main; main(Config(gap='none', robot={str(path)!r}))"
+    code = f"from simtoreal.commands.twin import Config, main; main(Config(gap='none', topics={str(path)!r}))"
     twin = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
     embodiment, config = panda_embodiment(), load_robot_config(path)
     gate = SafetyGate.start(config, GateLimits.for_embodiment(embodiment), embodiment)

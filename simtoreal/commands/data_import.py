@@ -20,7 +20,7 @@ class Config:
     """Folder of the new dataset."""
     task: str | None = None
     """Task that a recording of another program shows: name or yaml file."""
-    robot: str = "panda_ros2"
+    topics: str = "panda_ros2"
     """Topics of a recording of another program: preset (simtoreal list robots) or yaml file."""
     image_size_px: int = 64
     """Height and width that images of a recording of another program are cropped and shrunk to."""
@@ -50,7 +50,7 @@ def main(config: Config) -> None:
             raise ConfigError(f"{config.recording} does not say which task it shows: give --task NAME.")
         description = Description(
             embodiment=panda_embodiment(config.image_size_px),
-            robot=load_robot_config(config.robot),
+            robot=load_robot_config(config.topics),
             task=load_task(config.task).to_dict(),
         )
     elif config.task is not None:

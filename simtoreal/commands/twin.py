@@ -20,18 +20,14 @@ class Config:
     """How far the twin differs from the training simulator; drawn anew per episode."""
     seed: int = 0
     """Initial condition until a runtime asks for another."""
-    rate: float = 1.0
-    """Simulated seconds per real second."""
     image_size: int = 64
     """Height and width of the camera images in pixels; those the policy was trained with."""
     cameras: tuple[str, ...] = ("front", "wrist")
     """Cameras to publish."""
-    robot: str = "panda_ros2"
-    """Topics: a preset of configs/robot or the path of a yaml file."""
+    topics: str = "panda_ros2"
+    """Topics of the robot: a preset of configs/robot or the path of a yaml file."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.rate < float("inf"):
-            raise ConfigError(f"--rate is {self.rate}, expected simulated seconds per real second, above 0")
         if self.image_size < 8:
             raise ConfigError(f"--image-size is {self.image_size}, expected at least 8 pixels")
         if self.seed < 0:
@@ -54,7 +50,7 @@ def main(config: Config) -> None:
     console = Console()
     task = load_task(Path(config.task) if config.task.endswith((".yaml", ".yml")) else config.task)
     embodiment = panda_embodiment(config.image_size, cameras=config.cameras)
-    twin = Twin(task, embodiment, load_robot_config(config.robot), gap=config.gap, seed=config.seed, rate=config.rate)
+    twin = Twin(task, embodiment, load_robot_config(config.topics), gap=config.gap, seed=config.seed)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
