@@ -5,32 +5,45 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 
 from simtoreal.envs.embodiment import Embodiment
-from simtoreal.envs.errors import RobotError
+from simtoreal.envs.errors import RobotError, SafetyError
 from simtoreal.envs.rollout import Observation
+from simtoreal.robot.gate import SafetyGate
 from simtoreal.robot.gate_messages import GateStatus
 from simtoreal.robot.timing import TimingSummary
 
 TWIN_STOP_TIMEOUT_S = 1.5
+LOG_LINES_SHOWN = 8
+# An episode in which the twin skipped more is not what the policy would have met in real time.
+TOLERATED_SKIP_S = 0.05
 _PR_SET_PDEATHSIG = 1
 
 
-def private_domain() -> int:
-    """Return the ROS domain of this process and its children; one of its own unless the environment names one.
+def join_graph(robot: Literal["twin", "ros"]) -> None:
+    """Choose the ROS graph of this process and its children.
 
-    Two deployments on one machine would otherwise move each other's twins.
+    A robot is where the environment says (``ROS_DOMAIN_ID``, 0 by default). A twin gets a domain of its own on this
+    machine, because it answers to the topics of the real arm: whoever exports the domain of one must not move it by
+    testing on a twin, and two deployments must not move each other's twins. Only a domain that the environment limits
+    to this machine (``ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST``) is used for a twin too.
     """
-    return int(os.environ.setdefault("ROS_DOMAIN_ID", str(1 + os.getpid() % 100)))
+    named = os.environ.get("ROS_DOMAIN_ID")
+    if robot == "ros" or (named and os.environ.get("ROS_AUTOMATIC_DISCOVERY_RANGE") == "LOCALHOST"):
+        return
+    domain = 1 + os.getpid() % 100
+    os.environ["ROS_DOMAIN_ID"] = str(domain if str(domain) != named else 1 + domain % 100)
+    os.environ["ROS_AUTOMATIC_DISCOVERY_RANGE"] = "LOCALHOST"
 
 
 @contextlib.contextmanager
@@ -84,6 +97,14 @@ def running_twin(
             twin.wait()
 
 
+def check_twin(twin: subprocess.Popen[bytes], log: Path) -> None:
+    """Raise ``RobotError`` with the end of the twin's log if its process has ended."""
+    if twin.poll() is None:
+        return
+    lines = log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
+    raise RobotError(f"the twin has ended with status {twin.returncode}; {log} says:\n  " + "\n  ".join(lines))
+
+
 class JudgedByOperator(gym.Wrapper):  # type: ignore[misc]
     """Asks a person at the end of every episode whether it succeeded: a real robot has no other judge.
 
@@ -104,17 +125,74 @@ class JudgedByOperator(gym.Wrapper):  # type: ignore[misc]
         return observation, float(reward), terminated, truncated, info
 
 
-def control_results(clock: TimingSummary, status: GateStatus, actor: dict[str, Any]) -> dict[str, Any]:
+def twin_results(skipped_s: dict[int, float]) -> tuple[dict[str, Any], list[str]]:
+    """What results.json says about a twin that was too slow, and notes about it.
+
+    Args:
+        skipped_s: time that the twin did not simulate, by episode.
+    """
+    slow = [seconds for seconds in skipped_s.values() if seconds > TOLERATED_SKIP_S]
+    notes = []
+    if slow:
+        notes.append(
+            f"the machine was too slow for the twin: it skipped up to {max(slow):.2f} s in {len(slow)} of "
+            f"{len(skipped_s)} episodes, so the arm had less time than a real one"
+        )
+    return {"twin_skipped_s": sum(skipped_s.values())}, notes
+
+
+class GroupedFaults(gym.Wrapper):  # type: ignore[misc]
+    """Names faults by their kind, so that they can be counted; the text with its numbers is kept in ``details``.
+
+    Args:
+        env: ``Ros2Env``.
+        gate: its gate.
+    """
+
+    def __init__(self, env: gym.Env[Observation, np.ndarray], gate: SafetyGate) -> None:
+        super().__init__(env)
+        self._gate = gate
+        self._seed: int | None = None
+        self.details: list[str] = []
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """See the wrapped environment."""
+        self._seed = seed
+        return self.env.reset(seed=seed, options=options)
+
+    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """See the wrapped environment; ``info["sim_fault"]`` is ``gate:<kind>``, or the fault without numbers."""
+        observation, reward, terminated, truncated, info = self.env.step(action)
+        fault = info["sim_fault"]
+        if fault:
+            self.details.append(f"seed {self._seed}: {fault}")
+            tag = re.sub(r"\d+(\.\d+)?", "#", fault)
+            with contextlib.suppress(SafetyError):  # a gate that is gone is reported by the next episode
+                status = self._gate.status()
+                tag = f"gate:{status.kind}" if status.kind else tag
+            info = {**info, "sim_fault": tag}
+        return observation, float(reward), terminated, truncated, info
+
+
+def control_results(
+    clock: TimingSummary, status: GateStatus, actor: dict[str, Any], *, realtime: bool, faults: list[str]
+) -> dict[str, Any]:
     """What results.json says about the control loop.
 
     Args:
         clock: of the environment.
         status: final status of the gate.
         actor: statistics of the actor (may be empty).
+        realtime: whether the control loop was granted real-time scheduling.
+        faults: texts of the faults that ended episodes.
     """
     return {
         **clock.to_dict(),
         **actor,
+        "realtime": {"control": realtime, "gate": status.realtime},
+        "faults": faults,
         "gate": {
             "fault_counts": status.fault_counts,
             "published": status.published,

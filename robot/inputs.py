@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +120,7 @@ class RobotInputs:
         joint_low_rad, joint_high_rad: ``(7,)`` limits of the arm.
         cameras: cameras read by this process (RealSense, USB) instead of from their image topics, by name; they stay
             the caller's to close.
+        check_robot: called while the robot is silent; raises what is wrong with it.
         name: node name.
     """
 
@@ -130,10 +131,12 @@ class RobotInputs:
         joint_low_rad: np.ndarray,
         joint_high_rad: np.ndarray,
         cameras: Mapping[str, Camera] | None = None,
+        check_robot: Callable[[], None] | None = None,
         name: str = "simtoreal_env",
     ) -> None:
         self.config = config
         self.embodiment = embodiment
+        self.check_robot = check_robot or (lambda: None)
         self.joints = JointStates(config, joint_low_rad, joint_high_rad)
         self._lock = threading.Lock()
         self._newest: dict[str, tuple[Any, int]] = {}
@@ -258,6 +261,7 @@ class RobotInputs:
                 self._check_intrinsics()
                 break
             except StaleObservationError as error:
+                self.check_robot()
                 if time.monotonic_ns() > deadline:
                     raise StaleObservationError(
                         f"the robot is not ready after {timeout_s:g} s: {error}. Start its driver or `simtoreal twin`, "

@@ -18,6 +18,7 @@ from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError, RobotError, SafetyError, StaleObservationError, closest
 from simtoreal.envs.rollout import Observation
 from simtoreal.envs.task import TaskSpec, sample_initial_condition
+from simtoreal.robot.homing import path_home
 from simtoreal.robot.inputs import Arm, RobotInputs
 from simtoreal.robot.kinematics import Kinematics
 from simtoreal.robot.timing import PeriodicClock
@@ -32,10 +33,6 @@ TWIN_RETRY_S = 0.5
 # Deadlines are put this long after the arrival of an image, so that cameras at the control rate are never one
 # period old because of a millisecond of jitter.
 IMAGE_JITTER_S = 0.006
-HOMING_SPEED_M_S = 0.15
-HOMING_TURN_RATE_RAD_S = 0.7
-# For the arm to catch up with its target at the end of homing.
-HOMING_SETTLE_S = 0.5
 HOME_TOLERANCE_RAD = 0.15
 
 
@@ -56,9 +53,10 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
     """One robot arm and its cameras, in real time: every step lasts one control period.
 
     Observations, actions and info entries are those of ``TabletopEnv``. Added to info are ``robot_fault`` (why the
-    robot holds at the moment, empty when all is well) and ``observation_ns`` (monotonic time of arrival of the
-    oldest input used). While an input is stale, frozen or implausible no target is sent; after
-    ``staleness.stop_s`` the episode is truncated with the reason in ``info["sim_fault"]``.
+    robot holds at the moment, empty when all is well), ``observation_ns`` (monotonic time of arrival of the oldest
+    input used) and ``twin_skipped_s`` (time of the episode that a slow twin did not simulate). While an input is stale,
+    frozen or implausible no target is sent; after ``staleness.stop_s`` the episode is truncated with the reason in
+    ``info["sim_fault"]``.
 
     Success, milestones and contacts are judged by the twin. A real robot has no judge: they stay False, and people
     label the recording.
@@ -69,8 +67,9 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         config: topics, see :func:`simtoreal.robot.topics.load_robot_config`.
         gate: where targets go.
         cameras: cameras read by this process (RealSense, USB) instead of from their image topics, by name.
-        operator: None when a twin answers. On a real robot: called at every reset as ``operator(task, seed)`` after
-            the arm has moved home; returns when the scene is arranged.
+        operator: None when a twin answers. On a real robot: shows a text to the person at it and returns once they
+            agree. Asked twice at every reset: before the arm moves home, and then to arrange the scene.
+        check_robot: called while the robot is silent; raises what is wrong with it, e.g. that its process has died.
         observe: ``"image"`` (cameras and proprio) or ``"state"`` (proprio only).
         observe_truth: adds the twin's ``object_state``; for testing experts, never for policies.
 
@@ -90,11 +89,14 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         config: RobotConfig,
         gate: TargetSink,
         cameras: Mapping[str, Camera] | None = None,
-        operator: Callable[[TaskSpec, int], None] | None = None,
+        operator: Callable[[str], None] | None = None,
+        check_robot: Callable[[], None] | None = None,
         observe: str = "image",
         observe_truth: bool = False,
     ) -> None:
         _check_options(embodiment, config, observe, observe_truth, operator)
+        if operator is None:
+            config = _without_camera_sizes(config)
         self.task, self.embodiment, self.config = task, embodiment, config
         self._gate, self._operator = gate, operator
         self._images, self._truth_observed = observe == "image", observe_truth
@@ -109,6 +111,7 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
             self._kinematics.joint_low_rad,
             self._kinematics.joint_high_rad,
             cameras,
+            check_robot,
         )
         self._twin = None if operator else _TwinClient(self._inputs, config)
         self._episode = int.from_bytes(uuid.uuid4().bytes[:3], "big") << 16
@@ -120,6 +123,8 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         self._fault, self._fault_since_ns = "", 0
         self._observation_ns = 0
         self._began = False
+        self.twin_skipped_s: dict[int, float] = {}
+        """Seconds that the twin did not simulate, by episode."""
 
     # -- Gymnasium -----------------------------------------------------------------------------------
 
@@ -144,13 +149,20 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
             seed = int(self._seed_generator.integers(2**31))
         self._episode += 1
         self._instruction = task_instruction(self.task, seed)
-        arm = self._inputs.wait_until_ready(READY_TIMEOUT_S)
+        self._inputs.wait_until_ready(READY_TIMEOUT_S)
         self._gate.begin_episode(self._episode)
         if self._twin is not None:
             self._twin.reset(self._episode, seed, self.task.name)
         elif self._operator is not None:
+            self._operator(
+                "The arm will open its fingers, rise and move home in a straight line; you will arrange the scene "
+                "after that. Clear its way and step back."
+            )
+            # It may have been moved by hand in the meantime.
+            arm = self._inputs.wait_until_ready(READY_TIMEOUT_S, after_ns=time.monotonic_ns())
+            self._gate.begin_episode(self._episode)
             self._move_home(arm)
-            self._operator(self.task, seed)
+            self._operator(f"Arrange '{self.task.name}' (initial condition {seed}) and step back; the policy starts.")
             self._gate.begin_episode(self._episode)
         arm = self._inputs.wait_until_ready(READY_TIMEOUT_S, after_ns=time.monotonic_ns())
         self._check_at_home(arm)
@@ -189,6 +201,7 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         self._observe()
         self._steps += 1
         info = self._info()
+        self.twin_skipped_s[self._episode] = info["twin_skipped_s"]
         info["sim_fault"] = refused or info["sim_fault"]
         success = bool(info["success"])
         held_s = (time.monotonic_ns() - self._fault_since_ns) * 1e-9 if self._fault else 0.0
@@ -255,6 +268,7 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
             "sim_fault": str(truth.get("fault", "")),
             "robot_fault": self._fault,
             "observation_ns": self._observation_ns,
+            "twin_skipped_s": float(truth.get("skipped_s", 0.0)),
         }
 
     def _align_clock(self) -> None:
@@ -276,19 +290,11 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
             )
 
     def _move_home(self, arm: Arm) -> None:
-        """Drive a real arm home along a straight line through the gate, fingers open."""
-        position, quaternion = self._kinematics.forward(arm.joint_positions_rad)
-        goal, upright = self._kinematics.forward(np.array(self.embodiment.home_joint_positions_rad))
-        turn = rotation.to_rotation_vector(
-            rotation.quaternion_multiply(upright, rotation.quaternion_conjugate(quaternion))
-        )
-        distance, angle = float(np.linalg.norm(goal - position)), float(np.linalg.norm(turn))
-        seconds = max(distance / HOMING_SPEED_M_S, angle / HOMING_TURN_RATE_RAD_S)
-        steps = max(1, int(np.ceil(seconds / self.embodiment.control_period_s)))
-        settle = int(np.ceil(HOMING_SETTLE_S / self.embodiment.control_period_s))
+        """Drive a real arm home through the gate."""
+        path = path_home(arm.joint_positions_rad, self._kinematics, self.embodiment)
         self.clock.restart()
         step, seen_ns = 0, time.monotonic_ns()
-        while step < steps + settle:
+        while step < len(path):
             try:
                 self._inputs.read_arm()
             except StaleObservationError:
@@ -297,11 +303,8 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
                     raise
                 self.clock.wait()
                 continue
+            self._gate.send_target(path[step], time.monotonic_ns(), self._episode)
             step, seen_ns = step + 1, time.monotonic_ns()
-            share = min(1.0, step / steps)
-            between = rotation.quaternion_multiply(rotation.from_rotation_vector(share * turn), quaternion)
-            target = np.concatenate([position + share * (goal - position), rotation.to_6d(between), [1.0]])
-            self._gate.send_target(target, time.monotonic_ns(), self._episode)
             self.clock.wait()
 
 
@@ -339,6 +342,7 @@ class _TwinClient:
         begin = time.monotonic_ns()
         sent = 0
         while not (truth := self.truth()):
+            self._inputs.check_robot()
             now = time.monotonic_ns()
             if (now - begin) * 1e-9 > TWIN_TIMEOUT_S:
                 raise StaleObservationError(
@@ -385,6 +389,12 @@ def task_instruction(task: TaskSpec, seed: int) -> str:
 
 def _without_cameras(embodiment: Embodiment) -> Embodiment:
     return dataclasses.replace(embodiment, cameras=())
+
+
+def _without_camera_sizes(config: RobotConfig) -> RobotConfig:
+    """The twin has the policy's pixels, whatever the cameras of the real robot have."""
+    cameras = {name: dataclasses.replace(topics, width=None, height=None) for name, topics in config.cameras.items()}
+    return dataclasses.replace(config, cameras=cameras)
 
 
 def _action_space(embodiment: Embodiment) -> gym.spaces.Box:

@@ -13,6 +13,7 @@ from kinematic_robot import KinematicRobot
 from simtoreal.envs import load_task, panda_embodiment, rotation
 from simtoreal.envs.errors import ActionError, ConfigError, RobotError, SafetyError, StaleObservationError
 from simtoreal.robot import inputs, ros2_env
+from simtoreal.robot.homing import HOMING_SPEED_M_S, path_home
 from simtoreal.robot.images import decode_image, fit_image
 from simtoreal.robot.inputs import JointStates
 from simtoreal.robot.kinematics import Kinematics
@@ -52,8 +53,8 @@ def make(config, robot, monkeypatch):
     made = []
 
     def build(**options):
-        options = {"gate": robot, "operator": lambda task, seed: None} | options
-        made.append(Ros2Env(load_task("pick_place"), embodiment=EMBODIMENT, config=config, **options))
+        options = {"config": config, "gate": robot, "operator": lambda text: None} | options
+        made.append(Ros2Env(load_task("pick_place"), embodiment=EMBODIMENT, **options))
         return made[-1]
 
     yield build
@@ -64,15 +65,19 @@ def make(config, robot, monkeypatch):
 def test_homing_and_targets(make, robot) -> None:
     robot.joints = HOME + np.array([0.3, 0.2, 0, -0.1, 0, 0.1, 0.3])
     asked = []
-    env = make(operator=lambda task, seed: asked.append((task.name, seed, robot.joints.copy())))
+    env = make(operator=lambda text: asked.append((text, robot.joints.copy(), len(robot.targets))))
+    begin = robot.joints.copy()
     observation, info = env.reset(seed=7)
-    ((name, seed, joints),) = asked
-    assert (name, seed) == ("pick_place", 7)
+    (consent, joints, sent), (arrange, homed, _) = asked
+    assert "move home" in consent
+    assert sent == 0, "nothing moves before a person has agreed"
+    np.testing.assert_array_equal(joints, begin)
+    assert "Arrange 'pick_place' (initial condition 7)" in arrange
     home = Kinematics(EMBODIMENT).forward(HOME)[0]
-    assert np.abs(env._kinematics.forward(joints)[0] - home).max() < 1e-3, "the operator is called with the arm at home"
+    assert np.abs(env._kinematics.forward(homed)[0] - home).max() < 1e-3, "the scene is arranged with the arm at home"
     path = np.array([target[:3] for target, _ in robot.targets])
     speed = np.linalg.norm(np.diff(path, axis=0), axis=1).max() / EMBODIMENT.control_period_s
-    assert speed <= ros2_env.HOMING_SPEED_M_S * 1.01
+    assert speed <= HOMING_SPEED_M_S * 1.01
     assert info["instruction"] in env.task.instructions
     assert observation["front_image"].shape == (32, 32, 3)
     np.testing.assert_allclose(observation["proprio"][:3], info["target"][:3], atol=1e-6)
@@ -88,6 +93,50 @@ def test_homing_and_targets(make, robot) -> None:
     assert {episode for _, episode in robot.targets} == {robot.episodes[-1]}
     np.testing.assert_array_equal(robot.targets[-1][0], info["target"])
     np.testing.assert_allclose(observation["proprio"][:3], info["target"][:3], atol=2e-4)
+
+
+def test_an_arm_in_the_scene_rises_before_it_goes_home() -> None:
+    kinematics = Kinematics(EMBODIMENT)
+    low, down = np.array([0.6, 0.2, 0.05]), np.array([0.0, 1.0, 0.0, 0.0])
+    joints = kinematics.solve_ik(low, down)
+    begin, home = kinematics.forward(joints)[0], kinematics.forward(HOME)[0]
+    path = np.array(path_home(joints, kinematics, EMBODIMENT))
+    moved_aside = np.linalg.norm(path[:, :2] - begin[:2], axis=1) > 1e-9
+    assert (path[moved_aside, 2] >= home[2] - 1e-9).all()
+    assert (np.diff(path[~moved_aside, 2]) > 0).all()
+    assert (~moved_aside).sum() > 10
+    np.testing.assert_allclose(path[-1, :3], home)
+    assert (path[:, 9] == 1.0).all()
+    np.testing.assert_allclose(path_home(HOME, kinematics, EMBODIMENT)[0][:3], home, atol=1e-9)
+
+
+def test_an_operator_who_does_not_agree_stops_the_arm(make, robot) -> None:
+    def refuse(text: str) -> None:
+        raise ConfigError("nobody is at the terminal")
+
+    with pytest.raises(ConfigError, match="nobody"):
+        make(operator=refuse).reset(seed=0)
+    assert robot.targets == []
+
+
+def test_what_is_wrong_with_the_robot_is_said_at_once(make, robot, monkeypatch) -> None:
+    monkeypatch.setattr(ros2_env, "READY_TIMEOUT_S", 60.0)
+    robot.silent.add("joint_states")
+
+    def died() -> None:
+        raise RobotError("the twin has ended: no OpenGL")
+
+    with pytest.raises(RobotError, match="no OpenGL"):
+        make(operator=None, check_robot=died).reset(seed=0)
+
+
+def test_camera_sizes_of_the_yaml_are_those_of_the_real_robot(make, robot, config) -> None:
+    large = {name: dataclasses.replace(camera, width=640, height=480) for name, camera in config.cameras.items()}
+    sized = dataclasses.replace(config, cameras=large)
+    with pytest.raises(RobotError, match="32x32 images; expected 640x480"):
+        make(config=sized).reset(seed=0)
+    with pytest.raises(StaleObservationError, match="no twin answers"):  # its images were good
+        make(config=sized, operator=None).reset(seed=0)
 
 
 def test_permuted_names_change_nothing(make, robot) -> None:
@@ -231,7 +280,7 @@ def test_contradictions_are_refused(config, robot) -> None:
     task = load_task("pick_place")
     options = {"embodiment": EMBODIMENT, "config": config, "gate": robot}
     with pytest.raises(ConfigError, match="scene truth"):
-        Ros2Env(task, **options, observe_truth=True, operator=lambda task, seed: None)
+        Ros2Env(task, **options, observe_truth=True, operator=lambda text: None)
     with pytest.raises(ConfigError, match="Did you mean 'image'"):
         Ros2Env(task, **options, observe="images")
     other = dataclasses.replace(config, robot="ur5e")

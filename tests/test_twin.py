@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from simtoreal.envs import load_task, make_env, panda_embodiment
-from simtoreal.envs.errors import ConfigError
+from simtoreal.envs.errors import ConfigError, RobotError
+from simtoreal.robot.deployment import check_twin, twin_results
 from simtoreal.robot.gap import GAPS, load_gap, sample_latency
 from simtoreal.robot.topics import load_robot_config, start_ros
 from simtoreal.robot.twin import Twin
@@ -286,3 +287,52 @@ def test_the_command_ends_on_a_signal() -> None:
     rest = process.communicate(timeout=20)[0]
     assert process.returncode == 0
     assert "episodes in" in rest
+
+
+def test_skipped_time_is_published_per_episode(config, listener, monkeypatch) -> None:
+    """A machine that stalls for a second while the twin draws."""
+    twin, stop = Twin(TASK, EMBODIMENT, config, gap="none", seed=3), threading.Event()
+    draw, stalls = twin.world.draw, [0.0] * 9 + [1.0]
+
+    def slow_draw():
+        time.sleep(stalls.pop(0) if stalls else 0.0)
+        return draw()
+
+    monkeypatch.setattr(twin.world, "draw", slow_draw)
+    thread = threading.Thread(target=twin.run, args=(stop,))
+    thread.start()
+    try:
+        listener.spin_until(lambda: listener.truth().get("skipped_s", 0.0) > 0.5)
+        assert json.loads(listener.heard["truth"][0].data)["skipped_s"] == 0.0
+        assert listener.truth()["skipped_s"] <= twin.skipped_s
+        listener.spin_until(lambda: listener.requests.get_subscription_count() == 1)
+        listener.ask({"request": "next", "episode": 1, "seed": 4, "task": "pick_place"})
+        listener.spin_until(lambda: listener.truth().get("request") == "next")
+        assert listener.truth()["skipped_s"] < 0.5, "an episode does not inherit what the one before lost"
+    finally:
+        stop.set()
+        thread.join(20)
+        twin.close()
+
+
+def test_camera_sizes_of_a_real_robot_do_not_concern_the_twin(config) -> None:
+    large = {name: dataclasses.replace(camera, width=640, height=480) for name, camera in config.cameras.items()}
+    twin = Twin(TASK, EMBODIMENT, dataclasses.replace(config, cameras=large), gap="none")
+    twin.world.begin(0)
+    assert twin.world.draw()["front"].shape == (32, 32, 3)
+    twin.close()
+
+
+def test_the_end_of_the_twins_log_is_shown(tmp_path) -> None:
+    log = tmp_path / "twin.log"
+    log.write_text("\n".join(f"line {number}" for number in range(30)) + "\nno OpenGL\n")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        check_twin(process, log)
+        process.communicate(b"")
+    with pytest.raises(RobotError, match=r"status 1; .*twin.log says:\n  line 23(\n.*)*no OpenGL"):
+        check_twin(process, log)
+
+    assert twin_results({1: 0.0, 2: 0.03}) == ({"twin_skipped_s": 0.03}, [])
+    results, notes = twin_results({1: 0.0, 2: 0.5})
+    assert results == {"twin_skipped_s": 0.5}
+    assert "up to 0.50 s in 1 of 2 episodes" in notes[0]

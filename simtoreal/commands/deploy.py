@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,9 +21,13 @@ CONTROL_PRIORITY = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Ctrl-C stops the robot in a controlled way. An interrupted deployment continues when it is run again."""
+    """Ctrl-C stops the robot in a controlled way. An interrupted deployment continues when it is run again.
 
-    output: Path
+    ROS graph: a robot is looked for in the domain of the environment (ROS_DOMAIN_ID). A twin gets a domain of its own, so
+    that it never meets a real arm; to watch it with other tools, export ROS_DOMAIN_ID and
+    ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST, which are used as they are."""
+
+    output: Path = Path("outputs/deploy")
     """Folder for episodes.jsonl, results.json, videos and logs."""
     policy: Path | None = None
     """Training run or checkpoint folder; not needed for the expert."""
@@ -32,7 +37,7 @@ class Config:
     """Who acts: the policy, or the scripted expert, which reads the twin's truth (a test of the robot side)."""
     robot: Literal["twin", "ros"] = "twin"
     """twin: start the simulated robot too. ros: a robot that is already on the ROS 2 graph; a person at the terminal
-    arranges the scene before every episode and judges it afterwards."""
+    arranges the scene before every episode and judges it afterwards. Needs a publisher of the emergency stop topic."""
     gap: Literal["none", "standard", "hard"] = "standard"
     """How far the twin differs from the training simulator; unknown to policy and runtime."""
     episodes: int = 20
@@ -45,8 +50,8 @@ class Config:
     """Topics of the robot: a preset of configs/robot or the path of a yaml file."""
     videos: int = 3
     """Videos of successes, and of failures, as the robot's cameras see them."""
-    image_size_px: int = 64
-    """Camera resolution for the expert; a policy brings its own."""
+    image_size: int = 64
+    """Height and width of the camera images in pixels, for the expert; a policy brings its own."""
     record: bool = True
     """Record all topics to run-<number>.mcap (simtoreal data import turns it into a dataset)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -55,7 +60,7 @@ class Config:
     """Threads of the inference process; 0: half of the cores, so that the control loop keeps the others."""
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "image_size_px"):
+        for name in ("episodes", "image_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
         if min(self.seed, self.policy_seed, self.videos, self.threads) < 0:
@@ -70,10 +75,10 @@ def main(config: Config) -> None:
     """Deploy, write the results and print them."""
     from rich.console import Console
 
-    from simtoreal.robot.deployment import interruptible, private_domain
+    from simtoreal.robot.deployment import interruptible, join_graph
 
     console = Console()
-    private_domain()
+    join_graph(config.robot)
     with interruptible():
         try:
             results = _deploy(config, console)
@@ -102,6 +107,7 @@ def main(config: Config) -> None:
 
 def _deploy(config: Config, console: Any) -> dict[str, Any]:
     import contextlib
+    import functools
     import os
 
     from simtoreal.envs import load_task, panda_embodiment
@@ -110,9 +116,18 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
     from simtoreal.evaluation.progress import EpisodeProgress
     from simtoreal.evaluation.results import RESULTS_FILE, read_episodes
     from simtoreal.robot.async_actor import AsyncPolicyActor
-    from simtoreal.robot.deployment import JudgedByOperator, control_results, deaf_to_signals, running_twin
+    from simtoreal.robot.deployment import (
+        GroupedFaults,
+        JudgedByOperator,
+        check_twin,
+        control_results,
+        deaf_to_signals,
+        running_twin,
+        twin_results,
+    )
     from simtoreal.robot.gate import SafetyGate
     from simtoreal.robot.gate_limits import GateLimits
+    from simtoreal.robot.gate_rearm import RearmingGate
     from simtoreal.robot.inference import InferenceProcess
     from simtoreal.robot.recording import RunRecorder
     from simtoreal.robot.ros2_env import Ros2Env
@@ -132,19 +147,26 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
             check_unseen(seeds, inference.description.training_seeds)
             embodiment = inference.description.embodiment
         else:
-            embodiment = panda_embodiment(config.image_size_px)
+            embodiment = panda_embodiment(config.image_size)
         task_name = config.task or _trained_task(inference, config)
         task = load_task(Path(task_name) if task_name.endswith((".yaml", ".yml")) else task_name)
         settings = _settings(config, task, inference)
         done = _finished(config, settings, seeds)
         if done is not None:
             return done
+        check_robot: Callable[[], None] | None = None
         if twin:
             log = config.output / "twin.log"
-            stack.enter_context(
+            process = stack.enter_context(
                 running_twin(task_name, embodiment, config.topics, gap=config.gap, seed=config.seed, log=log)
             )
-        gate = SafetyGate.start(robot, GateLimits.for_embodiment(embodiment), embodiment)
+            check_robot = functools.partial(check_twin, process, log)
+        gate = SafetyGate.start(
+            robot,
+            GateLimits.for_embodiment(embodiment, robot.limits),
+            embodiment,
+            require_estop=robot.require_estop and not twin,
+        )
         stack.callback(gate.close)
         if inference is not None:
             gate.watch(inference.pid)
@@ -161,7 +183,7 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
             listeners.append(stack.enter_context(recorder))
         # From here on: this thread and all that are started below (ROS, progress bar). One that is not preferred
         # could be suspended while it holds the interpreter's lock, and the control loop would wait for it.
-        stack.enter_context(realtime(CONTROL_PRIORITY))
+        granted = stack.enter_context(realtime(CONTROL_PRIORITY))
         known = [result.success for result in read_episodes(config.output) if result.seed in seeds]
         title = f"{settings['label']} on the {config.robot}"
         listeners.append(stack.enter_context(EpisodeProgress(console, title, config.episodes, known)))
@@ -169,15 +191,17 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
             task,
             embodiment=embodiment,
             config=robot,
-            gate=gate,
-            operator=None if twin else _ask_for_scene,
+            gate=RearmingGate(gate, robot) if twin else gate,
+            operator=None if twin else _ask_person,
+            check_robot=check_robot,
             observe_truth=config.actor == "expert",
         )
         stack.callback(env.close)
         stack.callback(gate.close)
         stack.callback(leaving)
+        faults = GroupedFaults(env, gate)
         results = evaluate(
-            env if twin else JudgedByOperator(env, _ask_for_success),
+            faults if twin else JudgedByOperator(faults, _ask_for_success),
             actor,
             seeds,
             config.output,
@@ -188,7 +212,12 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
         )
         status = gate.close()
         statistics = actor.statistics() if isinstance(actor, AsyncPolicyActor) else {}
-        results.update(control_results(env.clock.summary(), status, statistics))
+        results.update(
+            control_results(env.clock.summary(), status, statistics, realtime=granted, faults=faults.details)
+        )
+        if twin:
+            skipped, notes = twin_results(env.twin_skipped_s)
+            results.update(skipped, notes=results["notes"] + notes)
         write_json(config.output / RESULTS_FILE, results)
     return results
 
@@ -261,8 +290,8 @@ def _ask(question: str) -> str:
         ) from error
 
 
-def _ask_for_scene(task: TaskSpec, seed: int) -> None:
-    _ask(f"Arrange '{task.name}' (initial condition {seed}), step back, and press Enter to start: ")
+def _ask_person(text: str) -> None:
+    _ask(f"{text} Press Enter: ")
 
 
 def _ask_for_success() -> bool:
