@@ -15,8 +15,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from simtoreal.commands import doctor
 from simtoreal.commands.demo import PROFILES, Config, demo_stages
-from simtoreal.envs.errors import ConfigError
+from simtoreal.commands.demo import main as demo
+from simtoreal.envs.errors import ConfigError, MissingDependencyError
 from simtoreal.envs.files import write_json
 from simtoreal.envs.rollout import EpisodeResult
 from simtoreal.evaluation.results import append_episode, summarize
@@ -124,6 +126,13 @@ def test_every_profile_uses_flags_that_exist(profile: str) -> None:
         Config(seed=-1)
 
 
+def test_a_machine_without_ros_is_told_before_the_first_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "ROS_SCRIPT", "raise ImportError(\"No module named 'rclpy'\")")
+    with pytest.raises(MissingDependencyError, match=r"ROS 2: .*No module named 'rclpy'\n  fix: .*simtoreal\[ros\]"):
+        demo(Config(profile="smoke", output=tmp_path / "demo"))
+    assert not (tmp_path / "demo").exists()
+
+
 def _demo(output: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "simtoreal", "demo", "--profile", "smoke", "--output", str(output)]
     return subprocess.Popen(
@@ -140,6 +149,7 @@ def _stop_in_stage(demo: subprocess.Popen[str], marker: Path) -> str:
     return demo.communicate(timeout=60)[0]
 
 
+@pytest.mark.realtime
 @pytest.mark.timeout(600)
 def test_demo_interrupted_and_continued_is_complete(tmp_path: Path) -> None:
     output = tmp_path / "demo"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import resource
@@ -424,6 +425,7 @@ def result_of(success: bool) -> EpisodeResult:
     )
 
 
+@pytest.mark.realtime
 def test_recorded_run_becomes_an_episode(tmp_path, publishers):
     path = tmp_path / "run.mcap"
     with recorder_of(path) as recorder:
@@ -447,6 +449,7 @@ def test_recorded_run_becomes_an_episode(tmp_path, publishers):
     assert np.abs(Dataset.open(tmp_path / "data").read(episode)["actions"][:, :6]).max() < 1e-3
 
 
+@pytest.mark.realtime
 def test_other_tools_read_the_recording(tmp_path, publishers):
     from rosbags.typesys import Stores, get_typestore
 
@@ -466,6 +469,7 @@ def test_other_tools_read_the_recording(tmp_path, publishers):
     np.testing.assert_allclose(decoded.position, [*HOME, 0.04, 0.04])
 
 
+@pytest.mark.realtime
 def test_killed_recorder_loses_little_and_is_noticed(tmp_path, publishers):
     path = tmp_path / "run.mcap"
     recorder = recorder_of(path)
@@ -482,6 +486,7 @@ def test_killed_recorder_loses_little_and_is_noticed(tmp_path, publishers):
         recorder.close()
 
 
+@pytest.mark.realtime
 def test_full_disk_ends_the_recording_not_the_run(tmp_path, publishers):
     path = tmp_path / "run.mcap"
     recorder = recorder_of(path)
@@ -494,6 +499,7 @@ def test_full_disk_ends_the_recording_not_the_run(tmp_path, publishers):
         recorder.close()
 
 
+@pytest.mark.realtime
 def test_recorder_finishes_its_file_when_the_runtime_dies(tmp_path, publishers):
     import multiprocessing
 
@@ -519,6 +525,7 @@ def _record_for_ever(path: Path) -> None:
     time.sleep(60)
 
 
+@pytest.mark.realtime
 def test_run_on_the_twin_becomes_its_dataset(tmp_path):
     from simtoreal.data_collection.expert import ScriptedExpert
     from simtoreal.envs import Listener, rollout
@@ -537,11 +544,14 @@ def test_run_on_the_twin_becomes_its_dataset(tmp_path):
             images.append(step.observation["front_image"][0])
 
     task, path = load_task("reach"), tmp_path / "run.mcap"
+    # Nothing here is about staleness, and the machine may be busy.
+    staleness = dataclasses.replace(ROBOT.staleness, joint_states_s=0.5, camera_s=1.0, stop_s=2.0)
+    robot = dataclasses.replace(ROBOT, staleness=staleness)
     with contextlib.ExitStack() as stack:
         stack.enter_context(running_twin("reach", EMBODIMENT, "panda_ros2", gap="none", seed=0, log=tmp_path / "twin"))
-        gate = SafetyGate.start(ROBOT, GateLimits.for_embodiment(EMBODIMENT), EMBODIMENT)
+        gate = SafetyGate.start(robot, GateLimits.for_embodiment(EMBODIMENT), EMBODIMENT)
         stack.callback(gate.close)
-        env = Ros2Env(task, embodiment=EMBODIMENT, config=ROBOT, gate=gate, observe_truth=True)
+        env = Ros2Env(task, embodiment=EMBODIMENT, config=robot, gate=gate, observe_truth=True)
         stack.callback(env.close)
         recorder = stack.enter_context(recorder_of(path))
         result = rollout(env, ScriptedExpert(task, EMBODIMENT), [3], listeners=[recorder, Watching()])[0]

@@ -15,6 +15,8 @@ from simtoreal.envs.contract import check_robot_env
 
 pytest.importorskip("rclpy")
 
+pytestmark = pytest.mark.realtime
+
 
 @contextlib.contextmanager
 def robot_on_twin(folder: Path, **changes: str):

@@ -23,6 +23,8 @@ from simtoreal.robot.topics import load_robot_config
 pytest.importorskip("rclpy")
 from sensor_msgs.msg import CompressedImage, Image
 
+pytestmark = pytest.mark.realtime
+
 EMBODIMENT = panda_embodiment(32)
 HOME = np.array(EMBODIMENT.home_joint_positions_rad)
 FORWARD = np.array([0.5, 0, 0, 0, 0, 0, 1], dtype=np.float32)

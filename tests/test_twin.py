@@ -24,6 +24,8 @@ from simtoreal.robot.twin_world import TICK_S, TwinWorld
 
 pytest.importorskip("rclpy")
 
+pytestmark = pytest.mark.realtime
+
 EMBODIMENT = panda_embodiment(32)
 TASK = load_task("pick_place")
 SECOND = round(1.0 / TICK_S)
