@@ -44,13 +44,16 @@ class SafetyGate:
         self._closed = False
 
     @classmethod
-    def start(cls, config: RobotConfig, limits: GateLimits, embodiment: Embodiment) -> SafetyGate:
+    def start(
+        cls, config: RobotConfig, limits: GateLimits, embodiment: Embodiment, *, require_estop: bool = False
+    ) -> SafetyGate:
         """Start the process and wait until it is on the ROS graph.
 
         Args:
             config: topics and staleness limits.
-            limits: motion limits; ``GateLimits.for_embodiment(embodiment)`` are the defaults.
+            limits: motion limits; usually ``GateLimits.for_embodiment(embodiment, config.limits)``.
             embodiment: robot model, workspace and control rate.
+            require_estop: refuse to arm while nobody publishes the emergency stop.
 
         Raises:
             SafetyError: the process does not come up.
@@ -68,6 +71,7 @@ class SafetyGate:
             "config": dataclasses.asdict(config),
             "limits": dataclasses.asdict(limits),
             "embodiment": embodiment.to_dict(),
+            "require_estop": require_estop,
         }
         try:
             ours.send(json.dumps(setup).encode())
@@ -90,7 +94,8 @@ class SafetyGate:
     def begin_episode(self, episode: int = 0, *, timeout_s: float = ARM_TIMEOUT_S) -> None:
         """Arm: targets of ``episode`` count from now on, starting from the measured pose at the first of them.
 
-        Waits until earlier motion has stopped and all inputs are fresh.
+        Waits until earlier motion has stopped and all inputs are fresh. A latched stop is not released by this, but
+        only by the re-arm service.
 
         Args:
             episode: id that :meth:`send_target` repeats.
@@ -106,7 +111,7 @@ class SafetyGate:
                 self._wait_for_status(ANSWER_TIMEOUT_S)
             if not self._status.refusal:
                 return
-            if self._status.state == "estopped" or time.monotonic() > deadline:
+            if self._status.latched or time.monotonic() > deadline:
                 raise SafetyError(f"the safety gate refuses to arm: {self._status.refusal}")
             time.sleep(RETRY_S)
 

@@ -5,6 +5,7 @@ No ROS here, only numbers, so that the guarantees can be tested with any number 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,15 +24,14 @@ ROUNDING = 1.0 - 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
-class GateLimits:
-    """What the safety gate allows.
+class MotionLimits:
+    """What the safety gate allows inside the workspace; the section ``limits`` of a robot yaml.
 
     The defaults fit a Franka Panda with 2 cm and 0.1 rad per step at 20 Hz: below the arm's own limits (1.7 m/s,
     2.5 rad/s, 13 m/s^2, 25 rad/s^2; Franka Control Interface documentation), and chosen so that a stop from any
     allowed motion, noticing the fault included, takes less than 100 ms (0.7 / 13 = 54 ms, 1.9 / 25 = 76 ms).
 
     Attributes:
-        workspace_low_m, workspace_high_m: box that the commanded TCP position stays in, base frame.
         max_speed_m_s, max_acceleration_m_s2: of the commanded TCP position.
         max_turn_rate_rad_s, max_turn_acceleration_rad_s2: of the commanded orientation.
         max_step_m, max_step_rad: larger jumps between successive targets, or between the first target and the
@@ -42,8 +42,6 @@ class GateLimits:
         target_max_age_s: targets that should have been reached longer ago are refused.
     """
 
-    workspace_low_m: tuple[float, float, float]
-    workspace_high_m: tuple[float, float, float]
     max_speed_m_s: float = 0.7
     max_acceleration_m_s2: float = 13.0
     max_turn_rate_rad_s: float = 1.9
@@ -56,19 +54,39 @@ class GateLimits:
     target_max_age_s: float = 0.1
 
     def __post_init__(self) -> None:
-        for low, high in zip(self.workspace_low_m, self.workspace_high_m, strict=True):
-            if not (math.isfinite(low) and math.isfinite(high) and low < high):
-                raise ValueError(f"workspace {self.workspace_low_m} to {self.workspace_high_m} is not a box")
-        for name, value in vars(self).items():
-            if not name.startswith("workspace") and not 0 < value < math.inf:
-                raise ValueError(f"{name} is {value}; expected a positive finite number")
+        for field in dataclasses.fields(MotionLimits):
+            value = getattr(self, field.name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"{field.name} is {value}; expected a positive finite number")
         if self.joint_speed_share > 1:
             raise ValueError(f"joint_speed_share is {self.joint_speed_share}; expected at most 1")
 
+
+@dataclass(frozen=True, kw_only=True)
+class GateLimits(MotionLimits):
+    """Motion limits and the workspace they hold in.
+
+    Attributes:
+        workspace_low_m, workspace_high_m: box that the commanded TCP position stays in, base frame.
+    """
+
+    workspace_low_m: tuple[float, float, float]
+    workspace_high_m: tuple[float, float, float]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for low, high in zip(self.workspace_low_m, self.workspace_high_m, strict=True):
+            if not (math.isfinite(low) and math.isfinite(high) and low < high):
+                raise ValueError(f"workspace {self.workspace_low_m} to {self.workspace_high_m} is not a box")
+
     @classmethod
-    def for_embodiment(cls, embodiment: Embodiment) -> GateLimits:
-        """Default limits inside the workspace of ``embodiment``."""
-        return cls(workspace_low_m=embodiment.workspace_low_m, workspace_high_m=embodiment.workspace_high_m)
+    def for_embodiment(cls, embodiment: Embodiment, motion: MotionLimits | None = None) -> GateLimits:
+        """Limits inside the workspace of ``embodiment``: ``motion`` (of a robot yaml), or the defaults."""
+        return cls(
+            workspace_low_m=embodiment.workspace_low_m,
+            workspace_high_m=embodiment.workspace_high_m,
+            **vars(motion or MotionLimits()),
+        )
 
 
 def _norm(vector: np.ndarray) -> float:

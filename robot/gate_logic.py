@@ -25,6 +25,8 @@ HORIZON_NS = 1_000_000_000
 MAX_TRACKING_ERROR_M = 0.15
 # A pose this far outside the workspace may still be armed, and then only moves inwards.
 START_TOLERANCE_M = 0.05
+# Stops that mean that the arm, or what is around it, is not as it should be: a person has to look before it moves on.
+LATCHING = frozenset({"tracking", "joint_limit", "foreign_publisher"})
 
 
 class Command(NamedTuple):
@@ -63,6 +65,8 @@ class GateLogic:
         self.state = "idle"
         self.reason = "not armed yet"
         self.refusal = ""
+        self.kind = ""
+        self.latched = False
         self.faults: Counter[str] = Counter()
         self.limited = 0
         self._guard = guard
@@ -88,6 +92,7 @@ class GateLogic:
         self._hold_since_ns = 0
         self._estop_pressed = False
         self._foreign = ""
+        self._no_estop = ""
         self._commanding = False  # from the first target until idle again; before, there is no pose to hold
 
     @property
@@ -103,8 +108,8 @@ class GateLogic:
     def status(self) -> GateStatus:
         """The state as told to others (counters of publishing are added by who publishes)."""
         return GateStatus(
-            state=self.state, reason=self.reason, refusal=self.refusal, fault_counts=dict(self.faults),
-            limited=self.limited, at_rest=self.at_rest,
+            state=self.state, latched=self.latched, reason=self.reason, kind=self.kind, refusal=self.refusal,
+            fault_counts=dict(self.faults), limited=self.limited, at_rest=self.at_rest,
         )  # fmt: skip
 
     # ---- what the robot says
@@ -162,7 +167,12 @@ class GateLogic:
         self._estop_pressed = pressed
         if pressed and self.state != "estopped":
             self.faults["estop"] += 1
-            self.state, self.reason = "estopped", "emergency stop pressed; release it and call the re-arm service"
+            self.state, self.kind, self.latched = "estopped", "estop", True
+            self.reason = "emergency stop pressed; release it and call the re-arm service"
+
+    def on_missing_estop(self, problem: str) -> None:
+        """Why arming has to wait for an emergency stop button (empty: there is one, or none is needed)."""
+        self._no_estop = problem
 
     def on_foreign_publishers(self, description: str) -> None:
         """Others who publish commands or joint states (empty: nobody)."""
@@ -171,16 +181,19 @@ class GateLogic:
             self._stop("foreign_publisher", f"somebody else publishes: {description}")
 
     def rearm(self, now_ns: int) -> tuple[bool, str]:
-        """Release a latched emergency stop; returns success and a message. The runtime must arm afterwards."""
+        """Release a latched stop; returns success and a message. The runtime must arm afterwards."""
         if self._estop_pressed:
             return False, "the emergency stop is still pressed"
+        if self._foreign:
+            return False, f"somebody else publishes: {self._foreign}"
         problem = self._joint_problem(now_ns)
         if problem:
             return False, problem
         if self.state in ("estopped", "stopped"):
             if not self.at_rest:
                 return False, "the arm is still being stopped"
-            self.state, self.reason, self._commanding = "idle", "re-armed by hand; the runtime has to arm", False
+            self.state, self.reason, self._commanding = "idle", "re-armed; the runtime has to arm", False
+            self.kind, self.latched = "", False
         return True, f"gate is {self.state}"
 
     # ---- what the runtime says
@@ -238,7 +251,7 @@ class GateLogic:
             self._episode = episode
             self._target_ns, self._newest_at_ns = None, 0
             self._rejected, self._observation_ns = "", 0
-            self.state, self.reason, self._commanding = "armed", "", False
+            self.state, self.reason, self.kind, self._commanding = "armed", "", "", False
         return self.refusal
 
     def stop(self, kind: str, reason: str) -> None:
@@ -269,7 +282,9 @@ class GateLogic:
 
     def _stop(self, kind: str, reason: str) -> None:
         self.faults[kind] += 1
-        self.state, self.reason = "stopped", reason
+        self.latched = kind in LATCHING
+        self.state, self.kind = "stopped", kind
+        self.reason = f"{reason}. Look why, then call the re-arm service" if self.latched else reason
 
     def _start_at_measured_pose(self, now_ns: int) -> None:
         position, quaternion = self._guard.tcp_pose()
@@ -324,7 +339,7 @@ class GateLogic:
         return ""
 
     def _not_armable(self, now_ns: int) -> str:
-        if self.state == "estopped":
+        if self.latched:
             return self.reason
         if not self.at_rest:
             if self._moving_allowed:
@@ -332,7 +347,7 @@ class GateLogic:
             return "the arm is still moving"
         if self._foreign:
             return f"somebody else publishes: {self._foreign}"
-        problem = self._joint_problem(now_ns) or self._joints_problem
+        problem = self._no_estop or self._joint_problem(now_ns) or self._joints_problem
         if problem:
             return problem
         position = self._guard.tcp_position()

@@ -59,9 +59,11 @@ class GateStatus:
 
     Attributes:
         state: ``idle`` (publishes nothing), ``armed`` (moves), ``hold`` (an input is late; braked, resumes by
-            itself), ``stopped`` (a fault; braked, needs :meth:`SafetyGate.arm`) or ``estopped`` (latched, needs the
-            re-arm service first).
+            itself), ``stopped`` (a fault; braked, needs :meth:`SafetyGate.begin_episode`) or ``estopped``.
+        latched: whether the re-arm service has to be called before it can be armed again: after an emergency stop,
+            and after faults that say that something is wrong with the arm or its surroundings.
         reason: why it is not armed, for people.
+        kind: kind of the fault that stopped it, without numbers; empty when not stopped.
         handled: sequence number of the last message handled.
         refusal: why the last request to arm was refused, or empty.
         fault_counts: kind of fault -> number of times.
@@ -70,11 +72,14 @@ class GateStatus:
         limited: published poses that had to differ from the interpolated targets.
         at_rest: whether the commanded pose stands still.
         stamp_ns: monotonic time of this status.
+        realtime: whether the system granted the gate's loop real-time scheduling.
         timing: period errors of the gate's own loop; only in the status that :meth:`SafetyGate.close` returns.
     """
 
     state: str
+    latched: bool = False
     reason: str = ""
+    kind: str = ""
     handled: int = 0
     refusal: str = ""
     fault_counts: dict[str, int] = field(default_factory=dict)
@@ -83,6 +88,7 @@ class GateStatus:
     limited: int = 0
     at_rest: bool = True
     stamp_ns: int = 0
+    realtime: bool = False
     timing: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:

@@ -38,19 +38,30 @@ class GateNode:
 
     Args:
         channel: ``SOCK_SEQPACKET`` end of the gate.
-        config, limits, embodiment: what the runtime asked for when it started the gate.
+        config, limits, embodiment, require_estop: what the runtime asked for when it started the gate.
+        realtime_granted: told in the status.
     """
 
-    def __init__(self, channel: socket.socket, config: RobotConfig, limits: GateLimits, embodiment: Embodiment) -> None:
+    def __init__(
+        self,
+        channel: socket.socket,
+        config: RobotConfig,
+        limits: GateLimits,
+        embodiment: Embodiment,
+        *,
+        require_estop: bool = False,
+        realtime_granted: bool = False,
+    ) -> None:
         from geometry_msgs.msg import PoseStamped
         from rclpy.executors import SingleThreadedExecutor
         from rclpy.node import Node
+        from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
         from std_msgs.msg import Float64, String
         from std_srvs.srv import Trigger
 
         self._channel = channel
         self._channel.setblocking(False)
-        self._config = config
+        self._config, self._require_estop, self._realtime = config, require_estop, realtime_granted
         self._context = start_ros()
         self._node = Node("simtoreal_gate", context=self._context, use_global_arguments=False)
         self._executor = SingleThreadedExecutor(context=self._context)
@@ -59,8 +70,17 @@ class GateNode:
         self._logic = GateLogic(config, limits, JointGuard(kinematics, limits), PERIOD_S, embodiment.control_period_s)
         topics = config.topics
         self._inputs: list[tuple[Any, type, Callable[[Any], None]]] = []
-        self._subscribe(topics.joint_states, self._on_joint_state)
-        self._subscribe(topics.estop, lambda message: self._logic.on_estop(bool(message.data)))
+        self._subscribe(topics.joint_states, topics.joint_states.qos(), self._on_joint_state)
+        # No one subscription fits every publisher: best-effort ones are heard by the first only, presses that were
+        # latched before the gate started by the last only, and the second loses nothing.
+        reliable, best_effort = ReliabilityPolicy.RELIABLE, ReliabilityPolicy.BEST_EFFORT
+        volatile, latched = DurabilityPolicy.VOLATILE, DurabilityPolicy.TRANSIENT_LOCAL
+        # Of latched presses only the newest counts.
+        for reliability, durability, depth in (
+            (best_effort, volatile, 10), (reliable, volatile, 10), (reliable, latched, 1),
+        ):  # fmt: skip
+            qos = QoSProfile(depth=depth, reliability=reliability, durability=durability)
+            self._subscribe(topics.estop, qos, lambda message: self._logic.on_estop(bool(message.data)))
         self._pose = PoseStamped()
         self._pose.header.frame_id = config.base_frame
         self._opening, self._opening_sent = Float64(), -1.0
@@ -156,6 +176,7 @@ class GateNode:
             self._logic.on_target(request, now_ns)
         elif request.kind == ARM:
             self._logic.on_foreign_publishers(self._foreign_publishers())
+            self._logic.on_missing_estop(self._missing_estop())
             self._logic.arm(request.episode, now_ns)
         elif request.kind == CLOSE:
             self._closing = True
@@ -195,9 +216,9 @@ class GateNode:
     def _publisher(self, topic: Topic) -> Any:
         return self._node.create_publisher(topic.message_class(), topic.name, topic.qos())
 
-    def _subscribe(self, topic: Topic, handle: Callable[[Any], None]) -> None:
+    def _subscribe(self, topic: Topic, qos: Any, handle: Callable[[Any], None]) -> None:
         message_class = topic.message_class()
-        subscription = self._node.create_subscription(message_class, topic.name, handle, topic.qos())
+        subscription = self._node.create_subscription(message_class, topic.name, handle, qos)
         self._inputs.append((subscription, message_class, handle))
 
     def _on_joint_state(self, message: Any) -> None:
@@ -208,8 +229,19 @@ class GateNode:
         )  # fmt: skip
 
     def _on_rearm(self, request: Any, response: Any) -> Any:
+        self._logic.on_foreign_publishers(self._foreign_publishers())
         response.success, response.message = self._logic.rearm(time.monotonic_ns())
         return response
+
+    def _missing_estop(self) -> str:
+        name = self._config.topics.estop.name
+        if not self._require_estop or self._node.count_publishers(name):
+            return ""
+        return (
+            f"nobody publishes the emergency stop {name} in ROS_DOMAIN_ID {os.environ.get('ROS_DOMAIN_ID', '0')}. "
+            "Start the node of its button (std_msgs/msg/Bool, true: pressed), or set 'require_estop: false' in the "
+            "robot yaml when the arm's own emergency stop is in your hand"
+        )
 
     def _foreign_publishers(self) -> str:
         found = []
@@ -255,7 +287,7 @@ class GateNode:
         return dataclasses.replace(
             self._logic.status(), handled=self._handled, published=self._published,
             publish_hz=self._interval_count / (self._interval_ns * 1e-9) if self._interval_ns else 0.0,
-            stamp_ns=time.monotonic_ns(), timing=timing,
+            stamp_ns=time.monotonic_ns(), realtime=self._realtime, timing=timing,
         )  # fmt: skip
 
     def _tell(self, force: bool = False) -> None:
@@ -275,12 +307,14 @@ def run_gate(descriptor: int) -> None:
     """Serve the runtime at the other end of the inherited socket ``descriptor``."""
     channel = socket.socket(fileno=descriptor)
     setup = json.loads(channel.recv(MAX_BYTES))
-    with realtime(REALTIME_PRIORITY):
+    with realtime(REALTIME_PRIORITY) as granted:
         node = GateNode(
             channel,
             build_config(RobotConfig, setup["config"], source="robot configuration of the runtime"),
             build_config(GateLimits, setup["limits"], source="limits of the runtime"),
             Embodiment.from_dict(setup["embodiment"]),
+            require_estop=setup["require_estop"],
+            realtime_granted=granted,
         )
         try:
             node.run()

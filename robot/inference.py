@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import mmap
 import os
 import signal
@@ -114,10 +115,13 @@ class InferenceProcess:
         if ready is None or "error" in ready:
             self.close()
             raise CheckpointError(ready["error"] if ready else f"loading {policy} takes over {START_TIMEOUT_S:g} s")
-        self.description = PolicyDescription(
-            embodiment=Embodiment.from_dict(ready.pop("embodiment")),
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in ready.items()},
-        )
+        try:
+            self.description = self._describe(ready)
+        except (KeyError, TypeError, ValueError) as error:
+            self.close()
+            raise CheckpointError(
+                f"the inference process describes its policy in a way not understood: {error!r}"
+            ) from error
 
     @property
     def pid(self) -> int:
@@ -171,9 +175,13 @@ class InferenceProcess:
         self.busy = False
         if "error" in answer:
             raise RobotError(f"inference failed: {answer['error']}")
-        count = int(np.prod(answer["shape"]))
-        actions = np.frombuffer(self._memory, np.float32, count, MEMORY_BYTES - CHUNK_BYTES).reshape(answer["shape"])
-        latency_ns = answer["finished_ns"] - self._sent_ns
+        try:
+            shape = tuple(answer["shape"])
+            actions = np.frombuffer(self._memory, np.float32, math.prod(shape), MEMORY_BYTES - CHUNK_BYTES)
+            actions = actions.reshape(shape)
+            latency_ns = int(answer["finished_ns"]) - self._sent_ns
+        except (KeyError, TypeError, ValueError) as error:
+            raise RobotError(f"the inference process answers in a way not understood: {error!r}") from error
         self.latencies_ns.append(latency_ns)
         return Prediction(actions=actions.copy(), tag=self._tag, latency_ns=latency_ns)
 
@@ -198,8 +206,26 @@ class InferenceProcess:
             raise self._gone() from error
         if not content:
             raise self._gone()
-        answer: dict[str, Any] = json.loads(content)
+        try:
+            answer = json.loads(content)
+        except ValueError as error:
+            raise RobotError(
+                f"malformed message of {len(content)} bytes from the inference process: {error}"
+            ) from error
+        if not isinstance(answer, dict):
+            raise RobotError(
+                f"malformed message from the inference process: {type(answer).__name__}, expected a mapping"
+            )
         return answer
+
+    def _describe(self, ready: dict[str, Any]) -> PolicyDescription:
+        # A message holds 64 KiB, too little for the seeds of large datasets: they come through the memory.
+        seeds = np.frombuffer(self._memory, np.int64, ready.pop("training_seed_count"))
+        return PolicyDescription(
+            embodiment=Embodiment.from_dict(ready.pop("embodiment")),
+            training_seeds=tuple(seeds.tolist()),
+            **{key: tuple(value) if isinstance(value, list) else value for key, value in ready.items()},
+        )
 
     def _gone(self) -> RobotError:
         try:
@@ -256,12 +282,14 @@ class _Server:
             self._answer({"error": str(error)})
             return
         config = loaded.config
+        seeds = np.array(sorted(training_seeds(loaded)), dtype=np.int64)
+        self.memory[: seeds.nbytes] = seeds.tobytes()
         self._answer(
             {
                 "embodiment": loaded.embodiment.to_dict(), "task": loaded.task, "type": config.type,
                 "keys": config.keys, "observation_steps": config.observation_steps, "horizon": config.horizon,
                 "execute_steps": config.execute_steps, "folder": str(loaded.folder),
-                "digest": checkpoint_digest(loaded.folder), "training_seeds": sorted(training_seeds(loaded)),
+                "digest": checkpoint_digest(loaded.folder), "training_seed_count": len(seeds),
             }
         )  # fmt: skip
         while content := self.channel.recv(MAX_BYTES):

@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 
 from simtoreal.envs.errors import RobotError
+from simtoreal.envs.panda import JOINT_VELOCITY_LIMIT_RAD_S
 from simtoreal.robot.kinematics import Kinematics
 from simtoreal.robot.topics import RobotConfig
 
 # Between two ticks of the gate the joints move far less; a larger difference is another solution branch.
 MAX_JOINT_STEP_RAD = 0.1
+# Of the arm's own speed limits; the gate already keeps them, but only up to the accuracy of the measured Jacobian.
+MAX_SPEED_SHARE = 1.2
 
 
 class JointCommands:
@@ -32,6 +35,7 @@ class JointCommands:
 
         self._kinematics, self._publisher = kinematics, publisher
         self._joints: np.ndarray | None = None
+        self._max_step = MAX_SPEED_SHARE * dt * np.array(JOINT_VELOCITY_LIMIT_RAD_S)
         self._point = JointTrajectoryPoint()
         self._point.time_from_start.nanosec = round(dt * 1e9)
         self._message = JointTrajectory(joint_names=list(config.joint_names), points=[self._point])
@@ -46,15 +50,19 @@ class JointCommands:
     def publish(self, position: np.ndarray, quaternion: np.ndarray, stamp: Any) -> str:
         """Publish the joint positions of a pose; returns why not, or an empty string.
 
-        The last solution is repeated when the pose cannot be reached, so that the arm holds.
+        Joints never move by more than their speed limits (times ``MAX_SPEED_SHARE``) per pose; what is left of the
+        way comes with the next poses. The last solution is repeated when the pose cannot be reached, so that the arm
+        holds.
         """
         problem = ""
         try:
             joints = self._kinematics.solve_ik(position, quaternion, self._joints)
-            if self._joints is not None and np.abs(joints - self._joints).max() > MAX_JOINT_STEP_RAD:
+            step = joints - self._joints if self._joints is not None else np.zeros_like(joints)
+            if np.abs(step).max() > MAX_JOINT_STEP_RAD:
                 problem = "inverse kinematics jumps to another configuration of the arm"
             else:
-                self._joints = joints
+                excess = float((np.abs(step) / self._max_step).max())
+                self._joints = joints - step * (1 - 1 / excess) if excess > 1 else joints
         except RobotError as error:
             problem = str(error)
         if self._joints is not None:

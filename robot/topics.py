@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.resources
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from simtoreal.envs.config import load_config
 from simtoreal.envs.errors import ConfigError, closest, require
+from simtoreal.robot.gate_limits import MotionLimits
 
 IMAGE_TYPES = ("sensor_msgs/msg/Image", "sensor_msgs/msg/CompressedImage")
 # Nothing but the types that the code on both ends reads and writes is accepted.
@@ -165,6 +166,8 @@ class RobotConfig:
         finger_closed, finger_open: their position when closed and open.
         command: topic that moves the arm.
         topics, services, cameras, staleness: see their classes; cameras by name.
+        limits: motion limits of the safety gate, where they differ from the defaults.
+        require_estop: a real robot only starts while somebody publishes its emergency stop.
     """
 
     robot: str
@@ -179,6 +182,8 @@ class RobotConfig:
     services: Services
     cameras: dict[str, CameraTopics]
     staleness: Staleness
+    limits: MotionLimits = field(default_factory=MotionLimits)
+    require_estop: bool = True
 
     def __post_init__(self) -> None:
         names = (*self.joint_names, *self.finger_joint_names)

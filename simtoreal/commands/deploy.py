@@ -23,8 +23,8 @@ CONTROL_PRIORITY = 10
 class Config:
     """Ctrl-C stops the robot in a controlled way. An interrupted deployment continues when it is run again.
 
-    ROS graph: a robot is looked for in the domain of the environment (ROS_DOMAIN_ID). A twin gets a domain of its own, so
-    that it never meets a real arm; to watch it with other tools, export ROS_DOMAIN_ID and
+    ROS graph: a robot is looked for in the domain of the environment (ROS_DOMAIN_ID). A twin gets a domain of its own,
+    so that it never meets a real arm; to watch it with other tools, export ROS_DOMAIN_ID and
     ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST, which are used as they are."""
 
     output: Path = Path("outputs/deploy")
