@@ -53,6 +53,7 @@ class GateNode:
         realtime_granted: bool = False,
     ) -> None:
         from geometry_msgs.msg import PoseStamped
+        from rclpy.event_handler import SubscriptionEventCallbacks
         from rclpy.executors import SingleThreadedExecutor
         from rclpy.node import Node
         from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
@@ -80,7 +81,9 @@ class GateNode:
             (best_effort, volatile, 10), (reliable, volatile, 10), (reliable, latched, 1),
         ):  # fmt: skip
             qos = QoSProfile(depth=depth, reliability=reliability, durability=durability)
-            self._subscribe(topics.estop, qos, lambda message: self._logic.on_estop(bool(message.data)))
+            # No warnings about publishers that do not fit this one; another one hears them.
+            events = SubscriptionEventCallbacks(incompatible_qos=lambda event: None)
+            self._subscribe(topics.estop, qos, lambda message: self._logic.on_estop(bool(message.data)), events)
         self._pose = PoseStamped()
         self._pose.header.frame_id = config.base_frame
         self._opening, self._opening_sent = Float64(), -1.0
@@ -216,9 +219,9 @@ class GateNode:
     def _publisher(self, topic: Topic) -> Any:
         return self._node.create_publisher(topic.message_class(), topic.name, topic.qos())
 
-    def _subscribe(self, topic: Topic, qos: Any, handle: Callable[[Any], None]) -> None:
+    def _subscribe(self, topic: Topic, qos: Any, handle: Callable[[Any], None], events: Any = None) -> None:
         message_class = topic.message_class()
-        subscription = self._node.create_subscription(message_class, topic.name, handle, qos)
+        subscription = self._node.create_subscription(message_class, topic.name, handle, qos, event_callbacks=events)
         self._inputs.append((subscription, message_class, handle))
 
     def _on_joint_state(self, message: Any) -> None:

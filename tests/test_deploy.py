@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +20,14 @@ pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra 'ros')")
 
 from simtoreal.commands.deploy import Config, main
 from simtoreal.envs import load_task, panda_embodiment
-from simtoreal.envs.errors import ActionError, CheckpointError, ConfigError, RobotError
+from simtoreal.envs.errors import ActionError, CheckpointError, ConfigError, RobotError, SafetyError
 from simtoreal.evaluation.results import load_evaluation
+from simtoreal.robot.deployment import join_graph, running_twin
+from simtoreal.robot.gate_messages import GateStatus
 from simtoreal.robot.inference import InferenceProcess
+from simtoreal.robot.topics import load_robot_config, start_ros
+
+pytestmark = pytest.mark.realtime
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +35,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_checkpoint(tmp_path_factory.mktemp("policy"))
 
 
-def make_checkpoint(folder: Path, *, broken: bool = False) -> Path:
+def make_checkpoint(folder: Path, *, broken: bool = False, seeds: list[int] | None = None) -> Path:
     """An untrained ``bc`` policy for the default embodiment; ``broken`` overflows and answers NaN."""
     import torch
 
@@ -44,7 +52,8 @@ def make_checkpoint(folder: Path, *, broken: bool = False) -> Path:
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(1e30 if broken else 0.5)
-    save_policy(folder, policy, training={"task": load_task("reach").to_dict()})
+    training = {"task": load_task("reach").to_dict(), **({"data": {"seeds": seeds}} if seeds else {})}
+    save_policy(folder, policy, training=training)
     return folder
 
 
@@ -177,6 +186,112 @@ def test_inference_gives_what_the_policy_gives(checkpoint: Path) -> None:
             inference.poll(20.0)
     finally:
         inference.close()
+
+
+def test_large_datasets_and_malformed_messages(tmp_path: Path) -> None:
+    import socket
+
+    seeds = list(range(10**9, 10**9 + 10_000))  # 120 kB as text, twice what a message holds
+    inference = InferenceProcess(make_checkpoint(tmp_path, seeds=seeds), device="cpu")
+    try:
+        assert inference.description.training_seeds == tuple(seeds)
+        channel, (ours, theirs) = inference._channel, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with channel, theirs:
+            inference._channel = ours
+            for message in (b'{"shape": [8', b"[]", b"{}", b'{"shape": [1000000000, 7], "finished_ns": 1}', b"\xff"):
+                inference.busy = True
+                theirs.send(message)
+                with pytest.raises(RobotError, match=r"malformed|not understood"):
+                    inference.poll()
+    finally:
+        inference.close()
+
+
+def test_a_robot_is_on_the_graph_of_the_environment_and_a_twin_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def graph(robot: str, **variables: str) -> tuple[str | None, str | None]:
+        names = ("ROS_DOMAIN_ID", "ROS_AUTOMATIC_DISCOVERY_RANGE")
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        join_graph(robot)
+        domain, reach = (os.environ.get(name) for name in names)
+        return domain, reach
+
+    own = str(1 + os.getpid() % 100)
+    local, wide = {"ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST"}, {"ROS_AUTOMATIC_DISCOVERY_RANGE": "SUBNET"}
+    assert graph("ros") == (None, None)
+    assert graph("ros", ROS_DOMAIN_ID="7", **wide) == ("7", "SUBNET")
+    assert graph("twin") == (own, "LOCALHOST")
+    assert graph("twin", ROS_DOMAIN_ID="0") == (own, "LOCALHOST")
+    assert graph("twin", ROS_DOMAIN_ID="0", **wide) == (own, "LOCALHOST")
+    assert graph("twin", ROS_DOMAIN_ID="7", **local) == ("7", "LOCALHOST")
+    assert graph("twin", ROS_DOMAIN_ID=own)[0] not in (own, None)
+
+
+def test_a_robot_on_the_graph_needs_an_emergency_stop_and_a_judge(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rclpy.node import Node
+
+    monkeypatch.setattr("builtins.input", lambda question: "y")  # the person at the terminal
+    config = Config(
+        output=tmp_path / "run", policy=checkpoint, robot="ros", episodes=1, record=False, videos=0, device="cpu"
+    )
+    log = tmp_path / "robot.log"
+    with running_twin("reach", panda_embodiment(), "panda_ros2", gap="none", seed=0, log=log):
+        with pytest.raises(SafetyError, match="nobody publishes the emergency stop"):
+            main(config)
+        context = start_ros()
+        button, topic = Node("button", context=context, use_global_arguments=False), load_robot_config().topics.estop
+        button.create_publisher(topic.message_class(), topic.name, topic.qos())
+        main(config)
+        button.destroy_node()
+        context.shutdown()
+    results = load_evaluation(config.output).results
+    assert (results["backend"], results["n"], results["successes"]) == ("robot", 1, 1)
+
+
+def test_a_latched_stop_fails_its_episode_but_not_the_evaluation(tmp_path: Path) -> None:
+    from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
+    from rclpy.node import Node
+
+    context, topics = start_ros(), load_robot_config().topics
+    node = Node("intruder", context=context, use_global_arguments=False)
+    publishers: list[Any] = []
+
+    def on_status(message: Any) -> None:
+        status = GateStatus.from_json(message.data)
+        pose = topics.target_pose
+        if status.state == "armed" and status.published > 20 and not publishers:
+            publishers.append(node.create_publisher(pose.message_class(), pose.name, pose.qos()))
+        elif status.latched and publishers[0] is not None:
+            node.destroy_publisher(publishers[0])
+            publishers[0] = None
+
+    node.create_subscription(topics.gate_status.message_class(), topics.gate_status.name, on_status, 10)
+    executor = SingleThreadedExecutor(context=context)
+    executor.add_node(node)
+
+    def spin() -> None:
+        with contextlib.suppress(ExternalShutdownException):
+            executor.spin()
+
+    thread = threading.Thread(target=spin, daemon=True)
+    thread.start()
+    config = Config(
+        output=tmp_path / "run", actor="expert", task="pick_place", gap="none", episodes=2, record=False, videos=0
+    )
+    main(config)
+    context.shutdown()
+    thread.join(5)
+    results = load_evaluation(config.output).results
+    assert results["n"] == 2
+    assert results["failures"].get("gate:foreign_publisher") == 1
+    assert "/target_pose by intruder" in results["faults"][0]
+    assert results["gate"]["fault_counts"]["foreign_publisher"] == 1
+    assert set(results["realtime"]) == {"control", "gate"}
+    assert all(isinstance(granted, bool) for granted in results["realtime"].values())
 
 
 def test_a_missing_checkpoint_is_said_clearly(tmp_path: Path) -> None:

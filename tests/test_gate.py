@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
 from simtoreal.envs import rotation
+from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.panda import HOME_RAD, panda_embodiment
 from simtoreal.robot.gate_limits import GateLimits, PoseLimiter, rotation_between, stopping_distance
 from simtoreal.robot.gate_logic import GateLogic
@@ -372,6 +377,94 @@ def test_emergency_stop_latches_in_every_state_and_needs_two_steps() -> None:
         rig.tick(10)
         assert len(rig.path) == commands
         assert rig.logic.arm(2, rig.now) == ""
+
+
+@pytest.mark.parametrize("kind", ["tracking", "joint_limit", "foreign_publisher"])
+def test_faults_of_the_arm_and_its_graph_latch(kind: str) -> None:
+    rig = Rig()
+    rig.move()
+    if kind == "foreign_publisher":
+        rig.logic.on_foreign_publishers("/target_pose by intruder")
+    else:
+        joints = np.array(HOME_RAD)
+        joints[0] += 4.0 if kind == "joint_limit" else 0.8
+        rig.now += MS
+        rig.logic.on_joint_state(rig.names, joints.tolist(), [], rig.now, rig.now)
+    assert (rig.logic.state, rig.logic.kind, rig.logic.latched) == ("stopped", kind, True)
+    rig.tick(20)
+    assert rig.logic.at_rest
+    if kind == "foreign_publisher":
+        assert rig.logic.rearm(rig.now)[0] is False
+        rig.logic.on_foreign_publishers("")
+    assert "re-arm service" in rig.logic.arm(2, rig.now)
+    assert rig.logic.state == "stopped"
+    assert rig.logic.rearm(rig.now)[0] is True
+    assert rig.logic.arm(2, rig.now) == ""
+    assert rig.logic.status().kind == ""
+
+
+def test_arming_waits_for_an_emergency_stop_where_one_is_needed() -> None:
+    rig = Rig()
+    rig.tick()
+    rig.logic.on_missing_estop("nobody publishes /estop")
+    assert "nobody publishes" in rig.logic.arm(1, rig.now)
+    rig.logic.on_missing_estop("")
+    assert rig.logic.arm(1, rig.now) == ""
+
+
+def test_limits_come_from_the_robot_yaml(tmp_path: Path) -> None:
+    shipped = files("simtoreal.configs.robot").joinpath("panda_ros2.yaml").read_text()
+
+    def limits(text: str) -> GateLimits:
+        path = tmp_path / "robot.yaml"
+        path.write_text(f"{shipped}\nlimits: {text}\n")
+        return GateLimits.for_embodiment(panda_embodiment(), load_robot_config(path).limits)
+
+    assert limits("{}") == GateLimits.for_embodiment(panda_embodiment())
+    changed = limits("{ max_speed_m_s: 0.25, joint_margin_rad: 0.1 }")
+    assert (changed.max_speed_m_s, changed.joint_margin_rad, changed.max_step_m) == (0.25, 0.1, 0.08)
+    for text, message in {
+        "{ max_sped_m_s: 0.25 }": "max_speed_m_s",
+        "{ workspace_low_m: [0, 0, 0] }": "workspace_low_m",
+        "{ max_speed_m_s: -1 }": "expected a positive finite number",
+        "{ joint_speed_share: 2 }": "at most 1",
+        "{ max_step_m: fast }": "max_step_m",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            limits(text)
+
+
+class Publisher:
+    """Keeps the positions of the trajectories it is given."""
+
+    def __init__(self) -> None:
+        self.positions: list[np.ndarray] = []
+
+    def publish(self, message: Any) -> None:
+        self.positions.append(np.array(message.points[0].positions))
+
+
+def test_joint_trajectories_never_move_faster_than_the_joints_may() -> None:
+    pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra 'ros')")
+    from builtin_interfaces.msg import Time
+
+    from simtoreal.envs.panda import JOINT_VELOCITY_LIMIT_RAD_S
+    from simtoreal.robot.joint_commands import JointCommands
+
+    kinematics, publisher, home = Kinematics(panda_embodiment()), Publisher(), np.array(HOME_RAD)
+    commands = JointCommands(kinematics, load_robot_config(), publisher, DT, home)
+    commands.restart(home)
+    position, quaternion = kinematics.forward(home)
+    near, far = position + [0.0, 0.03, 0.0], position + [0.0, 0.3, 0.0]
+    assert commands.publish(near, quaternion, Time()) == ""
+    assert np.abs(publisher.positions[0] - home).max() > 0.01
+    for _ in range(10):
+        assert commands.publish(near, quaternion, Time()) == ""
+    assert np.allclose(kinematics.forward(publisher.positions[-1])[0], near, atol=2e-4)
+    assert "jumps" in commands.publish(far, quaternion, Time())
+    steps = np.abs(np.diff([home, *publisher.positions], axis=0))
+    assert (steps <= 1.2 * DT * np.array(JOINT_VELOCITY_LIMIT_RAD_S) * (1 + 1e-9)).all()
+    assert (steps[-1] == 0).all()
 
 
 def test_rearming_needs_fresh_joint_states() -> None:

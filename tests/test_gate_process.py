@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,9 +22,12 @@ from simtoreal.envs.errors import SafetyError
 from simtoreal.envs.panda import HOME_RAD, panda_embodiment
 from simtoreal.robot.gate import SafetyGate
 from simtoreal.robot.gate_limits import GateLimits
+from simtoreal.robot.gate_messages import GateStatus
 from simtoreal.robot.kinematics import Kinematics
 from simtoreal.robot.timing import PeriodicClock
 from simtoreal.robot.topics import RobotConfig, load_robot_config, start_ros
+
+pytestmark = pytest.mark.realtime
 
 
 def lossless(config: RobotConfig) -> RobotConfig:
@@ -36,21 +40,28 @@ def lossless(config: RobotConfig) -> RobotConfig:
 CONFIG = lossless(load_robot_config())
 EMBODIMENT = panda_embodiment()
 LIMITS = GateLimits.for_embodiment(EMBODIMENT)
-# A runtime that moves the arm to and fro at full speed until it is killed.
+# A runtime that moves the arm to and fro at full speed until it is killed. Given a checkpoint, it runs its inference
+# process too, and stays alive itself.
 RUNTIME = """
-import sys, time
+import contextlib, sys, time
 import numpy as np
 from tests.test_gate_process import CONFIG, EMBODIMENT, LIMITS, home_target
+from simtoreal.envs.errors import SafetyError
 from simtoreal.robot.gate import SafetyGate
+from simtoreal.robot.inference import InferenceProcess
 from simtoreal.robot.timing import PeriodicClock
+inference = InferenceProcess(sys.argv[1], device="cpu") if len(sys.argv) > 1 else None
 gate = SafetyGate.start(CONFIG, LIMITS, EMBODIMENT)
+if inference is not None:
+    gate.watch(inference.pid)
 gate.begin_episode(1)
 target, clock, direction = home_target(), PeriodicClock(0.05), 1.0
-print(gate.pid, flush=True)
+print(gate.pid, inference.pid if inference else 0, flush=True)
 while True:
     direction = -direction if abs(target[1] + 0.02 * direction) > 0.1 else direction
     target[1] += 0.02 * direction
-    gate.send_target(target, time.monotonic_ns(), 1)
+    with contextlib.suppress(SafetyError):
+        gate.send_target(target, time.monotonic_ns(), 1)
     clock.wait()
 """
 
@@ -82,6 +93,9 @@ class ArmNode:
             gripper.message_class(), gripper.name, lambda message: self.openings.append(message.data), gripper.qos()
         )
         self.node.create_timer(0.01, self._publish)
+        self.faults: dict[str, int] = {}
+        status = topics.gate_status
+        self.node.create_subscription(status.message_class(), status.name, self._on_status, status.qos())
         self.executor = SingleThreadedExecutor(context=self.context)
         self.executor.add_node(self.node)
         self.thread = threading.Thread(target=self._spin, daemon=True)
@@ -108,10 +122,18 @@ class ArmNode:
         stamp, position = message.header.stamp, message.pose.position
         self.poses.append((stamp.sec * 10**9 + stamp.nanosec, np.array([position.x, position.y, position.z])))
 
+    def _on_status(self, message: object) -> None:
+        self.faults = GateStatus.from_json(message.data).fault_counts
+
     def press_estop(self, pressed: bool) -> None:
         message = CONFIG.topics.estop.message_class()()
         message.data = pressed
         self.estop.publish(message)
+
+    def replace_estop(self, qos: object) -> None:
+        self.node.destroy_publisher(self.estop)
+        topic = CONFIG.topics.estop
+        self.estop = self.node.create_publisher(topic.message_class(), topic.name, qos)
 
     def call_rearm(self) -> object:
         from std_srvs.srv import Trigger
@@ -268,10 +290,57 @@ def test_a_second_publisher_of_commands_stops(arm: ArmNode, gate: SafetyGate) ->
     intruder.create_publisher(topic.message_class(), topic.name, 1)
     with pytest.raises(SafetyError, match="/target_pose by intruder"):
         drive(gate, 100, target, 0.0)
-    with pytest.raises(SafetyError, match="somebody else publishes"):
-        gate.begin_episode(2, timeout_s=0.2)
+    assert gate.status().kind == "foreign_publisher"
+    assert not arm.call_rearm().success
     intruder.destroy_node()
-    gate.begin_episode(2, timeout_s=10)
+    with pytest.raises(SafetyError, match="re-arm service"):
+        gate.begin_episode(2, timeout_s=10)
+    wait_for(lambda: arm.call_rearm().success)
+    gate.begin_episode(2)
+
+
+@pytest.mark.parametrize("reliability", ["RELIABLE", "BEST_EFFORT"])
+@pytest.mark.parametrize("durability", ["VOLATILE", "TRANSIENT_LOCAL"])
+def test_the_emergency_stop_is_heard_from_every_kind_of_publisher(
+    arm: ArmNode, gate: SafetyGate, reliability: str, durability: str
+) -> None:
+    from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+
+    qos = QoSProfile(depth=1, reliability=ReliabilityPolicy[reliability], durability=DurabilityPolicy[durability])
+    arm.replace_estop(qos)
+
+    def pressed() -> bool:
+        arm.press_estop(True)  # as a button's node does it: again and again
+        return gate.status().state == "estopped"
+
+    wait_for(pressed)
+
+
+def test_a_press_that_was_latched_before_the_gate_started_counts(arm: ArmNode) -> None:
+    from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+
+    latched = DurabilityPolicy.TRANSIENT_LOCAL
+    arm.replace_estop(QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=latched))
+    arm.press_estop(True)
+    gate = SafetyGate.start(CONFIG, LIMITS, EMBODIMENT)
+    try:
+        wait_for(lambda: gate.status().state == "estopped")
+        with pytest.raises(SafetyError, match="emergency stop"):
+            gate.begin_episode(1)
+    finally:
+        gate.close()
+
+
+def test_a_robot_without_emergency_stop_is_not_armed(arm: ArmNode) -> None:
+    arm.node.destroy_publisher(arm.estop)
+    gate = SafetyGate.start(CONFIG, LIMITS, EMBODIMENT, require_estop=True)
+    try:
+        with pytest.raises(SafetyError, match=r"nobody publishes the emergency stop /estop.*require_estop: false"):
+            gate.begin_episode(1, timeout_s=1.0)
+        arm.replace_estop(CONFIG.topics.estop.qos())
+        gate.begin_episode(1)
+    finally:
+        gate.close()
 
 
 def test_the_death_of_the_policy_process_stops(arm: ArmNode, gate: SafetyGate) -> None:
@@ -294,25 +363,48 @@ def test_a_dead_gate_is_an_error_at_once(arm: ArmNode, gate: SafetyGate) -> None
     assert gate.close().state == "stopped"
 
 
+def check_rest_within_100_ms(arm: ArmNode, kill: Callable[[], None]) -> None:
+    """Kill in full motion; the stamps of the commands say when they came to rest."""
+    wait_for(lambda: len(arm.poses) > 100)
+    wait_for(lambda: arm.motion()[1][-1] > 0.002)  # in full motion, 0.25 m/s or more
+    killed_s = time.time_ns() * 1e-9
+    kill()
+    wait_for(lambda: arm.poses[-1][0] * 1e-9 > killed_s + 0.4)
+    stamps, moved = arm.motion()
+    last_motion_s = stamps[moved > 0][-1]
+    assert last_motion_s - killed_s <= 0.1
+    # The deceleration is limited too: 13 m/s^2 change the way per tick of 8 ms by 0.83 mm at most.
+    assert np.abs(np.diff(moved)).max() <= 0.008**2 * LIMITS.max_acceleration_m_s2 * 1.01
+    # It holds the last pose, still publishing.
+    assert (stamps > last_motion_s).sum() > 10
+
+
+def test_the_arm_rests_within_100_ms_of_the_death_of_the_policy(arm: ArmNode, tmp_path: Path) -> None:
+    from test_deploy import make_checkpoint
+
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    command = [sys.executable, "-c", RUNTIME, str(make_checkpoint(tmp_path))]
+    runtime = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root)
+    try:
+        assert runtime.stdout is not None
+        gate_pid, policy_pid = map(int, runtime.stdout.readline().split())
+        check_rest_within_100_ms(arm, lambda: os.kill(policy_pid, signal.SIGKILL))
+        assert runtime.poll() is None
+        assert arm.faults["process_died"] == 1
+    finally:
+        runtime.kill()
+        runtime.wait()
+    wait_for(lambda: not os.path.exists(f"/proc/{gate_pid}"))  # it must not publish into the next test
+
+
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
 def test_the_arm_rests_within_100_ms_of_the_end_of_the_runtime(arm: ArmNode, kind: signal.Signals) -> None:
     root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     runtime = subprocess.Popen([sys.executable, "-c", RUNTIME], stdout=subprocess.PIPE, cwd=root)
     try:
         assert runtime.stdout is not None
-        gate_pid = int(runtime.stdout.readline())
-        wait_for(lambda: len(arm.poses) > 100)
-        wait_for(lambda: arm.motion()[1][-1] > 0.002)  # in full motion, 0.25 m/s or more
-        killed_s = time.time_ns() * 1e-9
-        runtime.send_signal(kind)
-        wait_for(lambda: arm.poses[-1][0] * 1e-9 > killed_s + 0.4)
-        stamps, moved = arm.motion()
-        last_motion_s = stamps[moved > 0][-1]
-        assert last_motion_s - killed_s <= 0.1
-        # The deceleration is limited too: 13 m/s^2 change the way per tick of 8 ms by 0.83 mm at most.
-        assert np.abs(np.diff(moved)).max() <= 0.008**2 * LIMITS.max_acceleration_m_s2 * 1.01
-        # It holds the last pose, still publishing.
-        assert (stamps > last_motion_s).sum() > 10
+        gate_pid = int(runtime.stdout.readline().split()[0])
+        check_rest_within_100_ms(arm, lambda: runtime.send_signal(kind))
     finally:
         runtime.kill()
         runtime.wait()
