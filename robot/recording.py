@@ -39,6 +39,8 @@ QUEUE_DEPTH = 200
 # Data reach the disk this often, so that a power cut loses no more.
 SYNC_S = 1.0
 START_TIMEOUT_S = 30.0
+# What speaks steadily is waited for this long before the run begins; only silent topics take all of it.
+DISCOVERY_TIMEOUT_S = 3.0
 STOP_TIMEOUT_S = 15.0
 
 _PRIMITIVES = {"double": "float64", "float": "float32", "boolean": "bool", "octet": "byte"}
@@ -282,14 +284,22 @@ def _record(path: str, robot: RobotConfig, description: dict[str, str], link: Co
         with _subscriptions(robot) as subscriptions:
             channels = {topic: file.add_channel(topic, kind) for topic, kind in recorded_topics(robot).items()}
             marks = file.add_channel(MARKS_TOPIC, MARKS_TYPE)
-            link.send(("ready", None))
-            stopping = False
+            # Nodes find each other in their own time. Commands begin with the first episode and would be missed, so
+            # the run waits until their sender, the gate, is heard.
+            unheard = {robot.topics.joint_states.name, robot.topics.gate_status.name}
+            unheard |= {camera.image.name for camera in robot.cameras.values()}
+            deadline = time.monotonic() + DISCOVERY_TIMEOUT_S
+            stopping = ready = False
             while not stopping:
+                if not ready and (not unheard or time.monotonic() > deadline):
+                    link.send(("ready", None))
+                    ready = True
                 # Marks first: what is on the topics when the stop is seen still gets recorded.
                 stopping = _take_marks(link, file, marks)
                 time.sleep(POLL_S)
                 for topic, subscription in subscriptions.items():
-                    _drain(subscription, file, channels[topic])
+                    if _drain(subscription, file, channels[topic]):
+                        unheard.discard(topic)
                 file.flush()
         file.finish()
         link.send(("finished", file.messages))
@@ -340,9 +350,12 @@ def _subscriptions(robot: RobotConfig) -> Iterator[dict[str, Any]]:
         context.shutdown()
 
 
-def _drain(subscription: Any, file: _File, channel: int) -> None:
+def _drain(subscription: Any, file: _File, channel: int) -> int:
+    """Write what the queue holds; return how many messages."""
+    before = file.messages
     with subscription.handle:
         while (taken := subscription.handle.take_message(subscription.msg_type, True)) is not None:
             data, info = taken
             received = int(info["received_timestamp"])
             file.add(channel, data, received, int(info["source_timestamp"]) or received)
+    return file.messages - before

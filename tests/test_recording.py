@@ -358,7 +358,7 @@ def test_message_definitions_agree_with_an_independent_source(kind):
 
 
 class Publishers:
-    """Joint states at 100 Hz and two cameras at 20 Hz over real DDS, until closed."""
+    """Joint states at 100 Hz, two cameras and the gate's status at 20 Hz over real DDS, until closed."""
 
     def __init__(self) -> None:
         from rclpy.node import Node
@@ -367,6 +367,9 @@ class Publishers:
         self.context = start_ros()
         self.node = Node("recording_rig", context=self.context)
         self.joints = self.node.create_publisher(JointState, "/joint_states", 10)
+        gate = ROBOT.topics.gate_status
+        self.gate = self.node.create_publisher(gate.message_class(), gate.name, gate.qos())
+        self.gate_message = gate.message_class()()
         self.cameras = [self.node.create_publisher(Image, f"/{name}/image_raw", 10) for name in ROBOT.cameras]
         self.joint_message, self.image_class = JointState(), Image
         self.joint_message.name = [*ROBOT.joint_names, *ROBOT.finger_joint_names]
@@ -383,6 +386,7 @@ class Publishers:
             self.joint_message.header.stamp = stamp
             self.joints.publish(self.joint_message)
             if self.published % 5 == 0:
+                self.gate.publish(self.gate_message)
                 for publisher in self.cameras:
                     picture = self.image_class(height=32, width=32, step=96, encoding="rgb8")
                     picture.header.stamp = stamp
