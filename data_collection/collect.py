@@ -158,9 +158,14 @@ def collect(
             ledger = Ledger(writer, plan.first_seed, plan.episodes)
             try:
                 session, seconds = _run(plan, ledger, workers, on_progress)
-            finally:
+            except BaseException:
                 workers.stop()
-                ledger.close()
+                # What cannot be committed now stays staged for the next run; the user needs to see the first error.
+                with contextlib.suppress(DatasetError, OSError):
+                    ledger.close()
+                raise
+            workers.stop()
+            ledger.close()
     return CollectionResult(outcomes=ledger.decided(), session=session, seconds=seconds)
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import json
@@ -36,7 +35,7 @@ import numpy as np
 
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import DatasetError
-from simtoreal.envs.files import atomic_path
+from simtoreal.envs.files import atomic_path, explained_disk_errors
 
 Arrays = dict[str, np.ndarray]
 """Arrays of an episode by their path inside the file, e.g. ``"obs/front_image"``."""
@@ -137,15 +136,12 @@ def embodiment_digest(embodiment: Embodiment) -> str:
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
     """Turn a full or failing disk while writing ``path`` into a :class:`DatasetError` that says what is safe."""
-    try:
+    safe = (
+        "Nothing half-written is left and every finished episode is intact; "
+        "free space and run the same command again to continue."
+    )
+    with explained_disk_errors(path, DatasetError, safe):
         yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        reason = "the disk is full (or a quota or file-size limit was reached)" if full else "writing failed"
-        raise DatasetError(
-            f"{path}: {reason}: {error}. Nothing half-written is left and every finished episode is intact; "
-            "free space and run the same command again to continue."
-        ) from error
 
 
 def check_arrays(arrays: Arrays, where: str) -> int:

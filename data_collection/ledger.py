@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.episode import disk_errors, open_episode, read_info
 from simtoreal.data_collection.writer import DatasetWriter
 from simtoreal.envs.errors import DatasetError
+from simtoreal.envs.files import append_whole
 
 SEEDS_PER_COLLECTION = 1_000_000
 STAGING = ".collect"
@@ -60,7 +62,7 @@ class Ledger:
         self._prefix_successes = 0
         self._resume()
         with disk_errors(writer.path / LOG):
-            self._log = open(writer.path / LOG, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
+            self._log = os.open(writer.path / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         self.advance()
 
     def _resume(self) -> None:
@@ -137,12 +139,15 @@ class Ledger:
         return seeds
 
     def record(self, outcome: Outcome) -> None:
-        """Note the outcome of a seed; a stored episode must already be in the staging folder."""
+        """Note the outcome of a seed; a stored episode must already be in the staging folder.
+
+        Raises:
+            DatasetError: the disk is full; the log is as it was before.
+        """
         self.assigned.discard(outcome.seed)
         self.outcomes[outcome.seed] = outcome
         with disk_errors(self.writer.path / LOG):
-            self._log.write(json.dumps(asdict(outcome)) + "\n")
-            self._log.flush()
+            append_whole(self._log, json.dumps(asdict(outcome)).encode() + b"\n")
         self.advance()
 
     def advance(self) -> None:
@@ -156,7 +161,7 @@ class Ledger:
 
     def close(self) -> None:
         """Commit what stopped workers finished without being heard; once complete, remove the surplus."""
-        self._log.close()
+        os.close(self._log)
         self._find_staged()
         self.advance()
         staging = self.writer.path / STAGING

@@ -30,7 +30,10 @@ def memory_takes(writer: DatasetWriter) -> NewTake:
 
 
 def stream_takes(writer: DatasetWriter) -> NewTake:
-    """Write every step to disk at once: for people and robots, whose time must not be lost to a crash."""
+    """Write every step to disk at once: for teleoperation, where a crash must not cost a person's demonstration.
+
+    ``simtoreal data recover`` turns what a killed process left into an episode.
+    """
     return lambda info: StreamTake(writer.part_path(), writer.add, info)
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors
 from simtoreal.envs.errors import DatasetError
+from simtoreal.envs.files import append_whole
 
 Keep = Callable[[Arrays, EpisodeInfo], object]
 """Stores a finished episode."""
@@ -97,32 +98,21 @@ class StreamTake:
         with disk_errors(self._part):
             descriptor = self._begin(row) if self._descriptor is None else self._descriptor
             payload = b"".join(row[name].tobytes() for name in self._names)
-            self._write(descriptor, payload + struct.pack("<I", zlib.crc32(payload)))
+            # All or nothing, so that what follows, if space is freed, stays aligned.
+            append_whole(descriptor, payload + struct.pack("<I", zlib.crc32(payload)))
 
     def _begin(self, row: Arrays) -> int:
         self._names = list(row)
         fields = [[name, value.dtype.str, list(value.shape)] for name, value in row.items()]
         header = json.dumps({**_HEADER, "info": self._info.to_json(), "fields": fields}) + "\n"
-        self._descriptor = os.open(self._part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        self._descriptor = os.open(self._part, flags, 0o644)
         try:
-            self._write(self._descriptor, header.encode())
+            append_whole(self._descriptor, header.encode())
         except OSError:
             self.discard()
             raise
         return self._descriptor
-
-    @staticmethod
-    def _write(descriptor: int, content: bytes) -> None:
-        end = os.lseek(descriptor, 0, os.SEEK_CUR)
-        written = 0
-        try:
-            while written < len(content):
-                written += os.write(descriptor, content[written:])
-        except OSError:
-            # Cut the incomplete record off, so that what follows, if space is freed, stays aligned.
-            os.ftruncate(descriptor, end)
-            os.lseek(descriptor, end, os.SEEK_SET)
-            raise
 
     def keep(self, info: EpisodeInfo) -> None:
         """See :class:`Take`."""

@@ -9,7 +9,6 @@ from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ActionError
 
 RANGE_TOLERANCE = 1e-3
-GRIPPER_DOWN_WXYZ = (0.0, 1.0, 0.0, 0.0)
 
 
 def check_action(action: np.ndarray, shape: tuple[int, ...], *, bounded: bool = True) -> np.ndarray:
@@ -78,21 +77,16 @@ def integrate_action(target: np.ndarray, action: np.ndarray, embodiment: Embodim
 
     Returns:
         ``(..., 10)`` float64 target, position inside the workspace box.
-
-    Raises:
-        ActionError: the mode has no end-effector target.
     """
     if embodiment.action.mode == "ee_delta":
         pose = integrate_pose(target[..., :3], rotation.from_6d(target[..., 3:9]), action, embodiment)
         position, quaternion, opening = pose
         return np.concatenate([position, rotation.to_6d(quaternion), opening[..., None]], axis=-1)
-    if embodiment.action.mode == "ee_abs":
-        result = np.array(action, dtype=np.float64)
-        result[..., :3] = np.clip(result[..., :3], embodiment.workspace_low_m, embodiment.workspace_high_m)
-        result[..., 3:9] = rotation.to_6d(rotation.from_6d(result[..., 3:9]))
-        result[..., 9] = np.clip(result[..., 9], 0.0, 1.0)
-        return result
-    raise ActionError(f"action mode '{embodiment.action.mode}' has no end-effector target")
+    result = np.array(action, dtype=np.float64)
+    result[..., :3] = np.clip(result[..., :3], embodiment.workspace_low_m, embodiment.workspace_high_m)
+    result[..., 3:9] = rotation.to_6d(rotation.from_6d(result[..., 3:9]))
+    result[..., 9] = np.clip(result[..., 9], 0.0, 1.0)
+    return result
 
 
 def action_towards(target: np.ndarray, goal: np.ndarray, embodiment: Embodiment) -> np.ndarray:

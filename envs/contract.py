@@ -203,10 +203,9 @@ class _Contract:
             self.expect(bool((action == given).all()), "step changed the caller's action")
             self.check_observation(observation, "step")
             self.check_info(info, "step")
-            if self.embodiment.action.mode in ("ee_delta", "ee_abs"):
-                wanted = integrate_action(before, given, self.embodiment)
-                moved = np.abs(wanted - info["target"]).max() < 1e-5
-                self.expect(bool(moved), "info['target'] is not integrate_action of the previous one and the action")
+            wanted = integrate_action(before, given, self.embodiment)
+            moved = np.abs(wanted - info["target"]).max() < 1e-5
+            self.expect(bool(moved), "info['target'] is not integrate_action of the previous one and the action")
             reward = np.asarray(reward)
             self.expect(reward.shape == (self.count,) and bool(np.isfinite(reward).all()), "rewards must be finite")
             for name, flag in (("terminated", terminated), ("truncated", truncated)):

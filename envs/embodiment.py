@@ -8,7 +8,8 @@ from typing import Any
 
 from simtoreal.envs.errors import EmbodimentMismatchError
 
-ACTION_MODES = ("ee_delta", "ee_abs", "joint_abs")
+# The simulation takes ``ee_delta``; the ROS 2 environment (``robot/ros2_env.py``) also ``ee_abs``.
+ACTION_MODES = ("ee_delta", "ee_abs")
 RENDER_PROFILES = ("fast", "high")
 
 # Absolute end-effector target as it is recorded at every step and understood by the mode ``ee_abs``.
@@ -24,8 +25,8 @@ class ActionSpec:
     """Action space: float32 in [-1, 1] per dimension for ``ee_delta``.
 
     Attributes:
-        mode: ``ee_delta`` (displacement of the end-effector *target*, base frame), ``ee_abs`` (see
-            ``TARGET_NAMES``) or ``joint_abs``.
+        mode: ``ee_delta`` (displacement of the end-effector *target*, base frame) or, on ROS 2 robots only,
+            ``ee_abs`` (see ``TARGET_NAMES``).
         names: one name per dimension.
         units: unit of each dimension after scaling.
         limits: physical value of 1.0 per dimension (metres or radians per control step; 1 for the gripper).

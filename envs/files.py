@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from simtoreal.envs.errors import SimtorealError
 
 
 def fsync_folder(folder: Path) -> None:
@@ -36,6 +39,36 @@ def atomic_path(path: Path) -> Iterator[Path]:
         fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def append_whole(descriptor: int, content: bytes) -> None:
+    """Append to a file opened with ``O_APPEND``: all of ``content``, or nothing if the disk is full."""
+    end, written = os.fstat(descriptor).st_size, 0
+    try:
+        while written < len(content):
+            written += os.write(descriptor, content[written:])
+    except OSError:
+        # Not every file can be cut (a device); the reason must not be hidden by that.
+        with contextlib.suppress(OSError):
+            os.ftruncate(descriptor, end)
+        raise
+
+
+@contextlib.contextmanager
+def explained_disk_errors(path: Path, kind: type[SimtorealError], safe: str) -> Iterator[None]:
+    """Turn a full or failing disk while writing ``path`` into an error for the user.
+
+    Args:
+        path: named in the message.
+        kind: of the error.
+        safe: what is safe and how to go on, whole sentences.
+    """
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        reason = "the disk is full (or a quota or file-size limit was reached)" if full else "writing failed"
+        raise kind(f"{path}: {reason}: {error}. {safe}") from error
 
 
 def write_json(path: Path, content: Any) -> None:

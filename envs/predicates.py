@@ -7,6 +7,7 @@ calls of known predicates, ``and``, ``or``, ``not`` and numbers are accepted; no
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -167,8 +168,9 @@ def _compile_call(name: str, nodes: list[ast.expr], objects: dict[str, Any], whe
 def _argument(predicate: str, kind: str, node: ast.expr, objects: dict[str, Any], where: str) -> Any:
     text = ast.unparse(node)
     if kind == "number":
-        if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
-            return float(node.value)
+        value = node.value if isinstance(node, ast.Constant) else None
+        if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf:
+            return float(value)
         raise TaskError(f"{where}: {predicate} expects a number in metres, got '{text}'")
     if kind == "place" and text == "tcp":
         return _Tcp()

@@ -23,6 +23,8 @@ class Actor(Protocol):
         observation_steps: number of most recent observations given to :meth:`act` (oldest first).
         execute_steps: actions taken from each chunk before :meth:`act` is asked again.
         ensembling: decay of temporal ensembling (ACT, Zhao et al. 2023), or None to use chunks as they are.
+
+    An actor with an attribute ``embodiment`` is only let into environments of exactly this embodiment.
     """
 
     observation_steps: int
@@ -203,10 +205,14 @@ def rollout(
 
     Raises:
         ConfigError: the vector environment resets itself.
+        EmbodimentMismatchError: the actor was made for another embodiment; lists every differing field.
     """
     vector = env if isinstance(env, VectorEnv) else SingleVectorEnv(env)
     if vector.metadata.get("autoreset_mode") != AutoresetMode.DISABLED:
         raise ConfigError("rollout needs a vector environment made with autoreset_mode=AutoresetMode.DISABLED")
+    made_for = getattr(actor, "embodiment", None)
+    if made_for is not None:
+        made_for.require_equal(vector.unwrapped.embodiment, "the policy", "the environment")
     state = _Rollout(vector, actor, list(seeds), list(listeners), dict(reset_options or {}))
     state.refill(np.arange(vector.num_envs))
     while state.running.any() and not stop():

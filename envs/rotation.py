@@ -27,14 +27,6 @@ def quaternion_conjugate(q: Array) -> Array:
     return np.asarray(q) * np.array([1.0, -1.0, -1.0, -1.0])
 
 
-def rotate(q: Array, v: Array) -> Array:
-    """Rotate vectors ``(..., 3)`` by unit quaternions ``(..., 4)``."""
-    q, v = np.asarray(q), np.asarray(v)
-    axis = q[..., 1:]
-    t = 2.0 * np.cross(axis, v)
-    return v + q[..., :1] * t + np.cross(axis, t)
-
-
 def from_rotation_vector(r: Array) -> Array:
     """Quaternions of rotation vectors ``(..., 3)`` in radians."""
     r = np.asarray(r, dtype=np.float64)

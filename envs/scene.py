@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import mujoco
-import numpy as np
 
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.panda import OBJECT_BIT, ROBOT_BIT, add_panda
@@ -228,9 +227,3 @@ def _add_touch_sensors(spec: mujoco.MjSpec, item: ObjectSpec) -> None:
             objtype=mujoco.mjtObj.mjOBJ_BODY, objname=finger, reftype=mujoco.mjtObj.mjOBJ_BODY, refname=body,
         )  # fmt: skip
         sensor.intprm[:3] = [1 << int(mujoco.mjtConDataField.mjCONDATA_FOUND), 0, 1]
-
-
-def camera_pose(model: mujoco.MjModel, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Nominal position (m) and orientation (wxyz) of a camera in its mount."""
-    camera = model.camera(name)
-    return camera.pos.copy(), camera.quat.copy()

@@ -16,7 +16,7 @@ from mujoco.batch import Batch, SimulationError
 from simtoreal.envs import rotation
 from simtoreal.envs.action import build_proprio, check_action, integrate_pose
 from simtoreal.envs.embodiment import Embodiment
-from simtoreal.envs.errors import ConfigError
+from simtoreal.envs.errors import ConfigError, TaskError
 from simtoreal.envs.panda import FINGER_TRAVEL_M, panda_embodiment, pose_to_control
 from simtoreal.envs.predicates import SceneView
 from simtoreal.envs.randomization import Randomization, Variation, load_randomization, sample_variation
@@ -29,6 +29,8 @@ MAX_LATENCY_STEPS = 4
 HOME_NOISE_RAD = 0.02
 # Control steps in which an arm is driven to a start away from home, the last of them at rest.
 START_STEPS, START_SETTLE_STEPS = 26, 8
+# Draws of an initial condition in which the goal must be false once.
+MAX_DRAWS = 100
 # Beyond any state the scenes can reach; MuJoCo itself only reacts at 1e10.
 DIVERGED_STATE = 1e6
 HEADLIGHT = ("vis.headlight.ambient", "vis.headlight.diffuse")
@@ -57,6 +59,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         record_state: put ``sim_state`` (the exact state, see :meth:`get_state`) into every info.
 
     Raises:
+        ConfigError: the embodiment's action mode is not ``ee_delta``.
         ConfigError, TaskError: see :func:`load_task`, :func:`load_randomization`.
     """
 
@@ -83,6 +86,11 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
             raise ConfigError(f"autoreset_mode {autoreset_mode} is not supported; use DISABLED or NEXT_STEP")
         self.task = load_task(task)
         self.embodiment = embodiment or panda_embodiment(image_size, cameras=cameras, render_profile=render_profile)
+        if self.embodiment.action.mode != "ee_delta":
+            raise ConfigError(
+                f"embodiment '{self.embodiment.name}' has action mode '{self.embodiment.action.mode}'; the simulation "
+                "takes 'ee_delta' (absolute targets are for robots behind ROS 2)"
+            )
         self.observe, self.autoreset_mode, self.record_state = observe, autoreset_mode, record_state
         self.randomization = load_randomization(randomization)
         self.num_envs = num_envs
@@ -166,6 +174,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
 
         Raises:
             ConfigError: unknown option or wrong shapes.
+            TaskError: the task's goal holds before anything is done.
         """
         options = dict(options or {})
         mask = np.asarray(options.pop("reset_mask", np.ones(self.num_envs, dtype=bool)))
@@ -280,10 +289,24 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         return [int(self.np_random.integers(2**31)) if value is None else int(value) for value in given]
 
     def _reset_slots(self, slots: np.ndarray, seeds: list[int]) -> None:
+        """Begin new episodes; a draw in which the goal holds already is followed by another from the same seed."""
+        self._seeds[slots] = [seeds[slot] for slot in slots]
+        generators = {int(slot): np.random.default_rng(seeds[slot]) for slot in slots}
+        for _ in range(MAX_DRAWS):
+            self._begin(slots, generators)
+            slots = slots[self.task.goal_predicate(self._scene())[slots]]
+            if not len(slots):
+                return
+        raise TaskError(
+            f"{self.task.source or self.task.name}: key 'goal' ({self.task.goal}) holds before anything is done "
+            f"(seed {seeds[slots[0]]}, {MAX_DRAWS} draws). Change 'goal' or 'initial'."
+        )
+
+    def _begin(self, slots: np.ndarray, generators: dict[int, np.random.Generator]) -> None:
+        """Put everything where the next draw of the generators says."""
         self.batch.reset(slots, stage=_STAGE_NONE)
         for slot in slots:
-            self._place(int(slot), np.random.default_rng(seeds[slot]))
-            self._seeds[slot] = seeds[slot]
+            self._place(int(slot), generators[int(slot)])
         if self._apply_all_variations:
             self.batch.set_const(slots)
         self.batch.forward(slots, _STAGE_ACC)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -35,6 +36,11 @@ COLORS = {
     "yellow": (0.95, 0.8, 0.1), "purple": (0.55, 0.2, 0.7), "orange": (0.95, 0.5, 0.1),
     "white": (0.92, 0.92, 0.92), "gray": (0.5, 0.5, 0.52), "brown": (0.55, 0.36, 0.2),
 }  # fmt: skip
+# Names that the scene itself uses; an object of the same name would be taken for a part of the robot.
+RESERVED_NAMES = frozenset(
+    {"world", "table", "tcp", "base", "gripper_down", "hand", "left_finger", "right_finger"}
+    | {f"link{index}" for index in range(8)}
+)
 SKILLS: dict[str, tuple[str, ...]] = {
     "reach": ("point",),
     "pick": ("object",),
@@ -265,6 +271,16 @@ def sample_initial_condition(task: TaskSpec, rng: np.random.Generator, *, attemp
     return InitialCondition(positions, quaternions, openings, instruction)
 
 
+def _is_finite(value: Any) -> bool:
+    """Whether a yaml value is a number that a computation can use: yaml also knows .nan and .inf."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 class _Reader:
     """Reads typed values out of parsed yaml and reports file, key and expected type."""
 
@@ -288,8 +304,10 @@ class _Reader:
                 raise TaskError(f"{self.source}: key '{self.join(key)}' is missing; it must be {expected}")
             return default
         value = self.content[key]
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        if kind is float and _is_finite(value):
             value = float(value)
+        elif kind is float:
+            raise self.fail(key, expected, value)
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise self.fail(key, expected, value)
         return value
@@ -298,9 +316,7 @@ class _Reader:
         value = self.get(key, list, expected, default)
         if value is None or (value is default and default is not ...):
             return default  # type: ignore[no-any-return]
-        if (count is not None and len(value) != count) or not all(
-            isinstance(entry, int | float) and not isinstance(entry, bool) for entry in value
-        ):
+        if (count is not None and len(value) != count) or not all(_is_finite(entry) for entry in value):
             raise self.fail(key, expected, value)
         return tuple(float(entry) for entry in value)
 
@@ -366,10 +382,12 @@ def parse_task(content: Any, source: str = "task") -> TaskSpec:
 
 def _parse_objects(reader: _Reader) -> tuple[ObjectSpec, ...]:
     content = _Reader(reader.get("objects", dict, "a mapping of name to object"), reader.source, "objects")
+    # A drawer has a second body; see scene.py.
+    taken = RESERVED_NAMES | {f"{name}_tray" for name in content.content}
     parsed = []
     for name in content.content:
-        if not str(name).isidentifier() or name == "tcp":
-            raise content.fail(str(name), "an identifier other than 'tcp'", name)
+        if not str(name).isidentifier() or name in taken:
+            raise content.fail(str(name), f"an identifier that the scene does not use ({_listed(taken)})", name)
         entry = _Reader(
             content.get(name, dict, "a mapping with shape, size_m, color"), reader.source, f"objects.{name}"
         )
@@ -397,6 +415,10 @@ def _parse_objects(reader: _Reader) -> tuple[ObjectSpec, ...]:
     return tuple(parsed)
 
 
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
 def _parse_instructions(reader: _Reader) -> tuple[str, ...]:
     value = reader.get("instructions", list, "a list with at least one sentence")
     if not value or not all(isinstance(entry, str) and entry.strip() for entry in value):
@@ -408,7 +430,7 @@ def _parse_distances(reader: _Reader, names: list[str]) -> tuple[tuple[str, str,
     expected = "a list of [object, object, metres]"
     parsed = []
     for entry in reader.get("min_distances", list, expected, []):
-        if not isinstance(entry, list) or len(entry) != 3 or not isinstance(entry[2], int | float):
+        if not isinstance(entry, list) or len(entry) != 3 or not _is_finite(entry[2]):
             raise reader.fail("min_distances", expected, entry)
         for name in entry[:2]:
             if name not in names:
@@ -472,7 +494,7 @@ def load_task(task: str | Path | TaskSpec) -> TaskSpec:
         task: a shipped name such as ``"pick_place"``, a path that ends in ``.yaml``, or a specification.
 
     Raises:
-        TaskError: unknown name (with the closest one), missing file, or malformed yaml.
+        TaskError: unknown name (with the closest one), missing or unreadable file, or malformed yaml.
     """
     if isinstance(task, TaskSpec):
         return task
@@ -480,7 +502,11 @@ def load_task(task: str | Path | TaskSpec) -> TaskSpec:
         path = Path(task)
         if not path.is_file():
             raise TaskError(f"task file '{path}' does not exist")
-        return parse_task_text(path.read_text(), str(path))
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TaskError(f"cannot read task file '{path}': {error}. Save it as UTF-8 text.") from error
+        return parse_task_text(text, str(path))
     shipped = _shipped_tasks()
     if task not in shipped:
         guess = difflib.get_close_matches(str(task), shipped, n=1)

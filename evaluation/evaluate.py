@@ -122,6 +122,7 @@ def evaluate(
 
     Raises:
         EvaluationError: the folder holds another evaluation.
+        EmbodimentMismatchError: the actor was made for another embodiment than ``env``.
     """
     started = time.monotonic()
     check_settings(folder, settings)

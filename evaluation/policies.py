@@ -13,23 +13,31 @@ from simtoreal.policies.actor import PolicyActor
 from simtoreal.policies.checkpoint import CONFIG, MODEL, LoadedPolicy, load_policy
 
 
-def load_actor(path: Path, *, device: str = "auto", seed: int = 0) -> tuple[LoadedPolicy, PolicyActor]:
+def load_actor(
+    path: Path,
+    *,
+    device: str = "auto",
+    seed: int = 0,
+    execute_steps: int | None = None,
+    ensembling: float | None = None,
+) -> tuple[LoadedPolicy, PolicyActor]:
     """Load a checkpoint (or the newest of a training run) as an actor.
 
     Args:
         path: folder of the run or checkpoint.
         device: ``auto``, ``cpu`` or ``cuda``.
         seed: of the policy's own noise.
+        execute_steps, ensembling: see :class:`PolicyActor`.
 
     Raises:
         CheckpointError: it cannot be loaded.
-        ConfigError: a GPU was asked for and there is none.
+        ConfigError: a GPU was asked for and there is none, or a setting is out of range.
     """
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: this machine has no usable GPU; use --device cpu")
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     loaded = load_policy(path, chosen)
-    return loaded, PolicyActor(loaded.policy, seed)
+    return loaded, PolicyActor(loaded.policy, seed, execute_steps=execute_steps, ensembling=ensembling)
 
 
 def checkpoint_digest(folder: Path) -> str:

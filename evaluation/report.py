@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import simtoreal
-from simtoreal.envs.errors import SimtorealError
+from simtoreal.envs.errors import CheckpointError, SimtorealError
 from simtoreal.envs.files import atomic_path
 from simtoreal.envs.provenance import git_commit, machine, versions
 from simtoreal.evaluation import film, report_sections
@@ -204,13 +204,15 @@ def _commands(results: Mapping[str, dict[str, Any] | None], deployment: Evaluati
 
 
 def _details(runs: Mapping[str, Path], results: Mapping[str, dict[str, Any] | None]) -> list[dict[str, Any]]:
+    from simtoreal.policies.checkpoint import CONFIG, find_checkpoint
+
     blocks: list[dict[str, Any]] = []
     for label, folder in runs.items():
-        config = report_sections.find_checkpoint(folder) / "config.yaml"
-        if config.is_file():
-            blocks.append(
-                {"title": f"Configuration of {label}", "table": None, "text": config.read_text(encoding="utf-8")}
-            )
+        try:
+            config = find_checkpoint(folder) / CONFIG
+        except CheckpointError:
+            continue  # Trained, but its checkpoints are gone: the report has the rest to say.
+        blocks.append({"title": f"Configuration of {label}", "table": None, "text": config.read_text(encoding="utf-8")})
     rows = [[name, version] for name, version in versions().items()]
     hardware = machine()
     rows += [["processor", f"{hardware['cpu']}, {hardware['cores']} cores"], ["system", hardware["system"]]]

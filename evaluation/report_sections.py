@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from simtoreal.envs.randomization import RANDOMIZATIONS
 from simtoreal.evaluation import film, plots
 from simtoreal.evaluation.compare import NOT_DISTINGUISHABLE, compare
 from simtoreal.evaluation.results import Evaluation, EvaluationError
+from simtoreal.policies.training_log import read_metrics
 
 Points = list[tuple[float, float]]
 
@@ -177,29 +177,13 @@ def progress(evaluations: Sequence[Evaluation], deployment: Evaluation | None) -
     }
 
 
-def find_checkpoint(run: Path) -> Path:
-    """Return the newest checkpoint folder of a training run (or the folder itself if it is one)."""
-    for name in ("checkpoints/last", "last"):
-        if (run / name).exists():
-            return run / name
-    return run
-
-
-def read_metrics(run: Path) -> dict[str, Points]:
-    """Return quantity -> ``(step, value)`` points of a training run's ``metrics.jsonl``."""
-    path = run / "metrics.jsonl"
+def training_curves(run: Path) -> dict[str, Points]:
+    """Return quantity -> ``(step, value)`` points of a training run's metrics."""
     curves: dict[str, Points] = {}
-    if not path.is_file():
-        return curves
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            content = json.loads(line)
-            step = float(content["step"])
-        except (ValueError, KeyError, TypeError):
-            continue  # The line being written when training was interrupted.
+    for content in read_metrics(run):
         for key, value in content.items():
             if key != "step" and isinstance(value, int | float) and not isinstance(value, bool):
-                curves.setdefault(key, []).append((step, float(value)))
+                curves.setdefault(key, []).append((float(content["step"]), float(value)))
     return curves
 
 
@@ -211,7 +195,7 @@ def learning(runs: Mapping[str, Path], trained: Mapping[str, Mapping[str, Any]])
     """Return learning curves and the size of every training."""
     if not runs:
         return None
-    metrics = {label: read_metrics(folder) for label, folder in runs.items()}
+    metrics = {label: training_curves(folder) for label, folder in runs.items()}
     curves = {
         title: {label: _smoothed(found[key]) for label, found in metrics.items() if key in found}
         for title, key in CURVES.items()

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from simtoreal.envs.errors import SimtorealError
+from simtoreal.envs.files import append_whole, explained_disk_errors
 from simtoreal.envs.rollout import EpisodeResult
 from simtoreal.evaluation.statistics import graded_posterior, posterior_interval
 
@@ -40,17 +41,22 @@ def failure_tag(result: EpisodeResult) -> str:
 
 
 def append_episode(folder: Path, result: EpisodeResult) -> None:
-    """Append one episode to the table, durably: a crash loses at most the running episodes."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Append one episode to the table, durably: a crash loses at most the running episodes.
+
+    Raises:
+        EvaluationError: the disk is full; the episodes before this one are safe.
+    """
     path = folder / EPISODES_FILE
     line = json.dumps({**dataclasses.asdict(result), "failure_tag": failure_tag(result)}, allow_nan=False)
-    with open(path, "a+b") as handle:
-        # A line cut off by a crash must not swallow this one.
-        if handle.tell() and not _ends_with_newline(handle):
-            handle.truncate(_last_line_start(handle))
-        handle.write(line.encode() + b"\n")
-        handle.flush()
-        os.fsync(handle.fileno())
+    safe = "The episodes before this one are stored; free space and run the same command again to continue."
+    with explained_disk_errors(path, EvaluationError, safe):
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b", buffering=0) as handle:
+            # A line cut off by a crash must not swallow this one.
+            if handle.tell() and not _ends_with_newline(handle):
+                handle.truncate(_last_line_start(handle))
+            append_whole(handle.fileno(), line.encode() + b"\n")
+            os.fsync(handle.fileno())
 
 
 def _ends_with_newline(handle: Any) -> bool:

@@ -20,7 +20,7 @@ class PolicyActor:
     are read.
 
     Args:
-        policy: see :class:`Policy`; it is put into evaluation mode.
+        policy: see :class:`Policy`; it is put into evaluation mode, and only acts in its own embodiment.
         seed: of the noise.
         execute_steps: actions taken from each chunk, by default those of the policy's config.
         ensembling: decay m of temporal ensembling (ACT, Zhao et al. 2023: weights exp(-m i)); None turns it off.
@@ -33,6 +33,7 @@ class PolicyActor:
         self, policy: Policy, seed: int = 0, *, execute_steps: int | None = None, ensembling: float | None = None
     ) -> None:
         self.policy = policy.eval()
+        self.embodiment = policy.embodiment
         self.seed = seed
         self.observation_steps = policy.config.observation_steps
         self.execute_steps = policy.config.execute_steps if execute_steps is None else execute_steps

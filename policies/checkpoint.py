@@ -58,14 +58,6 @@ class LoadedPolicy:
     training: dict[str, Any]
     folder: Path
 
-    def require_embodiment(self, other: Embodiment, owner: str) -> None:
-        """Raise unless the policy was trained for ``other``, the embodiment of ``owner``.
-
-        Raises:
-            EmbodimentMismatchError: lists every differing field.
-        """
-        self.embodiment.require_equal(other, f"checkpoint {self.folder}", owner)
-
 
 def plain_config(config: Any) -> dict[str, Any]:
     """Return a config dataclass as plain values for yaml and JSON (tuples become lists)."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from simtoreal.envs.files import atomic_path
+from simtoreal.envs.errors import SimtorealError
+from simtoreal.envs.files import append_whole, atomic_path, explained_disk_errors
 
 METRICS = "metrics.jsonl"
 
@@ -40,11 +43,13 @@ class TrainingLog:
     def __init__(self, run: Path, *, first_step: int, last_step: int, progress: bool) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
+        self._path = run / METRICS
         kept = [line for line in read_metrics(run) if line["step"] <= first_step]
-        with atomic_path(run / METRICS) as temporary:
-            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        self._file = open(run / METRICS, "a", encoding="utf-8")  # noqa: SIM115 - closed in close()
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
+        with self._disk_errors():
+            with atomic_path(self._path) as temporary:
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
+            self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
         self._bar = _progress_bar() if progress else None
         self._task = None
         self._seen = {"loss": "-", "error": "-", "rate": "-"}
@@ -58,13 +63,17 @@ class TrainingLog:
             self._bar.update(self._task, completed=step, **self._seen)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Store metrics of a step; lists are stored but not drawn, values that are not finite as None."""
+        """Store metrics of a step; lists are stored but not drawn, values that are not finite as None.
+
+        Raises:
+            SimtorealError: the disk is full; earlier lines and checkpoints are intact.
+        """
         line = {"step": step, **{key: _storable(value) for key, value in metrics.items()}}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
-        for key, value in metrics.items():
-            if isinstance(value, int | float):
-                self._board.add_scalar(key, value, step)
+        with self._disk_errors():
+            append_whole(self._file, json.dumps(line, allow_nan=False).encode() + b"\n")
+            for key, value in metrics.items():
+                if isinstance(value, int | float):
+                    self._board.add_scalar(key, value, step)
         if "loss" in metrics:
             self._seen["loss"] = f"{metrics['loss']:.4f}"
         if "validation_error" in metrics:
@@ -80,8 +89,18 @@ class TrainingLog:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        self._board.close()
-        self._file.close()
+        os.close(self._file)
+        try:
+            with self._disk_errors():
+                self._board.close()
+        except SimtorealError:
+            # What stopped the training is the error to show.
+            if error is None:
+                raise
+
+    def _disk_errors(self) -> AbstractContextManager[None]:
+        safe = "The last checkpoint is intact; free space and run the same command again with --resume."
+        return explained_disk_errors(self._path, SimtorealError, safe)
 
 
 def _storable(value: Any) -> Any:

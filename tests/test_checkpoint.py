@@ -70,7 +70,7 @@ def test_a_checkpoint_holds_no_pickle(folder):
 def test_another_embodiment_is_refused_field_by_field(folder):
     other = dataclasses.replace(toy.embodiment(32), control_hz=30.0)
     with pytest.raises(EmbodimentMismatchError) as caught:
-        load_policy(folder).require_embodiment(other, "environment")
+        load_policy(folder).embodiment.require_equal(other, "checkpoint", "environment")
     text = str(caught.value)
     for line in ("control_hz: 20.0 != 30.0", "cameras[0].height: 24 != 32", "cameras[0].width: 24 != 32"):
         assert line in text

@@ -17,7 +17,7 @@ import numpy as np
 import point_world
 import pytest
 
-from simtoreal.data_collection.collect import CollectionPlan, collect
+from simtoreal.data_collection.collect import CollectionPlan, CollectionProgress, collect
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.envs.errors import ConfigError, DatasetError, SimtorealError
 
@@ -208,6 +208,31 @@ def test_full_disk_is_reported_and_nothing_is_half_written(tmp_path: Path, refer
     assert not [file for file in (tmp_path / "a").rglob("*") if file.suffix in (".tmp", ".part")]
     collect(make_plan(tmp_path / "a"), setup=point_world.setup)
     assert content_digest(tmp_path / "a") == reference
+
+
+def test_full_disk_in_the_main_process_is_reported_and_the_collection_continues(tmp_path: Path, reference: str) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = tmp_path / "a"
+
+    def fill(progress: CollectionProgress) -> None:
+        if progress.session == 5:
+            # Room for half a line of the log, and none for the dataset's description.
+            size = (path / "collection.jsonl").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 30, limits[1]))
+
+    try:
+        with pytest.raises(
+            DatasetError, match=r"collection\.jsonl: the disk is full .* every finished episode is intact"
+        ):
+            collect(make_plan(path, workers=1), setup=point_world.setup, on_progress=fill)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (path / "collection.jsonl").read_text().endswith("}\n")
+    assert len((path / "collection.jsonl").read_text().splitlines()) == 5
+    result = collect(make_plan(path), setup=point_world.setup)
+    assert result.session < len(result.outcomes)
+    assert content_digest(path) == reference
+    assert_clean(path)
 
 
 def broken_setup(plan: CollectionPlan) -> tuple:

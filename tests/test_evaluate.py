@@ -128,7 +128,12 @@ def test_demonstrated_conditions_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An untrained behaviour-cloning policy for ``reach``."""
+    """An untrained behaviour-cloning policy for ``reach`` with 32-pixel cameras."""
+    return _save_policy(tmp_path_factory.mktemp("run"), 32)
+
+
+def _save_policy(folder: Path, image_size: int) -> Path:
+    folder.mkdir(exist_ok=True)
     import torch
 
     from simtoreal.envs import load_task, panda_embodiment
@@ -138,9 +143,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from simtoreal.policies.normalization import Statistics
 
     torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("run")
     config = BCConfig(vision=VisionConfig(widths=(8, 8), features=16, keypoints=8), hidden=32, layers=1)
-    embodiment = panda_embodiment(32)
+    embodiment = panda_embodiment(image_size)
     statistics = {
         "actions": Statistics(low=-np.ones(7, np.float32), high=np.ones(7, np.float32)),
         "proprio": Statistics(low=-np.ones(20, np.float32), high=np.ones(20, np.float32)),
@@ -164,3 +168,67 @@ def test_command_evaluates_a_checkpoint(checkpoint: Path, tmp_path: Path, capsys
         command.Config(output=tmp_path)
     with pytest.raises(ConfigError, match="--episodes is 0"):
         command.Config(policy=checkpoint, output=tmp_path, episodes=0)
+
+
+def test_policy_for_other_cameras_is_refused(tmp_path: Path) -> None:
+    from simtoreal.envs.errors import EmbodimentMismatchError
+    from simtoreal.evaluation.policies import load_actor
+
+    _, actor = load_actor(_save_policy(tmp_path / "run", 64), device="cpu")
+    env = make_vector_env("reach", 1, image_size=96)
+    with pytest.raises(EmbodimentMismatchError) as caught:
+        evaluate(env, actor, SEEDS, tmp_path / "out", SETTINGS)
+    env.close()
+    for line in ("the policy", "the environment", "cameras[0].height: 64 != 96", "cameras[1].width: 64 != 96"):
+        assert line in str(caught.value)
+    assert not read_episodes(tmp_path / "out")
+
+
+def test_execution_flags_reach_the_policy_and_are_stored(checkpoint: Path, tmp_path: Path) -> None:
+    common = {"policy": checkpoint, "episodes": 1, "num_envs": 1, "videos": 0}
+    config = command.Config(**common, output=tmp_path / "out", execute_steps=3)
+    env, actor, settings, _ = command._prepare(config)
+    env.close()
+    assert actor.execute_steps == 3
+    assert settings["execute_steps"] == 3
+    command.main(config)
+    assert load_evaluation(tmp_path / "out").results["execute_steps"] == 3
+    with pytest.raises(EvaluationError, match="execute_steps: 3 there, None now"):
+        command.main(command.Config(**common, output=tmp_path / "out"))
+    env, actor, settings, _ = command._prepare(command.Config(**common, output=tmp_path, ensembling=0.01))
+    env.close()
+    assert (actor.ensembling, settings["ensembling"]) == (0.01, 0.01)
+    with pytest.raises(ConfigError, match="execute_steps is 999"):
+        command.main(command.Config(**common, output=tmp_path / "far", execute_steps=999))
+    with pytest.raises(ConfigError, match="exclude each other"):
+        command.Config(**common, output=tmp_path, execute_steps=3, ensembling=0.01)
+    with pytest.raises(ConfigError, match="are for policies"):
+        command.Config(actor="expert", task="reach", output=tmp_path, execute_steps=3)
+
+
+def test_full_disk_keeps_the_episodes_before(tmp_path: Path) -> None:
+    import resource
+
+    from simtoreal.envs.rollout import EpisodeResult
+    from simtoreal.evaluation.results import append_episode
+
+    results = [
+        EpisodeResult(
+            episode=seed, seed=seed, success=True, steps=9, duration_s=0.5, milestones={}, instruction="", failure=""
+        )
+        for seed in range(4)
+    ]
+    for result in results[:2]:
+        append_episode(tmp_path, result)
+    size = (tmp_path / "episodes.jsonl").stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, limits[1]))
+    try:
+        with pytest.raises(EvaluationError, match=r"episodes\.jsonl: the disk is full .* before this one are stored"):
+            append_episode(tmp_path, results[2])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert read_episodes(tmp_path) == results[:2]
+    assert (tmp_path / "episodes.jsonl").stat().st_size == size
+    append_episode(tmp_path, results[3])
+    assert [result.seed for result in read_episodes(tmp_path)] == [0, 1, 3]

@@ -26,8 +26,6 @@ def test_rotation_representations_agree(angle):
     assert np.allclose(np.linalg.det(matrices), 1)
     assert np.allclose(rotation.to_matrix(rotation.from_matrix(matrices)), matrices)
     assert np.allclose(rotation.to_matrix(rotation.from_6d(rotation.to_6d(q))), matrices)
-    points = _random_vectors(50, 0.7)
-    assert np.allclose(rotation.rotate(q, points), np.einsum("nij,nj->ni", matrices, points))
     product = rotation.to_matrix(rotation.quaternion_multiply(q, q[::-1]))
     assert np.allclose(product, matrices @ matrices[::-1])
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from simtoreal.envs import gym_id, list_tasks, make_env, make_vector_env
+from simtoreal.envs import gym_id, list_tasks, load_task, make_env, make_vector_env, panda_embodiment
+from simtoreal.envs.embodiment import TARGET_NAMES, ActionSpec
 from simtoreal.envs.errors import ActionError, ConfigError, TaskError
+from simtoreal.envs.scene_layout import DRAWER_TRAVEL_M
 from simtoreal.envs.tabletop_vector import SUCCESS_HOLD_STEPS
+from simtoreal.envs.task import RESERVED_NAMES, parse_task
 
 
 def _actions(steps: int, count: int, seed: int = 0) -> np.ndarray:
@@ -167,10 +172,104 @@ def test_unknown_names_give_the_closest():
 
 @pytest.mark.parametrize("task", list_tasks())
 def test_goal_is_false_at_every_reset(task):
-    env = make_vector_env(task, 32, observe="state")
-    for seed in (0, 32):
-        env.reset(seed=seed)
-        assert not env.task.goal_predicate(env._scene()).any()
+    for randomization in (None, "training"):
+        env = make_vector_env(task, 64, observe="state", randomization=randomization)
+        for seed in (0, 64):
+            env.reset(seed=seed)
+            assert not env.task.goal_predicate(env._scene()).any()
+
+
+def test_a_start_inside_the_goal_is_drawn_again_from_the_same_seed():
+    content = load_task("reach").to_dict()
+    content["initial"]["goal"] = {"x_m": [0.3, 0.7], "y_m": [-0.2, 0.2], "z_m": [0.1, 0.5]}
+    task = parse_task({**content, "goal": "at(tcp, goal, 0.15)"})
+    easy = parse_task({**content, "goal": "at(tcp, goal, 0.001)"})
+    env, unfiltered = make_vector_env(task, 64, observe="state"), make_vector_env(easy, 64, observe="state")
+    first, info = env.reset(seed=0)
+    raw = unfiltered.reset(seed=0)[0]
+    inside = np.linalg.norm(raw["object_state"][:, :3] - raw["proprio"][:, :3], axis=-1) < 0.15
+    assert 3 < inside.sum() < 60
+    assert not env.task.goal_predicate(env._scene()).any()
+    same = (first["object_state"] == raw["object_state"]).all(axis=-1)
+    assert np.array_equal(same, ~inside), "seeds whose first draw was good keep it"
+    assert info["init_id"].tolist() == list(range(64))
+    slot = int(np.flatnonzero(inside)[0])
+    alone = make_vector_env(task, 1, observe="state").reset(seed=[slot])[0]
+    assert _same({key: value[slot : slot + 1] for key, value in first.items()}, alone)
+
+
+def test_a_goal_that_always_holds_is_an_error():
+    content = load_task("reach").to_dict()
+    env = make_vector_env(parse_task({**content, "goal": "at(tcp, goal, 5)"}, "mine.yaml"), 2, observe="state")
+    with pytest.raises(TaskError, match=r"mine\.yaml: key 'goal' \(at\(tcp, goal, 5\)\) holds before anything is done"):
+        env.reset(seed=0)
+
+
+def _free(env, name: str, position: tuple[float, ...]) -> None:
+    """Put a free object at ``position``, upright and at rest, in every simulation."""
+    where = env.objects[name]
+    env.fields["qpos"][:, where.qpos : where.qpos + 7] = [*position, 1, 0, 0, 0]
+    env.fields["qvel"][:, where.qvel : where.qvel + 6] = 0
+
+
+def _fixed(env, name: str, position: tuple[float, ...]) -> None:
+    env.fields["mocap_pos"][:, env.objects[name].mocap] = position
+    env.fields["mocap_quat"][:, env.objects[name].mocap] = [1, 0, 0, 0]
+
+
+def _reach_goal(env) -> None:
+    """Move the objects to where the task wants them, away from the arm."""
+    spot, half = (0.5, 0.12), {item.name: item.half_height_m for item in env.task.objects}
+    if env.task.name == "pick_place":
+        _fixed(env, "plate", (*spot, 0))
+        _free(env, "cube", (*spot, env.task.object("plate").top_m + half["cube"]))
+    elif env.task.name == "stack":
+        _free(env, "blue_cube", (*spot, half["blue_cube"]))
+        _free(env, "red_cube", (*spot, 2 * half["blue_cube"] + half["red_cube"]))
+    elif env.task.name == "insert":
+        _fixed(env, "socket", (*spot, 0))
+        _free(env, "peg", (*spot, half["peg"]))
+    elif env.task.name == "push":
+        _fixed(env, "region", (*spot, 0))
+        _free(env, "block", (*spot, half["block"]))
+    else:
+        opening = DRAWER_TRAVEL_M if env.task.name == "drawer_open" else 0.0
+        env.fields["qpos"][:, env.objects["drawer"].joint_qpos] = opening
+
+
+@pytest.mark.parametrize("task", ["pick_place", "stack", "insert", "push", "drawer_open", "drawer_close"])
+def test_goal_stays_true_once_the_scene_is_there(task):
+    env = make_vector_env(task, 2, observe="state")
+    env.reset(seed=0)
+    _reach_goal(env)
+    env.batch.forward()
+    hold = np.zeros((2, 7), np.float32)
+    hold[:, 6] = 1.0
+    held = []
+    for _ in range(20):
+        # Without its count of held steps the episode would end and the simulation stop.
+        env._hold[:] = 0
+        _, _, terminated, truncated, _ = env.step(hold)
+        assert not (terminated | truncated).any()
+        held.append(env.task.goal_predicate(env._scene()))
+    assert np.all(held)
+
+
+def test_only_displacements_drive_the_simulation():
+    panda = panda_embodiment()
+    absolute = ActionSpec(mode="ee_abs", names=TARGET_NAMES, units=("",) * 10, limits=(1.0,) * 10)
+    with pytest.raises(ConfigError, match="action mode 'ee_abs'; the simulation takes 'ee_delta'"):
+        make_vector_env("reach", 1, embodiment=dataclasses.replace(panda, action=absolute))
+    with pytest.raises(ValueError, match="'joint_abs' is not one of"):
+        dataclasses.replace(absolute, mode="joint_abs")
+
+
+def test_every_name_of_the_robot_is_reserved():
+    model = make_vector_env("reach", 1, observe="state").model
+    names = {model.body(index).name for index in range(model.nbody)}
+    names |= {model.site(index).name for index in range(model.nsite)}
+    names |= {model.geom(index).name for index in range(model.ngeom)}
+    assert names - {"goal", ""} <= RESERVED_NAMES
 
 
 def test_images_show_the_scene():

@@ -64,12 +64,35 @@ def test_malformed_yaml_names_the_file(tmp_path):
         (lambda c: c["plan"][0].update(skill="pik"), r"plan\[0\].skill' is 'pik'. Did you mean 'pick'"),
         (lambda c: c["plan"][0].update(object="cubes"), "names object 'cubes'. Did you mean 'cube'"),
         (lambda c: c.update(min_distances=[["cube", "plat", 0.1]]), "names object 'plat'. Did you mean 'plate'"),
+        (lambda c: c.update(min_distances=[["cube", "plate", float("nan")]]), "key 'min_distances' must be"),
+        (lambda c: c["objects"]["cube"].update(mass_kg=float("nan")), "'objects.cube.mass_kg' must be .* got nan"),
+        (lambda c: c["objects"]["cube"].update(friction=float("inf")), "'objects.cube.friction' must be .* got inf"),
+        (lambda c: c["objects"]["cube"].update(size_m=[0.02, 0.02, float("nan")]), "'objects.cube.size_m' must be"),
+        (lambda c: c["objects"]["cube"].update(mass_kg=10**400), "'objects.cube.mass_kg' must be"),
+        (lambda c: c["initial"]["cube"].update(x_m=[float("nan"), 0.4]), "'initial.cube.x_m' must be"),
+        (lambda c: c.update(goal="lifted(cube, 1e999)"), "expects a number in metres"),
     ],
 )
 def test_mistakes_name_key_and_fix(content, edit, message):
     edit(content)
     with pytest.raises(TaskError, match=message):
         parse_task(content, "mine.yaml")
+
+
+@pytest.mark.parametrize("name", ["hand", "link3", "left_finger", "table", "world", "tcp", "cabinet_tray", "my cube"])
+def test_names_that_the_scene_uses_are_refused(content, name):
+    drawer = {"shape": "drawer", "size_m": [0.1, 0.09, 0.04], "color": "brown"}
+    content["objects"] |= {"cabinet": drawer, name: content["objects"]["cube"]}
+    content["initial"] |= {"cabinet": content["initial"]["cube"], name: content["initial"]["cube"]}
+    with pytest.raises(TaskError, match=rf"mine\.yaml: key 'objects\.{name}' must be an identifier that the scene"):
+        parse_task(content, "mine.yaml")
+
+
+def test_files_that_are_not_text_are_named(tmp_path):
+    path = tmp_path / "latin.yaml"
+    path.write_bytes("name: dépôt".encode("latin-1"))
+    with pytest.raises(TaskError, match=r"latin\.yaml': .*UTF-8"):
+        load_task(path)
 
 
 def test_contradictory_distances_are_reported(content):

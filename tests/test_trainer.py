@@ -25,7 +25,7 @@ from simtoreal.policies.checkpoint import load_policy
 from simtoreal.policies.config import AugmentationConfig, BCConfig, TrainerConfig
 from simtoreal.policies.trainer import choose_precision, learning_rate, train
 from simtoreal.policies.training_data import batch_indices, open_training_data, to_tensors, training_batches
-from simtoreal.policies.training_log import read_metrics
+from simtoreal.policies.training_log import TrainingLog, read_metrics
 
 TESTS = Path(__file__).parent
 
@@ -283,9 +283,35 @@ def test_errors_of_the_data_reach_the_caller(tmp_path):
         train(config, toy.small_trainer(), data, tmp_path)
 
 
-def test_precision_follows_the_processor():
+def test_precision_follows_the_processor(monkeypatch):
     assert choose_precision("fp32", torch.device("cpu")) == "fp32"
-    assert choose_precision("auto", torch.device("cpu")) in ("bf16", "fp32")
+    for capabilities, expected in (({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found, raising=False)
+        assert choose_precision("auto", torch.device("cpu")) == expected
+
+
+# The thread of tensorboard's writer ends with the same error.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_full_disk_is_explained_and_the_log_stays_whole(tmp_path):
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    sizes = []
+
+    def fill_the_disk() -> None:
+        with TrainingLog(tmp_path, first_step=0, last_step=9, progress=False) as log:
+            log.write(1, {"loss": 0.5})
+            sizes.append((tmp_path / "metrics.jsonl").stat().st_size)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (sizes[0] + 5, limits[1]))
+            log.write(2, {"loss": 0.25})
+
+    try:
+        with pytest.raises(SimtorealError, match=r"metrics\.jsonl: the disk is full .* checkpoint .* --resume"):
+            fill_the_disk()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.jsonl").stat().st_size == sizes[0]
+    assert [line["loss"] for line in read_metrics(tmp_path)] == [0.5]
 
 
 def test_unknown_device_is_refused(tmp_path):
@@ -323,7 +349,6 @@ def test_the_command_trains_on_a_collected_dataset(dataset, tmp_path, capsys):
     loaded = load_policy(tmp_path / "run")
     assert loaded.task["name"] == "reach"
     env = make_vector_env("reach", 2, image_size=32)
-    loaded.require_embodiment(env.embodiment, "environment")
     results = rollout(env, PolicyActor(loaded.policy), [1, 2, 3])
     assert [result.seed for result in results] == [1, 2, 3]
 

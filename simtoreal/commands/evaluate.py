@@ -31,6 +31,11 @@ class Config:
     """First initial condition; the others follow. Demonstrations use seeds from 0 upwards."""
     policy_seed: int = 0
     """Seed of the actor's own randomness (the noise that a diffusion policy starts from)."""
+    execute_steps: int | None = None
+    """Actions taken from each predicted chunk (control steps); default: those of the policy's training."""
+    ensembling: float | None = None
+    """Decay of temporal ensembling, e.g. 0.01: a chunk is predicted at every step and overlapping ones are averaged;
+    default: off."""
     num_envs: int = 16
     """Simulations stepped together; changes the speed, not which episodes are run."""
     randomization: str | None = None
@@ -54,6 +59,10 @@ class Config:
             raise ConfigError("--seed, --policy-seed and --videos must not be negative")
         if self.actor == "policy" and self.policy is None:
             raise ConfigError("--policy is missing: give the folder of a training run, or use --actor expert")
+        if self.execute_steps is not None and self.ensembling is not None:
+            raise ConfigError("--execute-steps and --ensembling exclude each other: ensembling predicts at every step")
+        if self.actor == "expert" and (self.execute_steps is not None or self.ensembling is not None):
+            raise ConfigError("--execute-steps and --ensembling are for policies; the expert predicts no chunks")
         if self.actor == "expert" and self.policy is not None:
             raise ConfigError("--policy and --actor expert exclude each other")
         if self.actor == "expert" and self.task is None:
@@ -121,6 +130,8 @@ def _prepare(config: Config) -> tuple[TabletopVectorEnv, Actor, dict[str, Any], 
         "first_seed": config.seed,
         "policy_seed": config.policy_seed,
         "randomization": config.randomization,
+        "execute_steps": config.execute_steps,
+        "ensembling": config.ensembling,
     }
     if config.policy is None:
         from simtoreal.data_collection.expert import ScriptedExpert
@@ -140,7 +151,13 @@ def _prepare(config: Config) -> tuple[TabletopVectorEnv, Actor, dict[str, Any], 
 
     from simtoreal.evaluation.policies import checkpoint_digest, load_actor, training_seeds
 
-    loaded, actor = load_actor(config.policy, device=config.device, seed=config.policy_seed)
+    loaded, actor = load_actor(
+        config.policy,
+        device=config.device,
+        seed=config.policy_seed,
+        execute_steps=config.execute_steps,
+        ensembling=config.ensembling,
+    )
     if config.task is None and not loaded.task:
         raise ConfigError(f"{config.policy} was trained on several tasks; say which one with --task")
     task = load_task(config.task) if config.task else parse_task(loaded.task, source=str(loaded.folder))
