@@ -173,6 +173,21 @@ def demo_stages(config: Config) -> list[Stage]:
     ]
 
 
+def require_machine() -> None:
+    """Fail before the first stage, not a quarter of an hour later, where rendering or ROS 2 do not work.
+
+    Raises:
+        MissingDependencyError: says what is missing and the command that fixes it.
+    """
+    from simtoreal.commands import doctor
+    from simtoreal.envs.errors import MissingDependencyError
+
+    findings = [check() for check in (doctor.check_rendering, doctor.check_ros)]
+    if broken := [finding for finding in findings if finding.state != doctor.OK]:
+        lines = [f"{finding.name}: {finding.found}\n  fix: {finding.fix}" for finding in broken]
+        raise MissingDependencyError("the demo cannot run on this machine:\n" + "\n".join(lines))
+
+
 def main(config: Config) -> None:
     """Run the stages that are not finished, then write report.html and results.json."""
     import time
@@ -185,6 +200,7 @@ def main(config: Config) -> None:
     console = Console()
     started = time.monotonic()
     console.print(f"[bold]simtoreal demo[/bold]: profile {config.profile}, everything goes to {config.output}")
+    require_machine()
     records = run_stages(demo_stages(config), config.output, console)
     console.rule("[bold]Report", align="left")
     seconds = sum(record.seconds for record in records)
