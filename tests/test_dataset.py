@@ -550,6 +550,7 @@ def test_damaged_metadata_gives_one_kind_of_error(tmp_path: Path) -> None:
 
 
 def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from simtoreal import cli
     from simtoreal.commands import data_info, data_merge, data_recover, data_split, data_view
 
     for name, first_seed in (("a", 0), ("b", 50)):
@@ -559,6 +560,14 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads((merged / "results.json").read_text())["merge"]["episodes"] == 10
     data_split.main(data_split.Config(dataset=merged, output=parts))
     assert json.loads((parts / "results.json").read_text())["split"]["parts"] == {"train": 8, "test": 2}
+    cli.run(["data", "split", str(merged), "--output", str(tmp_path / "d"), "--parts", "small=0.1", "rest=0.9"])
+    assert len(Dataset.open(tmp_path / "d/small").episodes) == 1
+    assert len(Dataset.open(tmp_path / "d/rest").episodes) == 9
+    for part in ("small", "small=many", "=0.5", "../up=0.5", "a=nan"):
+        with pytest.raises(ConfigError, match="is not NAME=SHARE"):
+            data_split.main(data_split.Config(dataset=merged, output=tmp_path / "e", parts=(part,)))
+    with pytest.raises(ConfigError, match="'a' occurs twice"):
+        data_split.main(data_split.Config(dataset=merged, output=tmp_path / "e", parts=("a=0.1", "a=0.2")))
     data_info.main(data_info.Config(dataset=merged))
     printed = capsys.readouterr().out
     assert "10 of 10" in printed

@@ -123,6 +123,21 @@ def test_settings_that_robomimic_cannot_do_are_refused() -> None:
         make_config("bc", horizon=8)
 
 
+def test_settings_on_the_command_line_may_be_lists(tmp_path: Path) -> None:
+    from simtoreal import cli
+    from simtoreal.commands import train as command
+
+    given = ["--data", "d", "--output", "o", "--policy", "robomimic/bc_rnn"]
+    settings = ["--settings", "hidden", "64", "image_keys", "[front_image]", "layers", "[32, 32]"]
+    read = command.policy_config(cli._read_flags("train", command, [*given, *settings]))
+    assert read == RobomimicConfig(hidden=64, image_keys=("front_image",), layers=(32, 32))
+    preset = tmp_path / "preset.yaml"
+    preset.write_text("settings: {hidden: 64, image_keys: [front_image], layers: [32, 32]}\n")
+    assert command.policy_config(cli._read_flags("train", command, [*given, "--config", str(preset)])) == read
+    with pytest.raises(ConfigError, match="'layers' is 32; expected a list"):
+        command.policy_config(cli._read_flags("train", command, [*given, "--settings", "layers", "32"]))
+
+
 def test_images_too_small_for_the_encoder_are_refused(dataset: Path) -> None:
     config = make_config("bc", image_keys=("front_image",))
     data = open_training_data(dataset, config)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import tyro
+
+from simtoreal.envs.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,10 +19,31 @@ class Config:
     """Dataset folder."""
     output: Path
     """Folder below which the new datasets are made, one per part."""
-    parts: dict[str, float] = field(default_factory=lambda: {"train": 0.8, "test": 0.2})
-    """Name and share of the episodes of every part, e.g. --parts train 0.8 test 0.2; at most 1 together."""
+    parts: tuple[str, ...] = ("train=0.8", "test=0.2")
+    """NAME=SHARE of every part, with any names, e.g. --parts small=0.1 large=0.9; at most 1 together."""
     seed: int = 0
     """Decides which episodes go where."""
+
+
+def read_parts(parts: tuple[str, ...]) -> dict[str, float]:
+    """Return name -> share of texts such as ``train=0.8``.
+
+    Raises:
+        ConfigError: one is not a NAME=SHARE, names no folder, or occurs twice.
+    """
+    shares: dict[str, float] = {}
+    for part in parts:
+        name, _, share = part.partition("=")
+        try:
+            value = float(share)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value) or name in ("", ".", "..") or Path(name).name != name:
+            raise ConfigError(f"--parts: '{part}' is not NAME=SHARE, for instance train=0.8 (NAME becomes a folder)")
+        if name in shares:
+            raise ConfigError(f"--parts: '{name}' occurs twice")
+        shares[name] = value
+    return shares
 
 
 def main(config: Config) -> None:
@@ -30,7 +54,7 @@ def main(config: Config) -> None:
     from simtoreal.envs.files import write_json
     from simtoreal.envs.provenance import provenance
 
-    datasets = split(config.dataset, config.output, config.parts, seed=config.seed)
+    datasets = split(config.dataset, config.output, read_parts(config.parts), seed=config.seed)
     counts = {name: len(dataset.episodes) for name, dataset in datasets.items()}
     result = {"source": str(config.dataset), "parts": counts}
     write_json(config.output / "results.json", {"split": result, "provenance": provenance([config.seed])})

@@ -10,7 +10,7 @@ import tyro
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Names are what --task, --robot and --policy.type accept; a path to a yaml file works for tasks and robots too."""
+    """Names that other flags accept: --task, --policy of train, and --topics of deploy and twin (ROS 2 robots)."""
 
     kind: tyro.conf.Positional[Literal["tasks", "robots", "policies"]]
     """What to list."""

@@ -4,8 +4,37 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
 
 from simtoreal.policies.config import BCConfig, DiffusionConfig, PolicyConfig, TrainerConfig
+
+
+def _read_settings(words: list[str]) -> dict[str, Any]:
+    """Read names and values in turn; values as in a yaml file: numbers, text, lists such as ``[1024, 1024]``."""
+    import yaml
+
+    from simtoreal.envs.errors import ConfigError
+
+    if len(words) % 2:
+        raise ConfigError(f"--settings: '{words[-1]}' has no value; expected NAME VALUE NAME VALUE ...")
+    try:
+        return {name: yaml.safe_load(value) for name, value in zip(words[::2], words[1::2], strict=True)}
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--settings: a value is not valid yaml: {error}") from error
+
+
+Settings = Annotated[
+    dict[str, Any],
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[NAME VALUE ...]",
+        instance_from_str=_read_settings,
+        is_instance=lambda value: isinstance(value, dict),
+        str_from_instance=lambda value: [str(word) for pair in value.items() for word in pair],
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +63,9 @@ class Config:
     """Settings of the policy type ``diffusion``."""
     bc: BCConfig = field(default_factory=BCConfig)
     """Settings of the policy type ``bc``."""
-    settings: dict[str, bool | int | float | str] = field(default_factory=dict)
-    """Settings of any other policy type (robomimic, third parties)."""
+    settings: Settings = field(default_factory=dict)
+    """Settings of any other policy type (robomimic, third parties), e.g. --settings hidden 64 image_keys
+    '[front_image]'."""
 
 
 def main(config: Config) -> None:
