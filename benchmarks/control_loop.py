@@ -12,21 +12,26 @@ runtime is killed in full motion, repeatedly, and the time until the arm rests i
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from interleaved import write_benchmark
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the arm node of the gate's tests
+if TYPE_CHECKING:
+    from simtoreal.robot.topics import RobotConfig
 
 TASK, ROUNDS, KILLS, FIRST_SEED = "pick_place", 8, 10, 300_000
+KILLED = "run-until-killed"
+PATIENCE_S = 30.0
 
 
 def untrained_policy(folder: Path) -> Path:
@@ -83,29 +88,93 @@ def measure_loops(policy: Path) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def measure_stops() -> list[float]:
-    """Milliseconds from SIGKILL of a runtime in full motion until the last published motion."""
-    from tests.test_gate_process import RUNTIME, ArmNode, wait_for
+class PoseListener:
+    """Keeps the time (s, system clock) and position (m) of every pose that the gate commands."""
 
-    root = Path(__file__).resolve().parent.parent
+    def __init__(self, robot: RobotConfig) -> None:
+        from rclpy.executors import SingleThreadedExecutor
+        from rclpy.node import Node
+
+        from simtoreal.robot.topics import start_ros
+
+        self.poses: list[tuple[float, np.ndarray]] = []
+        self._context = start_ros()
+        self._node = Node("poses", context=self._context, use_global_arguments=False)
+        # The gate's queue holds the newest pose only; here every one counts.
+        topic = dataclasses.replace(robot.topics.target_pose, depth=200)
+        self._node.create_subscription(topic.message_class(), topic.name, self._keep, topic.qos())
+        self._executor = SingleThreadedExecutor(context=self._context)
+        self._executor.add_node(self._node)
+
+    def _keep(self, message: Any) -> None:
+        stamp, point = message.header.stamp, message.pose.position
+        self.poses.append((stamp.sec + stamp.nanosec * 1e-9, np.array([point.x, point.y, point.z])))
+
+    def motion(self) -> tuple[np.ndarray, np.ndarray]:
+        """Times (s) of the poses but the first, and how far each is from the one before (m)."""
+        positions = np.array([position for _, position in self.poses])
+        return np.array([time_s for time_s, _ in self.poses[1:]]), np.linalg.norm(np.diff(positions, axis=0), axis=1)
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Listen until ``condition``; gives up after ``PATIENCE_S``."""
+        deadline = time.monotonic() + PATIENCE_S
+        while not condition():
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nothing happened for {PATIENCE_S:g} s; {len(self.poses)} poses were received")
+            self._executor.spin_once(timeout_sec=0.05)
+
+    def close(self) -> None:
+        self._context.shutdown()
+        self._executor.shutdown()
+        self._node.destroy_node()
+
+
+def run_until_killed() -> None:
+    """The runtime that is killed: moves the arm of a running twin to and fro at full speed."""
+    from simtoreal.envs import load_task, panda_embodiment
+    from simtoreal.robot.gate import SafetyGate
+    from simtoreal.robot.gate_limits import GateLimits
+    from simtoreal.robot.ros2_env import Ros2Env
+    from simtoreal.robot.topics import load_robot_config
+
+    embodiment, robot = panda_embodiment(), load_robot_config()
+    gate = SafetyGate.start(robot, GateLimits.for_embodiment(embodiment), embodiment)
+    env = Ros2Env(load_task(TASK), embodiment=embodiment, config=robot, gate=gate, observe="state")
+    _, info = env.reset(seed=FIRST_SEED)
+    print(gate.pid, flush=True)
+    action = np.array([0, 1, 0, 0, 0, 0, 1], dtype=np.float32)
+    while True:
+        if abs(info["target"][1] + 0.02 * action[1]) > 0.1:
+            action[1] = -action[1]
+        info = env.step(action)[4]
+
+
+def measure_stops() -> list[float]:
+    """Milliseconds from SIGKILL of a runtime in full motion until the last motion that the gate commands."""
+    from simtoreal.envs import panda_embodiment
+    from simtoreal.robot.deployment import running_twin
+    from simtoreal.robot.topics import load_robot_config
+
     durations = []
-    arm = ArmNode()
-    for number in range(KILLS):
-        arm.poses.clear()
-        runtime = subprocess.Popen([sys.executable, "-c", RUNTIME], stdout=subprocess.PIPE, cwd=root)
-        assert runtime.stdout is not None
-        gate_pid = int(runtime.stdout.readline())
-        wait_for(lambda: len(arm.poses) > 60)
-        time.sleep(0.037 * number % 0.4)
-        wait_for(lambda: arm.motion()[1][-1] > 0.0025)
-        killed_s = time.time_ns() * 1e-9  # poses carry the system's clock too
-        runtime.send_signal(signal.SIGKILL)
-        wait_for(lambda: arm.poses[-1][0] * 1e-9 > killed_s + 0.3)  # noqa: B023 - used at once
-        stamps, moved = arm.motion()
-        durations.append(1000 * (float(stamps[moved > 0][-1]) - killed_s))
-        runtime.wait()
-        wait_for(lambda: not Path(f"/proc/{gate_pid}").exists())  # noqa: B023
-    arm.close()
+    log = Path(tempfile.mkdtemp()) / "twin.log"
+    listener = PoseListener(load_robot_config())
+    with running_twin(TASK, panda_embodiment(), "panda_ros2", gap="none", seed=0, log=log):
+        for number in range(KILLS):
+            listener.poses.clear()
+            runtime = subprocess.Popen([sys.executable, __file__, KILLED], stdout=subprocess.PIPE)
+            assert runtime.stdout is not None
+            gate = Path("/proc", str(int(runtime.stdout.readline())))
+            # At another point of the control period and of the way every time.
+            listener.wait_for(lambda: len(listener.poses) > 60 + 17 * number)  # noqa: B023 - used at once
+            listener.wait_for(lambda: bool(listener.motion()[1][-1] > 0.0025))
+            runtime.send_signal(signal.SIGKILL)
+            killed_s = time.time()  # the poses carry the system's clock
+            listener.wait_for(lambda: listener.poses[-1][0] > killed_s + 0.3 or not gate.exists())  # noqa: B023
+            times, moved = listener.motion()
+            durations.append(1000 * (float(times[moved > 0][-1]) - killed_s))
+            runtime.wait()
+            listener.wait_for(lambda: not gate.exists())  # noqa: B023
+    listener.close()
     return durations
 
 
@@ -163,4 +232,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_until_killed() if sys.argv[1:] == [KILLED] else main()
