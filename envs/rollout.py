@@ -212,7 +212,7 @@ def rollout(
         raise ConfigError("rollout needs a vector environment made with autoreset_mode=AutoresetMode.DISABLED")
     made_for = getattr(actor, "embodiment", None)
     if made_for is not None:
-        made_for.require_equal(vector.unwrapped.embodiment, "the policy", "the environment")
+        made_for.require_equal(vector.unwrapped.embodiment, "the policy", "the environment")  # type: ignore[attr-defined]
     state = _Rollout(vector, actor, list(seeds), list(listeners), dict(reset_options or {}))
     state.refill(np.arange(vector.num_envs))
     while state.running.any() and not stop():

@@ -11,7 +11,7 @@ from typing import Any
 import gymnasium as gym
 
 from simtoreal.envs.errors import ConfigError
-from simtoreal.envs.files import write_json
+from simtoreal.envs.files import explained_disk_errors, write_json
 from simtoreal.envs.provenance import provenance
 from simtoreal.envs.rollout import Actor, EpisodeResult, Listener, rollout
 from simtoreal.evaluation.outside import OutsideView
@@ -74,7 +74,8 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     if not path.is_file():
         if read_episodes(folder) or (folder / RESULTS_FILE).is_file():
             raise EvaluationError(f"{folder} holds results but no {SETTINGS_FILE}; choose another --output")
-        write_json(path, settings)
+        with explained_disk_errors(path, EvaluationError, "Free space and run the same command again."):
+            write_json(path, settings)
         return
     try:
         stored = json.loads(path.read_text())
@@ -121,7 +122,7 @@ def evaluate(
         The content of ``results.json``.
 
     Raises:
-        EvaluationError: the folder holds another evaluation.
+        EvaluationError: the folder holds another evaluation, or the disk is full.
         EmbodimentMismatchError: the actor was made for another embodiment than ``env``.
     """
     started = time.monotonic()
@@ -151,5 +152,7 @@ def evaluate(
         "episodes_this_run": len(remaining),
         "provenance": provenance([min(seeds), max(seeds)]),
     }
-    write_json(folder / RESULTS_FILE, results)
+    safe = "Every episode is stored; free space and run the same command again."
+    with explained_disk_errors(folder / RESULTS_FILE, EvaluationError, safe):
+        write_json(folder / RESULTS_FILE, results)
     return results

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from simtoreal.envs.files import explained_disk_errors
 from simtoreal.envs.rollout import EpisodeResult, Listener, Observation, Step
 from simtoreal.envs.video import tile, write_video
 from simtoreal.evaluation.outside import OutsideView
+from simtoreal.evaluation.results import EvaluationError
 
 # Playback height: small policy images are enlarged by whole factors up to about this many pixels.
 _DISPLAY_HEIGHT = 256
@@ -69,15 +71,20 @@ class EpisodeVideos(Listener):
         kind = "success" if result.success else "failure"
         if clip is None or self.written[kind] >= self.limit:
             return
+        safe = "The episodes up to this one are stored; free space and run the same command again to continue."
+        with explained_disk_errors(self.folder, EvaluationError, safe):
+            self._write(clip, kind, result.seed)
+        self.written[kind] += 1
+
+    def _write(self, clip: _Clip, kind: str, seed: int) -> None:
         if self.outside is not None and clip.states and self.written[kind] == 0:
-            path = self.folder / f"{kind}_{result.seed}{_OUTSIDE}.mp4"
+            path = self.folder / f"{kind}_{seed}{_OUTSIDE}.mp4"
             write_video(path, self._held(self.outside.frames(clip.states, clip.images)), self.fps)
         else:
-            path = self.folder / f"{kind}_{result.seed}.mp4"
+            path = self.folder / f"{kind}_{seed}.mp4"
             scale = max(1, round(_DISPLAY_HEIGHT / clip.images[0][0].shape[0]))
             pictures = (tile(images, columns=len(images)) for images in clip.images)
             write_video(path, self._held(pictures), self.fps, scale=scale)
-        self.written[kind] += 1
 
     def _keep(self, slot: int, observation: Observation, info: dict[str, Any]) -> None:
         self.clips[slot].images.append([observation[key].copy() for key in self.image_keys])

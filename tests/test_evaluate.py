@@ -232,3 +232,18 @@ def test_full_disk_keeps_the_episodes_before(tmp_path: Path) -> None:
     assert (tmp_path / "episodes.jsonl").stat().st_size == size
     append_episode(tmp_path, results[3])
     assert [result.seed for result in read_episodes(tmp_path)] == [0, 1, 3]
+
+
+def test_full_disk_while_a_video_is_written_keeps_its_episode(env: object, tmp_path: Path) -> None:
+    import resource
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    try:
+        with pytest.raises(EvaluationError, match=r"videos: the disk is full .* up to this one are stored"):
+            evaluate(env, Approach(), SEEDS[:2], tmp_path, SETTINGS, videos=1)  # type: ignore[arg-type]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(read_episodes(tmp_path)) == 1
+    results = evaluate(env, Approach(), SEEDS[:2], tmp_path, SETTINGS, videos=1)  # type: ignore[arg-type]
+    assert (results["n"], results["episodes_this_run"]) == (2, 1)
