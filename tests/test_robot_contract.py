@@ -79,6 +79,9 @@ def test_position_controlled_arm_with_compressed_images(tmp_path, monkeypatch) -
         "command: target_pose": "command: joint_trajectory",
         "sensor_msgs/msg/Image,": "sensor_msgs/msg/CompressedImage,",
         "image_raw,": "image_raw/compressed,",
+        # Of the real cameras; the twin has the policy's.
+        "width: null": "width: 640",
+        "height: null": "height: 480",
     }
     with robot_on_twin(tmp_path, **changes) as env:
         (result,) = rollout(env, ScriptedExpert(env.task, env.embodiment), [100])
