@@ -21,11 +21,7 @@ CONTROL_PRIORITY = 10
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Ctrl-C stops the robot in a controlled way. An interrupted deployment continues when it is run again.
-
-    ROS graph: a robot is looked for in the domain of the environment (ROS_DOMAIN_ID). A twin gets a domain of its own,
-    so that it never meets a real arm; to watch it with other tools, export ROS_DOMAIN_ID and
-    ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST, which are used as they are."""
+    """Ctrl-C stops the robot in a controlled way. An interrupted deployment continues when it is run again."""
 
     output: Path = Path("outputs/deploy")
     """Folder for episodes.jsonl, results.json, videos and logs."""
@@ -36,8 +32,10 @@ class Config:
     actor: Literal["policy", "expert"] = "policy"
     """Who acts: the policy, or the scripted expert, which reads the twin's truth (a test of the robot side)."""
     robot: Literal["twin", "ros"] = "twin"
-    """twin: start the simulated robot too. ros: a robot that is already on the ROS 2 graph; a person at the terminal
-    arranges the scene before every episode and judges it afterwards. Needs a publisher of the emergency stop topic."""
+    """twin: start the simulated robot too, in a ROS domain of its own, so that it never meets a real arm (only a domain
+    exported together with ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST is used as it is). ros: a robot that is already on
+    the ROS 2 graph, in the domain of the environment, with a publisher of the emergency stop topic; a person at the
+    terminal arranges the scene before every episode and judges it afterwards."""
     gap: Literal["none", "standard", "hard"] = "standard"
     """How far the twin differs from the training simulator; unknown to policy and runtime."""
     episodes: int = 20
@@ -94,6 +92,8 @@ def main(config: Config) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    for note in results["notes"]:
+        console.print(f"  note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     for tag, count in results["failures"].items():
         console.print(f"  failed by {tag}: {count}", highlight=False, soft_wrap=True)
     where = f"the '{results['gap']}' twin" if results["backend"] == "twin" else "the robot"
