@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from simtoreal.envs.embodiment import Embodiment
-from simtoreal.envs.errors import ActionError, CheckpointError, RobotError
+from simtoreal.envs.errors import ActionError, CheckpointError, EmbodimentMismatchError, RobotError
 
 MEMORY_BYTES = 64 << 20  # sparse: only what is used exists
 CHUNK_BYTES = 1 << 20  # at the end of the memory
@@ -117,7 +117,7 @@ class InferenceProcess:
             raise CheckpointError(ready["error"] if ready else f"loading {policy} takes over {START_TIMEOUT_S:g} s")
         try:
             self.description = self._describe(ready)
-        except (KeyError, TypeError, ValueError) as error:
+        except (EmbodimentMismatchError, KeyError, TypeError, ValueError) as error:
             self.close()
             raise CheckpointError(
                 f"the inference process describes its policy in a way not understood: {error!r}"
@@ -221,11 +221,9 @@ class InferenceProcess:
     def _describe(self, ready: dict[str, Any]) -> PolicyDescription:
         # A message holds 64 KiB, too little for the seeds of large datasets: they come through the memory.
         seeds = np.frombuffer(self._memory, np.int64, ready.pop("training_seed_count"))
-        return PolicyDescription(
-            embodiment=Embodiment.from_dict(ready.pop("embodiment")),
-            training_seeds=tuple(seeds.tolist()),
-            **{key: tuple(value) if isinstance(value, list) else value for key, value in ready.items()},
-        )
+        embodiment = Embodiment.from_dict(ready.pop("embodiment"))
+        rest: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in ready.items()}
+        return PolicyDescription(embodiment=embodiment, training_seeds=tuple(seeds.tolist()), **rest)
 
     def _gone(self) -> RobotError:
         try:
