@@ -299,7 +299,15 @@ def test_recording_cut_anywhere_gives_what_was_before(tmp_path):
 def test_flipped_bits_lose_a_chunk_not_the_run(tmp_path):
     path = write_run(tmp_path / "run.mcap")
     damaged = bytearray(path.read_bytes())
-    for at in range(20_000, 20_064):
+    # Records are an opcode (6: chunk of messages), a length in 8 bytes and a content, after the file's 8 magic bytes.
+    chunks, at = [], 8
+    while at < len(damaged) - 8:
+        length = int.from_bytes(damaged[at + 1 : at + 9], "little")
+        if damaged[at] == 6:
+            chunks.append(at + 9 + length // 2)
+        at += 9 + length
+    middle = chunks[len(chunks) // 2]
+    for at in range(middle, middle + 64):
         damaged[at] ^= 0xFF
     path.write_bytes(damaged)
     reader = BagReader(path)
