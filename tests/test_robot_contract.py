@@ -65,7 +65,10 @@ def test_the_robot_keeps_the_contract(robot_env) -> None:
 def test_the_same_expert_drives_simulation_and_robot(robot_env) -> None:
     task = load_task("pick_place")
     simulated = rollout(make_env(task, observe="state"), ScriptedExpert(task, panda_embodiment()), [100, 101])
+    robot_env.twin_skipped_s.clear()
     driven = rollout(robot_env, ScriptedExpert(task, robot_env.embodiment), [100, 101])
+    assert len(robot_env.twin_skipped_s) == len(driven)
+    assert all(0 <= seconds < 5 for seconds in robot_env.twin_skipped_s.values())
     for result, reference in zip(driven, simulated, strict=True):
         assert reference.success
         assert result.success, result.failure
