@@ -11,10 +11,10 @@ from __future__ import annotations
 import time
 
 import numpy as np
+from default_rendering import default_scene
 from interleaved import speed_arms, speed_headline, time_rounds, write_benchmark
 
 from simtoreal.envs import make_vector_env
-from simtoreal.envs.scene import build_model
 
 TASK, COUNT, SIZE, STEPS, ROUNDS = "pick_place", 16, 64, 8, 9
 PEER_STEPS = 6
@@ -34,17 +34,7 @@ def main() -> None:
         for action in actions:
             env.step(action)
 
-    model = build_model(env.task, env.embodiment)
-    fresh = mujoco.MjSpec().visual.quality
-    for name in ("shadowsize", "offsamples", "numslices", "numstacks", "numquads"):
-        setattr(model.vis.quality, name, getattr(fresh, name))
-    model.light_castshadow[:] = 1
-    data = mujoco.MjData(model)
-    data.qpos[:] = env.fields["qpos"][0]
-    data.mocap_pos[:] = env.fields["mocap_pos"][0]
-    data.ctrl[:] = env.fields["ctrl"][0]
-    mujoco.mj_forward(model, data)
-    renderer = mujoco.Renderer(model, SIZE, SIZE)
+    model, data, renderer = default_scene(env, SIZE)
 
     def peer() -> None:
         for _ in range(PEER_STEPS):

@@ -8,10 +8,10 @@ from __future__ import annotations
 import time
 
 import numpy as np
+from default_rendering import default_scene
 from interleaved import speed_arms, speed_headline, time_rounds, write_benchmark
 
 from simtoreal.envs import make_vector_env
-from simtoreal.envs.scene import build_model
 
 TASK, COUNT, SIZE, ROUNDS = "pick_place", 32, 64, 9
 DEFAULT_FRAMES = 16
@@ -19,8 +19,6 @@ DEFAULT_FRAMES = 16
 
 def main() -> None:
     """Run and store the measurement."""
-    import mujoco  # after simtoreal, which chooses EGL for mujoco.Renderer too
-
     begin = time.perf_counter()
     env = make_vector_env(TASK, COUNT, image_size=SIZE)
     env.reset(seed=0)
@@ -29,17 +27,7 @@ def main() -> None:
     def tiled() -> None:
         env._draw(everyone)
 
-    # The same model, but with MuJoCo's own rendering quality instead of our profile's.
-    model = build_model(env.task, env.embodiment)
-    fresh = mujoco.MjSpec().visual.quality
-    for name in ("shadowsize", "offsamples", "numslices", "numstacks", "numquads"):
-        setattr(model.vis.quality, name, getattr(fresh, name))
-    model.light_castshadow[:] = 1
-    data = mujoco.MjData(model)
-    data.qpos[:] = env.fields["qpos"][0]
-    data.mocap_pos[:] = env.fields["mocap_pos"][0]
-    mujoco.mj_forward(model, data)
-    renderer = mujoco.Renderer(model, SIZE, SIZE)
+    _, data, renderer = default_scene(env, SIZE)
 
     def default() -> None:
         for index in range(DEFAULT_FRAMES):
