@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.registration import gym_id, make_env, make_vector_env, register_tasks
 from simtoreal.envs.rollout import Actor, EpisodeResult, Listener, Step, rollout
-from simtoreal.envs.task import TaskSpec, list_tasks, load_task
+from simtoreal.envs.task import TaskSpec
+from simtoreal.envs.task_file import list_tasks, load_task
 
 if TYPE_CHECKING:
     from simtoreal.envs.panda import panda_embodiment

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
-from simtoreal.envs.task import list_tasks
+from simtoreal.envs.task_file import list_tasks
 
 if TYPE_CHECKING:
     from simtoreal.envs.tabletop import TabletopEnv

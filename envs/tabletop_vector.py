@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -19,10 +18,12 @@ from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError, TaskError
 from simtoreal.envs.panda import FINGER_TRAVEL_M, panda_embodiment, pose_to_control
 from simtoreal.envs.predicates import SceneView
-from simtoreal.envs.randomization import Randomization, Variation, load_randomization, sample_variation
+from simtoreal.envs.randomization import Randomization, load_randomization, sample_variation
 from simtoreal.envs.rendering import DRAWN_FIELDS, BatchRenderer
 from simtoreal.envs.scene import TABLE_LOOKS, build_model, index_objects
-from simtoreal.envs.task import TaskSpec, load_task, sample_initial_condition
+from simtoreal.envs.task import TaskSpec, sample_initial_condition
+from simtoreal.envs.task_file import load_task
+from simtoreal.envs.varied_models import VariedModels
 
 SUCCESS_HOLD_STEPS = 5
 MAX_LATENCY_STEPS = 4
@@ -33,7 +34,6 @@ START_STEPS, START_SETTLE_STEPS = 26, 8
 MAX_DRAWS = 100
 # Beyond any state the scenes can reach; MuJoCo itself only reacts at 1e10.
 DIVERGED_STATE = 1e6
-HEADLIGHT = ("vis.headlight.ambient", "vis.headlight.diffuse")
 _STAGE_NONE, _STAGE_VEL, _STAGE_ACC = 0, int(mujoco.mjtStage.mjSTAGE_VEL), int(mujoco.mjtStage.mjSTAGE_ACC)
 
 
@@ -102,9 +102,9 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         self._bind(threads)
         self._allocate()
         self._renderer: BatchRenderer | None = None
-        self._apply_all_variations = self.randomization != Randomization()
-        if self._apply_all_variations:
-            self._expand()
+        self._varied = None
+        if self.randomization != Randomization():
+            self._varied = VariedModels(self.batch, self.task, self.objects)
 
     # Construction -----------------------------------------------------------------------------------------
 
@@ -145,17 +145,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         self._noise = [np.random.default_rng(0) for _ in range(count)]
         self._image_noise, self._joint_noise = np.zeros(count), np.zeros(count)
         self._starts: list[tuple[np.ndarray, bool] | None] = [None] * count
-        self._looks: dict[str, np.ndarray] = {}
         self._started = False
-
-    def _expand(self) -> None:
-        """Give the fields that a variation changes their own values per simulation."""
-        physical = ("body_mass", "body_inertia", "geom_friction", "actuator_gainprm", "actuator_biasprm")
-        self._physics = {name: self.batch.expand(name) for name in (*physical, "cam_pos", "cam_quat", "light_pos")}
-        visual = ("geom_rgba", "geom_matid", "cam_fovy", "light_diffuse", *HEADLIGHT)
-        self._looks = {
-            name: np.repeat(np.array(attrgetter(name)(self.model))[None], self.num_envs, axis=0) for name in visual
-        }
 
     # Gymnasium interface ----------------------------------------------------------------------------------
 
@@ -307,7 +297,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         self.batch.reset(slots, stage=_STAGE_NONE)
         for slot in slots:
             self._place(int(slot), generators[int(slot)])
-        if self._apply_all_variations:
+        if self._varied is not None:
             self.batch.set_const(slots)
         self.batch.forward(slots, _STAGE_ACC)
         self._position[slots] = self.fields["site_xpos"][slots, self._tcp]
@@ -357,42 +347,16 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
                 qpos[where.qpos : where.qpos + 3] = initial.positions[index]
                 qpos[where.qpos + 3 : where.qpos + 7] = initial.quaternions[index]
         self._instructions[slot] = initial.instruction
-        if self._apply_all_variations:
+        if self._varied is not None:
             variation = sample_variation(
                 self.randomization, rng, cameras=self.model.ncam, objects=len(self.task.objects),
                 table_looks=len(TABLE_LOOKS),
             )  # fmt: skip
-            self._vary(slot, variation)
+            self._varied.apply(slot, variation)
+            self._latency[slot] = variation.latency_steps
+            self._starts[slot] = None if variation.start_m is None else (variation.start_m, variation.start_closed)
+            self._image_noise[slot], self._joint_noise[slot] = variation.image_noise, variation.joint_noise_rad
             self._noise[slot] = rng
-
-    def _vary(self, slot: int, variation: Variation) -> None:
-        """Write a variation into the per-simulation model fields."""
-        physics, looks, model = self._physics, self._looks, self.model
-        for index, item in enumerate(self.task.objects):
-            where = self.objects[item.name]
-            if not item.fixed:
-                for name in ("body_mass", "body_inertia"):
-                    physics[name][slot, where.body] = getattr(model, name)[where.body] * variation.mass_scale
-                geoms = list(where.geoms)
-                physics["geom_friction"][slot, geoms] = model.geom_friction[geoms] * variation.friction_scale
-            for geom in where.geoms:
-                color = model.geom_rgba[geom, :3] + variation.color_offsets[index]
-                looks["geom_rgba"][slot, geom, :3] = np.clip(color, 0.0, 1.0)
-        for name in ("actuator_gainprm", "actuator_biasprm"):
-            physics[name][slot, :6] = getattr(model, name)[:6] * variation.gain_scale
-        for camera in range(model.ncam):
-            physics["cam_pos"][slot, camera] = model.cam_pos[camera] + variation.camera_offsets_m[camera]
-            turn = rotation.from_rotation_vector(variation.camera_rotations_rad[camera])
-            physics["cam_quat"][slot, camera] = rotation.quaternion_multiply(turn, model.cam_quat[camera])
-        looks["cam_fovy"][slot] = model.cam_fovy + variation.camera_fov_deg
-        physics["light_pos"][slot] = model.light_pos + variation.light_offset_m
-        looks["light_diffuse"][slot] = model.light_diffuse * variation.light_scale
-        for name in HEADLIGHT:
-            looks[name][slot] = attrgetter(name)(model) * variation.light_scale
-        looks["geom_matid"][slot, model.geom("table").id] = model.material(f"table{variation.table_look}").id
-        self._latency[slot] = variation.latency_steps
-        self._starts[slot] = None if variation.start_m is None else (variation.start_m, variation.start_closed)
-        self._image_noise[slot], self._joint_noise[slot] = variation.image_noise, variation.joint_noise_rad
 
     # Step -------------------------------------------------------------------------------------------------
 
@@ -406,7 +370,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
                 kept[running] = new[running]
         slots = slice(None) if everyone else np.flatnonzero(running)
         commands = pose_to_control(self._position[slots], self._quaternion[slots], self._opening[slots])
-        if self._apply_all_variations:
+        if self._varied is not None:
             history = self._commands[slots]
             history = np.concatenate([commands[:, None], history[:, :-1]], axis=1)
             self._commands[slots] = history
@@ -486,7 +450,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
             self._renderer = BatchRenderer(self.model, self.embodiment, self.num_envs)
             spaces = self.observation_space.spaces
             self._images = {key: np.zeros(spaces[key].shape, np.uint8) for key in self.embodiment.image_keys}
-        images = self._renderer.render(self.fields, drawn, self._looks)
+        images = self._renderer.render(self.fields, drawn, self._varied.looks if self._varied else {})
         for key, new in zip(self.embodiment.image_keys, images, strict=True):
             for row, slot in enumerate(drawn):
                 if self._image_noise[slot]:

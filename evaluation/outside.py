@@ -10,7 +10,8 @@ import numpy as np
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.envs import make_env
 from simtoreal.envs.errors import DatasetError
-from simtoreal.envs.task import TaskSpec, parse_task
+from simtoreal.envs.task import TaskSpec
+from simtoreal.envs.task_file import parse_task
 from simtoreal.envs.video import write_video
 
 

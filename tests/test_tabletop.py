@@ -14,7 +14,7 @@ from simtoreal.envs.embodiment import TARGET_NAMES, ActionSpec
 from simtoreal.envs.errors import ActionError, ConfigError, TaskError
 from simtoreal.envs.scene_layout import DRAWER_TRAVEL_M
 from simtoreal.envs.tabletop_vector import SUCCESS_HOLD_STEPS
-from simtoreal.envs.task import RESERVED_NAMES, parse_task
+from simtoreal.envs.task_file import RESERVED_NAMES, parse_task
 
 
 def _actions(steps: int, count: int, seed: int = 0) -> np.ndarray:

@@ -10,7 +10,8 @@ import yaml
 
 from simtoreal.envs.errors import TaskError
 from simtoreal.envs.predicates import SceneView, parse_predicate
-from simtoreal.envs.task import list_tasks, load_task, parse_task, parse_task_text, sample_initial_condition
+from simtoreal.envs.task import sample_initial_condition
+from simtoreal.envs.task_file import list_tasks, load_task, parse_task, parse_task_text
 
 
 @pytest.fixture

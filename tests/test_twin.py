@@ -103,14 +103,14 @@ def test_the_standard_gap_is_drawn_from_the_seed() -> None:
         first, second = worlds
         assert first.latency == second.latency
         for name in ("body_mass", "geom_friction", "actuator_gainprm", "cam_pos", "cam_quat", "light_pos"):
-            np.testing.assert_array_equal(first._physics[name], second._physics[name])
+            np.testing.assert_array_equal(first._varied.physics[name], second._varied.physics[name])
         for camera, image in first.draw().items():
             assert image.shape == (32, 32, 3)
             assert camera in ("front", "wrist")
-        mass = first._physics["body_mass"][0, cube.body] / nominal.body_mass[cube.body]
-        friction = first._physics["geom_friction"][0, cube.geoms[0], 0] / nominal.geom_friction[cube.geoms[0], 0]
-        gain = first._physics["actuator_gainprm"][0, 0, 0] / nominal.actuator_gainprm[0, 0]
-        moved = np.linalg.norm(first._physics["cam_pos"][0] - nominal.cam_pos, axis=-1)
+        mass = first._varied.physics["body_mass"][0, cube.body] / nominal.body_mass[cube.body]
+        friction = first._varied.physics["geom_friction"][0, cube.geoms[0], 0] / nominal.geom_friction[cube.geoms[0], 0]
+        gain = first._varied.physics["actuator_gainprm"][0, 0, 0] / nominal.actuator_gainprm[0, 0]
+        moved = np.linalg.norm(first._varied.physics["cam_pos"][0] - nominal.cam_pos, axis=-1)
         total = first.latency.command_s + first.latency.observation_s
         assert 0.7 <= mass <= 1.3
         assert friction == pytest.approx(0.7)

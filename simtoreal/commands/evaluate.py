@@ -121,7 +121,7 @@ def main(config: Config) -> None:
 def _prepare(config: Config) -> tuple[TabletopVectorEnv, Actor, dict[str, Any], set[int]]:
     """Return environment, actor, the settings that decide the outcome, and the seeds of the training data."""
     from simtoreal.envs import load_task, make_vector_env
-    from simtoreal.envs.task import parse_task
+    from simtoreal.envs.task_file import parse_task
 
     num_envs = min(config.num_envs, config.episodes)
     shared = {

@@ -1,0 +1,278 @@
+"""Reading task files: yaml to a validated :class:`~simtoreal.envs.task.TaskSpec`; mistakes name file and key."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from simtoreal.envs.errors import TaskError, closest
+from simtoreal.envs.scene_layout import DRAWER_TRAVEL_M
+from simtoreal.envs.task import COLORS, SHAPE_DIMENSIONS, SKILLS, InitialSpec, ObjectSpec, SkillStep, TaskSpec
+
+# Names that the scene itself uses; an object of the same name would be taken for a part of the robot.
+RESERVED_NAMES = frozenset(
+    {"world", "table", "tcp", "base", "gripper_down", "hand", "left_finger", "right_finger"}
+    | {f"link{index}" for index in range(8)}
+)
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a yaml value is a number that a computation can use: yaml also knows .nan and .inf."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+class _Reader:
+    """Reads typed values out of parsed yaml and reports file, key and expected type."""
+
+    def __init__(self, content: Any, source: str, path: str = "") -> None:
+        self.source, self.path = source, path
+        if not isinstance(content, Mapping):
+            raise TaskError(f"{source}: '{path or 'document'}' must be a mapping, got {type(content).__name__}")
+        self.content = content
+        self.used: set[str] = set()
+
+    def fail(self, key: str, expected: str, value: Any) -> TaskError:
+        return TaskError(f"{self.source}: key '{self.join(key)}' must be {expected}, got {value!r}")
+
+    def join(self, key: str) -> str:
+        return f"{self.path}.{key}" if self.path else key
+
+    def get(self, key: str, kind: type, expected: str, default: Any = ...) -> Any:
+        self.used.add(key)
+        if key not in self.content:
+            if default is ...:
+                raise TaskError(f"{self.source}: key '{self.join(key)}' is missing; it must be {expected}")
+            return default
+        value = self.content[key]
+        if kind is float and _is_finite(value):
+            value = float(value)
+        elif kind is float:
+            raise self.fail(key, expected, value)
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise self.fail(key, expected, value)
+        return value
+
+    def numbers(self, key: str, count: int | None, expected: str, default: Any = ...) -> tuple[float, ...] | None:
+        value = self.get(key, list, expected, default)
+        if value is None or (value is default and default is not ...):
+            return default  # type: ignore[no-any-return]
+        if (count is not None and len(value) != count) or not all(_is_finite(entry) for entry in value):
+            raise self.fail(key, expected, value)
+        return tuple(float(entry) for entry in value)
+
+    def interval(self, key: str, default: Any = ...) -> Any:
+        value = self.numbers(key, 2, "a list [low, high] of two numbers", default)
+        if value is not None and value[0] > value[1]:
+            raise self.fail(key, "a list [low, high] with low <= high", list(value))
+        return value
+
+    def finish(self) -> None:
+        for key in self.content:
+            if key not in self.used:
+                raise TaskError(f"{self.source}: unknown key '{self.join(str(key))}'. {closest(str(key), self.used)}")
+
+
+def parse_task(content: Any, source: str = "task") -> TaskSpec:
+    """Turn the parsed yaml of a task into a validated specification.
+
+    Args:
+        content: mapping as read by ``yaml.safe_load``.
+        source: file name for messages.
+
+    Raises:
+        TaskError: names the file, the key, the expected type or the closest valid name.
+    """
+    reader = _Reader(content, source)
+    objects = _parse_objects(reader)
+    names = [item.name for item in objects]
+    initial_reader = _Reader(reader.get("initial", dict, "a mapping of object name to ranges"), source, "initial")
+    initial = {}
+    for item in objects:
+        entry = _Reader(
+            initial_reader.get(item.name, dict, "a mapping with x_m, y_m, yaw_deg"), source, f"initial.{item.name}"
+        )
+        opening = entry.interval("opening_m", (0.0, 0.0))
+        if item.articulated and opening[1] > DRAWER_TRAVEL_M:
+            raise entry.fail("opening_m", f"at most {DRAWER_TRAVEL_M}", list(opening))
+        initial[item.name] = InitialSpec(
+            x_m=entry.interval("x_m"), y_m=entry.interval("y_m"), z_m=entry.interval("z_m", None),
+            yaw_deg=entry.interval("yaw_deg", (0.0, 0.0)), opening_m=opening,
+        )  # fmt: skip
+        entry.finish()
+    initial_reader.finish()
+    spec = TaskSpec(
+        name=reader.get("name", str, "a string"),
+        description=reader.get("description", str, "a string", ""),
+        horizon=reader.get("horizon", int, "a positive whole number of control steps"),
+        instructions=_parse_instructions(reader),
+        objects=objects,
+        initial=initial,
+        min_distances=_parse_distances(reader, names),
+        goal=reader.get("goal", str, "a predicate such as 'on(cube, plate)'"),
+        milestones=_parse_milestones(reader),
+        plan=_parse_plan(reader, names),
+        source=source,
+    )
+    reader.finish()
+    if spec.horizon < 1:
+        raise reader.fail("horizon", "a positive whole number of control steps", spec.horizon)
+    _ = spec.goal_predicate, spec.milestone_predicates
+    return spec
+
+
+def _parse_objects(reader: _Reader) -> tuple[ObjectSpec, ...]:
+    content = _Reader(reader.get("objects", dict, "a mapping of name to object"), reader.source, "objects")
+    # A drawer has a second body; see scene.py.
+    taken = RESERVED_NAMES | {f"{name}_tray" for name in content.content}
+    parsed = []
+    for name in content.content:
+        if not str(name).isidentifier() or name in taken:
+            raise content.fail(str(name), f"an identifier that the scene does not use ({_listed(taken)})", name)
+        entry = _Reader(
+            content.get(name, dict, "a mapping with shape, size_m, color"), reader.source, f"objects.{name}"
+        )
+        shape = entry.get("shape", str, "a shape name")
+        if shape not in SHAPE_DIMENSIONS:
+            raise TaskError(
+                f"{reader.source}: key 'objects.{name}.shape' is '{shape}'. {closest(shape, SHAPE_DIMENSIONS)}"
+            )
+        dimensions = SHAPE_DIMENSIONS[shape]
+        expected = f"{len(dimensions)} lengths in metres: {', '.join(dimensions)}"
+        size = entry.numbers("size_m", len(dimensions), expected)
+        assert size is not None
+        if min(size) <= 0:
+            raise entry.fail("size_m", f"positive {expected}", list(size))
+        color = entry.get("color", str, "a color name")
+        if color not in COLORS:
+            raise TaskError(f"{reader.source}: key 'objects.{name}.color' is '{color}'. {closest(color, COLORS)}")
+        mass = entry.get("mass_kg", float, "a positive mass in kg", 0.05)
+        friction = entry.get("friction", float, "a positive friction coefficient", 1.0)
+        for key, value in (("mass_kg", mass), ("friction", friction)):
+            if value <= 0:
+                raise entry.fail(key, "positive", value)
+        parsed.append(ObjectSpec(name=name, shape=shape, size_m=size, color=color, mass_kg=mass, friction=friction))
+        entry.finish()
+    return tuple(parsed)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _parse_instructions(reader: _Reader) -> tuple[str, ...]:
+    value = reader.get("instructions", list, "a list with at least one sentence")
+    if not value or not all(isinstance(entry, str) and entry.strip() for entry in value):
+        raise reader.fail("instructions", "a list with at least one sentence", value)
+    return tuple(value)
+
+
+def _parse_distances(reader: _Reader, names: list[str]) -> tuple[tuple[str, str, float], ...]:
+    expected = "a list of [object, object, metres]"
+    parsed = []
+    for entry in reader.get("min_distances", list, expected, []):
+        if not isinstance(entry, list) or len(entry) != 3 or not _is_finite(entry[2]):
+            raise reader.fail("min_distances", expected, entry)
+        for name in entry[:2]:
+            if name not in names:
+                raise TaskError(
+                    f"{reader.source}: key 'min_distances' names object '{name}'. {closest(str(name), names)}"
+                )
+        parsed.append((entry[0], entry[1], float(entry[2])))
+    return tuple(parsed)
+
+
+def _parse_milestones(reader: _Reader) -> dict[str, str]:
+    value = reader.get("milestones", dict, "a mapping of name to predicate", {})
+    for name, text in value.items():
+        if not isinstance(text, str):
+            raise reader.fail(f"milestones.{name}", "a predicate such as 'grasped(cube)'", text)
+    return {str(name): text for name, text in value.items()}
+
+
+def _parse_plan(reader: _Reader, names: list[str]) -> tuple[SkillStep, ...]:
+    steps = []
+    for index, entry in enumerate(reader.get("plan", list, "a list of skills", [])):
+        step = _Reader(entry, reader.source, f"plan[{index}]")
+        skill = step.get("skill", str, "a skill name")
+        if skill not in SKILLS:
+            raise TaskError(f"{reader.source}: key 'plan[{index}].skill' is '{skill}'. {closest(skill, SKILLS)}")
+        arguments: dict[str, Any] = {}
+        for key in SKILLS[skill]:
+            if key.endswith("_m"):
+                arguments[key] = step.get(key, float, "a length in metres")
+                continue
+            arguments[key] = step.get(key, str, "an object name")
+            if arguments[key] not in names:
+                raise TaskError(
+                    f"{reader.source}: key 'plan[{index}].{key}' names object '{arguments[key]}'. "
+                    f"{closest(arguments[key], names)}"
+                )
+        step.finish()
+        steps.append(SkillStep(skill=skill, arguments=arguments))
+    return tuple(steps)
+
+
+@functools.cache
+def _shipped_tasks() -> dict[str, str]:
+    folder = resources.files("simtoreal.configs.tasks")
+    return {
+        entry.name.removesuffix(".yaml"): entry.read_text()
+        for entry in sorted(folder.iterdir(), key=lambda item: item.name)
+        if entry.name.endswith(".yaml")
+    }
+
+
+def list_tasks() -> list[str]:
+    """Names of the tasks shipped with the package."""
+    return sorted(_shipped_tasks())
+
+
+def load_task(task: str | Path | TaskSpec) -> TaskSpec:
+    """Return a task by name, or from a yaml file.
+
+    Args:
+        task: a shipped name such as ``"pick_place"``, a path that ends in ``.yaml``, or a specification.
+
+    Raises:
+        TaskError: unknown name (with the closest one), missing or unreadable file, or malformed yaml.
+    """
+    if isinstance(task, TaskSpec):
+        return task
+    if str(task).endswith((".yaml", ".yml")):
+        path = Path(task)
+        if not path.is_file():
+            raise TaskError(f"task file '{path}' does not exist")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise TaskError(f"cannot read task file '{path}': {error}. Save it as UTF-8 text.") from error
+        return parse_task_text(text, str(path))
+    shipped = _shipped_tasks()
+    if task not in shipped:
+        guess = difflib.get_close_matches(str(task), shipped, n=1)
+        raise TaskError(
+            f"unknown task '{task}'. {closest(str(task), shipped)}"
+            + ("" if guess else " A path that ends in .yaml loads a task of your own.")
+        )
+    return parse_task_text(shipped[str(task)], f"configs/tasks/{task}.yaml")
+
+
+def parse_task_text(text: str, source: str) -> TaskSpec:
+    """Parse yaml text into a specification; see :func:`parse_task`."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise TaskError(f"{source}: not valid yaml: {error}") from error
+    return parse_task(content, source)
