@@ -57,6 +57,14 @@ def make_checkpoint(folder: Path, *, broken: bool = False, seeds: list[int] | No
     return folder
 
 
+def wait_until_gone(processes: list[int]) -> None:
+    """The last of them ends when it notices that its parent is gone, which may be just after it."""
+    deadline = time.monotonic() + 20
+    while any(alive(pid) for pid in processes):
+        assert time.monotonic() < deadline, [pid for pid in processes if alive(pid)]
+        time.sleep(0.1)
+
+
 def alive(pid: int) -> bool:
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
@@ -125,7 +133,7 @@ def test_interrupting_stops_everything_within_seconds(tmp_path: Path) -> None:
             time.sleep(0.05)
         process.wait(timeout=10)
         assert process.returncode == 130
-        assert not any(alive(pid) for pid in others)
+        wait_until_gone(others)
         assert "interrupted" in process.stdout.read().decode()
     finally:
         process.kill()
@@ -145,10 +153,7 @@ def test_killing_the_runtime_leaves_no_process_behind(tmp_path: Path) -> None:
     finally:
         process.kill()
         process.wait()
-    deadline = time.monotonic() + 20
-    while any(alive(pid) for pid in others):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until_gone(others)
 
 
 def test_inference_gives_what_the_policy_gives(checkpoint: Path) -> None:
