@@ -7,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-EXTRAS := ros,realsense,ik,dev
+EXTRAS := ros,realsense,ik,web,lerobot,zarr,spacemouse,dev
 # pip warns once per package about every local package folder that lacks it; errors and other warnings stay visible.
 QUIET_PIP := 2> >(grep -v '^WARNING: Location .* is ignored' >&2 || true)
 # Without an NVIDIA driver the CPU build of torch saves gigabytes; folders of wheels given to pip come first.
