@@ -77,7 +77,12 @@ def integrate_action(target: np.ndarray, action: np.ndarray, embodiment: Embodim
 
     Returns:
         ``(..., 10)`` float64 target, position inside the workspace box.
+
+    Raises:
+        ActionError: the actions are those of a foreign environment (mode ``env``).
     """
+    if embodiment.action.mode == "env":
+        raise ActionError(f"actions of '{embodiment.name}' are those of a foreign environment; they have no target")
     if embodiment.action.mode == "ee_delta":
         pose = integrate_pose(target[..., :3], rotation.from_6d(target[..., 3:9]), action, embodiment)
         position, quaternion, opening = pose

@@ -6,11 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from simtoreal.envs.errors import EmbodimentMismatchError
+from simtoreal.envs.errors import ConfigError, EmbodimentMismatchError
 
-# The simulation takes ``ee_delta``; the ROS 2 environment (``robot/ros2_env.py``) also ``ee_abs``.
-ACTION_MODES = ("ee_delta", "ee_abs")
-RENDER_PROFILES = ("fast", "high")
+# The simulation takes ``ee_delta``; the ROS 2 environment (``robot/ros2_env.py``) also ``ee_abs``. ``env`` is whatever
+# a foreign environment takes (``envs/gymnasium_env.py``).
+ACTION_MODES = ("ee_delta", "ee_abs", "env")
+# ``foreign``: drawn by somebody else's program or taken by a real camera that we know nothing about.
+RENDER_PROFILES = ("fast", "high", "foreign")
 
 # Absolute end-effector target as it is recorded at every step and understood by the mode ``ee_abs``.
 TARGET_NAMES = (
@@ -25,11 +27,13 @@ class ActionSpec:
     """Action space: float32 in [-1, 1] per dimension for ``ee_delta``.
 
     Attributes:
-        mode: ``ee_delta`` (displacement of the end-effector *target*, base frame) or, on ROS 2 robots only,
-            ``ee_abs`` (see ``TARGET_NAMES``).
+        mode: ``ee_delta`` (displacement of the end-effector *target*, base frame); on ROS 2 robots only, ``ee_abs``
+            (see ``TARGET_NAMES``); or ``env``, the native action of a foreign environment, of which nothing but
+            the number of dimensions is known.
         names: one name per dimension.
         units: unit of each dimension after scaling.
-        limits: physical value of 1.0 per dimension (metres or radians per control step; 1 for the gripper).
+        limits: physical value of 1.0 per dimension (metres or radians per control step; 1 for the gripper, and
+            everywhere in the mode ``env``).
     """
 
     mode: str
@@ -42,6 +46,8 @@ class ActionSpec:
             raise ValueError(f"action mode '{self.mode}' is not one of {ACTION_MODES}")
         if not len(self.names) == len(self.units) == len(self.limits):
             raise ValueError("action names, units and limits must have the same length")
+        if self.mode == "env" and any(limit != 1.0 for limit in self.limits):
+            raise ValueError("action limits of the mode 'env' must be 1: its actions are stored as they are")
 
     @property
     def dim(self) -> int:
@@ -69,8 +75,8 @@ class CameraSpec:
     Attributes:
         name: the observation key is ``<name>_image``.
         height, width: pixels.
-        fov_y_deg: vertical field of view; square pixels, principal point in the centre.
-        mount: ``"world"`` (robot base frame) or a body of the robot, e.g. ``"hand"``.
+        fov_y_deg: vertical field of view; square pixels, principal point in the centre. 0 if it is not known.
+        mount: ``"world"`` (robot base frame), a body of the robot, e.g. ``"hand"``, or ``"unknown"``.
         position_m: position in the mount frame.
         quaternion_wxyz: orientation in the mount frame; the camera looks along its -z, +y is up in the image.
     """
@@ -85,9 +91,15 @@ class CameraSpec:
 
     @property
     def intrinsics(self) -> tuple[float, float, float, float]:
-        """Pinhole ``(fx, fy, cx, cy)`` in pixels."""
+        """Pinhole ``(fx, fy, cx, cy)`` in pixels.
+
+        Raises:
+            ConfigError: the field of view is not known.
+        """
         import math
 
+        if self.fov_y_deg <= 0:
+            raise ConfigError(f"the field of view of camera '{self.name}' is not known; calibrate it first")
         focal = 0.5 * self.height / math.tan(math.radians(self.fov_y_deg) / 2)
         return focal, focal, self.width / 2, self.height / 2
 
@@ -100,9 +112,10 @@ class Embodiment:
         name: robot name, e.g. ``"panda"``.
         control_hz: rate of ``env.step``.
         action, proprio, cameras: see their classes.
-        home_joint_positions_rad: arm configuration at reset.
-        workspace_low_m, workspace_high_m: box that the end-effector target stays in, base frame.
-        gripper_max_opening_m: distance between the fingers when fully open.
+        home_joint_positions_rad: arm configuration at reset; empty if it is not known.
+        workspace_low_m, workspace_high_m: box that the end-effector target stays in, base frame; both empty if
+            there is none, which the action modes with an end-effector target do not allow.
+        gripper_max_opening_m: distance between the fingers when fully open; 0 if it is not known.
         render_profile: how simulated images are drawn; pixels differ between profiles.
     """
 
@@ -112,14 +125,17 @@ class Embodiment:
     proprio: ProprioSpec
     cameras: tuple[CameraSpec, ...]
     home_joint_positions_rad: tuple[float, ...]
-    workspace_low_m: tuple[float, float, float]
-    workspace_high_m: tuple[float, float, float]
+    workspace_low_m: tuple[float, ...]
+    workspace_high_m: tuple[float, ...]
     gripper_max_opening_m: float
     render_profile: str = "fast"
 
     def __post_init__(self) -> None:
         if self.render_profile not in RENDER_PROFILES:
             raise ValueError(f"render profile '{self.render_profile}' is not one of {RENDER_PROFILES}")
+        sizes = {len(self.workspace_low_m), len(self.workspace_high_m)}
+        if sizes != {3} and (sizes != {0} or self.action.mode != "env"):
+            raise ValueError("workspace_low_m and workspace_high_m must hold x, y, z (or nothing in the mode 'env')")
 
     @property
     def control_period_s(self) -> float:
