@@ -1,4 +1,4 @@
-"""What an input device of teleoperation is: a browser page, a keyboard, a SpaceMouse, or one of an installed package."""
+"""Input devices of teleoperation: a browser page, a keyboard, a SpaceMouse, or one of an installed package."""
 
 from __future__ import annotations
 
