@@ -145,7 +145,7 @@ class _Contract:
         """The same action in every environment; missing dimensions are 0 and the gripper stays open."""
         action = np.zeros((self.count, self.embodiment.action.dim), dtype=np.float32)
         action[:, -1] = 1.0
-        action[:, : len(values)] = values
+        action[:, : len(values)] = values[: action.shape[1]]
         return action
 
     def check_observation(self, observation: Observation, where: str) -> None:
