@@ -25,6 +25,7 @@ from simtoreal.envs import errors
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError, DatasetError, SimtorealError
 from simtoreal.envs.rollout import Actor
+from simtoreal.envs.scene_motion import SceneMotion
 
 # Give up on an expert that evidently cannot do the task: after this many tries, below this rate.
 _PATIENCE_TRIES, _HOPELESS_RATE = 64, 0.05
@@ -37,11 +38,14 @@ class CollectionPlan:
     Attributes:
         output: dataset folder.
         task: registered task or yaml file.
-        episodes: successful episodes wanted.
+        episodes: successful episodes wanted; None if ``steps`` decides.
+        steps: budget of control steps, spent by every attempt; None if ``episodes`` decides.
         seed: collections of different seeds have disjoint initial conditions.
         image_size: pixels.
         style: how the expert moves.
         randomization: domain randomisation of the simulation, None for none.
+        motion: how the scene moves while the expert demonstrates.
+        cameras: cameras of the embodiment.
         keep_failures: also store the episodes that ran out of time before the last success that counts.
         workers: processes.
         num_envs: environments per process.
@@ -49,19 +53,24 @@ class CollectionPlan:
 
     output: Path
     task: str
-    episodes: int
+    episodes: int | None = None
+    steps: int | None = None
     seed: int = 0
     image_size: int = 64
     style: OperatorStyle = field(default_factory=OperatorStyle)
     randomization: str | None = None
+    motion: SceneMotion = field(default_factory=SceneMotion)
+    cameras: tuple[str, ...] = ("front", "wrist")
     keep_failures: bool = False
     workers: int = 2
     num_envs: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("episodes", "image_size", "workers", "num_envs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; expected at least 1.")
+        for name in ("episodes", "steps", "image_size", "workers", "num_envs"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; expected at least 1.")
+        if (self.episodes is None) == (self.steps is None):
+            raise ConfigError("a collection ends after a number of episodes or of steps: give one of the two.")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; expected at least 0.")
 
@@ -77,6 +86,8 @@ class CollectionPlan:
         return {
             "task": self.task, "seed": self.seed, "image_size": self.image_size, "style": style,
             "randomization": self.randomization, "keep_failures": self.keep_failures,
+            **({} if self.motion == SceneMotion() else {"motion": self.motion.to_dict()}),
+            **({} if self.cameras == ("front", "wrist") else {"cameras": list(self.cameras)}),
         }  # fmt: skip
 
 
@@ -90,6 +101,7 @@ class CollectionProgress:
 
     Attributes:
         episodes: episodes that count so far, at most those wanted.
+        steps: control steps of every attempt so far.
         successes: successful ones of all seeds tried.
         tried: seeds with an outcome.
         session: those of them that were tried by this call.
@@ -97,6 +109,7 @@ class CollectionProgress:
     """
 
     episodes: int
+    steps: int
     successes: int
     tried: int
     session: int
@@ -129,7 +142,9 @@ def expert_setup(plan: CollectionPlan) -> tuple[VectorEnv, Actor]:
         plan.task,
         plan.num_envs,
         image_size=plan.image_size,
+        cameras=plan.cameras,
         randomization=plan.randomization,
+        motion=plan.motion,
         autoreset_mode=AutoresetMode.DISABLED,
         record_state=True,
     )
@@ -143,7 +158,7 @@ def collect(
     setup: Setup = expert_setup,
     on_progress: Callable[[CollectionProgress], None] = lambda progress: None,
 ) -> CollectionResult:
-    """Collect until ``plan.episodes`` successes are stored, continuing what the folder already holds.
+    """Collect the planned episodes or steps, continuing what the folder already holds.
 
     Raises:
         ConfigError: the folder holds a collection with other settings.
@@ -155,7 +170,7 @@ def collect(
     with _Workers(plan, setup) as workers:
         embodiment, tasks = workers.start()
         with DatasetWriter(plan.output, embodiment, tasks, collection=plan.identity()) as writer:
-            ledger = Ledger(writer, plan.first_seed, plan.episodes)
+            ledger = Ledger(writer, plan.first_seed, plan.episodes, plan.steps)
             try:
                 session, seconds = _run(plan, ledger, workers, on_progress)
             except BaseException:
@@ -177,7 +192,8 @@ def _run(
     def report() -> None:
         on_progress(
             CollectionProgress(
-                episodes=min(ledger.successes, plan.episodes),
+                episodes=min(ledger.successes, plan.episodes or ledger.successes),
+                steps=sum(outcome.steps for outcome in ledger.outcomes.values()),
                 successes=ledger.successes,
                 tried=ledger.tried,
                 session=session,
@@ -214,7 +230,7 @@ def _finished(plan: CollectionPlan) -> CollectionResult | None:
     meta = read_meta(plan.output)
     _require_same(plan, meta.get("collection"))
     with DatasetWriter(plan.output, Embodiment.from_dict(meta["embodiment"]), {}) as writer:
-        ledger = Ledger(writer, plan.first_seed, plan.episodes)
+        ledger = Ledger(writer, plan.first_seed, plan.episodes, plan.steps)
         ledger.close()
     return CollectionResult(outcomes=ledger.decided(), session=0, seconds=0.0) if ledger.complete else None
 
@@ -223,7 +239,8 @@ def _require_same(plan: CollectionPlan, earlier: dict[str, Any] | None) -> None:
     if earlier is None:
         raise ConfigError(f"{plan.output}: holds a dataset that was not made by collect. Choose a new folder.")
     wanted = plan.identity()
-    different = [f"{key}: {earlier.get(key)} != {value}" for key, value in wanted.items() if earlier.get(key) != value]
+    keys = {**wanted, **earlier}
+    different = [f"{k}: {earlier.get(k)} != {wanted.get(k)}" for k in keys if earlier.get(k) != wanted.get(k)]
     if different:
         listed = "\n  ".join(different)
         raise ConfigError(

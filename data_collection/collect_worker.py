@@ -81,7 +81,11 @@ def _serve(connection: Connection, plan: CollectionPlan, setup: Setup) -> None:
         source="expert",
         operator=plan.style.name,
         keep=lambda result: kept(result, plan),
-        extra={"style": asdict(plan.style)},
+        extra={
+            "style": asdict(plan.style),
+            # Only episodes in which something moves: cameras that differ between episodes are a static scene.
+            **({"motion": plan.motion.to_dict()} if plan.motion.active else {}),
+        },
     )
     listeners = [recorder, _Reporter(connection, plan)]
     try:

@@ -28,6 +28,7 @@ from simtoreal.data_collection.episode import (
     read_episode,
     read_info,
 )
+from simtoreal.data_collection.filters import filter_masks
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import DatasetError, EmbodimentMismatchError, closest
 
@@ -97,8 +98,11 @@ class Dataset:
 
     @property
     def masks(self) -> dict[str, list[str]]:
-        """Name -> episode numbers. ``train`` and ``valid`` are derived unless ``meta.json`` sets them."""
-        return {**split_masks(self.episodes), **self.meta.get("masks", {})}
+        """Name -> episode numbers. ``train`` and ``valid`` are derived unless ``meta.json`` sets them.
+
+        Every filter has a mask of its name with the episodes that it accepts.
+        """
+        return {**split_masks(self.episodes), **filter_masks(self.path), **self.meta.get("masks", {})}
 
     def filter(self, mask: str | None = None) -> list[EpisodeInfo]:
         """Episodes of a mask (``train``, ``valid``, ``success``, ``failure`` or one of the dataset's own), or all.
@@ -180,7 +184,9 @@ def _check_shape(handle: h5py.File, name: str, expected: tuple[int, ...], file: 
 
 
 def split_masks(episodes: list[EpisodeInfo]) -> dict[str, list[str]]:
-    """Masks that follow from the episodes: ``success``, ``failure``, and ``train``/``valid`` over the successful ones.
+    """Masks that follow from the episodes: ``success``, ``failure``, ``train``/``valid`` over the successful ones, and
+    ``static``/``move`` where some were collected with scene motion (a world model must not learn from those that things
+    move by themselves).
 
     Every tenth success validates. Which episodes do only depends on their order, so the split of a growing dataset
     is stable.
@@ -190,4 +196,7 @@ def split_masks(episodes: list[EpisodeInfo]) -> dict[str, list[str]]:
     valid = successes[9::10] or successes[1:][-1:]
     train = [name for name in successes if name not in set(valid)]
     masks = {"success": successes, "failure": failures, "train": train, "valid": valid}
+    moved = [episode.name for episode in episodes if "motion" in episode.extra]
+    if moved:
+        masks |= {"move": moved, "static": [episode.name for episode in episodes if "motion" not in episode.extra]}
     return {name: members for name, members in masks.items() if members}

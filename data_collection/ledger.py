@@ -1,6 +1,7 @@
 """What became of every candidate seed of a collection, so that it can be killed at any moment and continued.
 
-A collection tries the seeds of its range in order and keeps the first N successes. Workers finish them in any order,
+A collection tries the seeds of its range in order and keeps the first N successes, or the successes within a budget
+of control steps. Workers finish them in any order,
 so finished episodes wait in a staging folder until everything before them is decided. Which episodes a dataset ends
 up with, and their numbers, therefore depend neither on the number of workers nor on interruptions.
 """
@@ -26,6 +27,7 @@ LOG = "collection.jsonl"
 
 # Prior belief about a scripted expert, to ask for about as many seeds as will be needed: 19 of 20 succeed.
 _PRIOR_SUCCESSES, _PRIOR_TRIALS = 19, 20
+_PRIOR_STEPS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +52,18 @@ class Ledger:
     Args:
         writer: of the dataset.
         first_seed: the first candidate.
-        episodes: successes to collect.
+        episodes: successes to collect, or None.
+        steps: budget of control steps, or None. Every attempt spends its steps, as it spends a demonstrator's time; the
+            attempt that exceeds the budget is the last one and counts.
     """
 
-    def __init__(self, writer: DatasetWriter, first_seed: int, episodes: int) -> None:
-        self.writer, self.first_seed, self.episodes = writer, first_seed, episodes
+    def __init__(self, writer: DatasetWriter, first_seed: int, episodes: int | None, steps: int | None = None) -> None:
+        self.writer, self.first_seed, self.episodes, self.steps = writer, first_seed, episodes, steps
         self.outcomes: dict[int, Outcome] = {}
         self.assigned: set[int] = set()
         self._next = first_seed
         self._committed: set[int] = set()
-        self._prefix_successes = 0
+        self._prefix_successes = self._prefix_steps = 0
         self._resume()
         with disk_errors(writer.path / LOG):
             self._log = os.open(writer.path / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -97,8 +101,10 @@ class Ledger:
 
     @property
     def complete(self) -> bool:
-        """Whether the wanted successes are committed."""
-        return self._prefix_successes >= self.episodes
+        """Whether the wanted successes are committed, or the budget is spent."""
+        if self.episodes is not None and self._prefix_successes >= self.episodes:
+            return True
+        return self.steps is not None and self._prefix_steps >= self.steps
 
     @property
     def tried(self) -> int:
@@ -116,8 +122,15 @@ class Ledger:
 
     def want(self) -> int:
         """How many more seeds should be running to expect enough successes."""
-        rate = (self.successes + _PRIOR_SUCCESSES) / (self.tried + _PRIOR_TRIALS)
-        return math.ceil((self.episodes - self.successes) / rate) - len(self.assigned)
+        wanted = []
+        if self.episodes is not None:
+            rate = (self.successes + _PRIOR_SUCCESSES) / (self.tried + _PRIOR_TRIALS)
+            wanted.append((self.episodes - self.successes) / rate)
+        if self.steps is not None:
+            spent = sum(outcome.steps for outcome in self.outcomes.values())
+            length = (spent + _PRIOR_STEPS) / (self.tried + 1)
+            wanted.append((self.steps - spent) / length)
+        return math.ceil(min(wanted)) - len(self.assigned)
 
     def assign(self, count: int) -> list[int]:
         """The next ``count`` seeds that nobody has run or is running.
@@ -157,6 +170,7 @@ class Ledger:
                 self.writer.adopt(staged_path(self.writer.path, outcome.seed))
                 self._committed.add(outcome.seed)
             self._prefix_successes += outcome.success
+            self._prefix_steps += outcome.steps
             self._next += 1
 
     def close(self) -> None:

@@ -14,6 +14,7 @@ from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.randomization import Randomization
 from simtoreal.envs.rendering import PictureRenderer
 from simtoreal.envs.rollout import index_info
+from simtoreal.envs.scene_motion import SceneMotion
 from simtoreal.envs.tabletop_vector import TabletopVectorEnv
 from simtoreal.envs.task import TaskSpec
 
@@ -37,18 +38,20 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray], EzPickle):
         cameras: tuple[str, ...] = ("front", "wrist"),
         observe: str = "image",
         randomization: str | Randomization | None = None,
+        motion: str | SceneMotion | None = None,
         record_state: bool = False,
         render_mode: str | None = None,
     ) -> None:
         EzPickle.__init__(
             self, task, embodiment=embodiment, image_size=image_size, render_profile=render_profile, cameras=cameras,
-            observe=observe, randomization=randomization, record_state=record_state, render_mode=render_mode,
+            observe=observe, randomization=randomization, motion=motion, record_state=record_state,
+            render_mode=render_mode,
         )  # fmt: skip
         if render_mode not in (None, "rgb_array"):
             raise ConfigError(f"render_mode is '{render_mode}'; expected None or 'rgb_array'")
         self.vector = TabletopVectorEnv(
             task, 1, embodiment=embodiment, image_size=image_size, render_profile=render_profile, cameras=cameras,
-            observe=observe, randomization=randomization, record_state=record_state,
+            observe=observe, randomization=randomization, motion=motion, record_state=record_state,
         )  # fmt: skip
         self.render_mode = render_mode
         self.task, self.embodiment, self.model = self.vector.task, self.vector.embodiment, self.vector.model
@@ -96,6 +99,10 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray], EzPickle):
     def set_state(self, state: np.ndarray) -> None:
         """Restore a state of :meth:`get_state`; replay from it is bit-identical."""
         self.vector.set_state(np.asarray(state)[None])
+
+    def set_motion(self, motion: str | SceneMotion | None) -> None:
+        """Choose how the scene moves in episodes that begin from now on."""
+        self.vector.set_motion(motion)
 
     def set_instruction(self, text: str) -> None:
         """Change the language instruction from the next step on."""

@@ -21,6 +21,8 @@ from simtoreal.envs.predicates import SceneView
 from simtoreal.envs.randomization import Randomization, load_randomization, sample_variation
 from simtoreal.envs.rendering import DRAWN_FIELDS, BatchRenderer
 from simtoreal.envs.scene import TABLE_LOOKS, build_model, index_objects
+from simtoreal.envs.scene_motion import SceneMotion, SceneMover, load_motion, put_planar
+from simtoreal.envs.scene_state import object_state, view_scene
 from simtoreal.envs.task import TaskSpec, sample_initial_condition
 from simtoreal.envs.task_file import load_task
 from simtoreal.envs.varied_models import VariedModels
@@ -54,13 +56,15 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         cameras: camera names, when no embodiment is given.
         observe: ``"image"``, or ``"state"`` to leave the images out.
         randomization: name of ``RANDOMIZATIONS`` or ranges, drawn anew per reset.
+        motion: name of ``SCENE_MOTIONS`` or settings: how objects and cameras move during an episode (MOVE). The
+            initial condition of a seed is the same with and without it.
         autoreset_mode: ``DISABLED`` (reset with ``options={"reset_mask": ...}``) or ``NEXT_STEP``.
         threads: physics threads.
         record_state: put ``sim_state`` (the exact state, see :meth:`get_state`) into every info.
 
     Raises:
         ConfigError: the embodiment's action mode is not ``ee_delta``.
-        ConfigError, TaskError: see :func:`load_task`, :func:`load_randomization`.
+        ConfigError, TaskError: see :func:`load_task`, :func:`load_randomization`, :class:`SceneMover`.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "render_fps": 20}
@@ -76,6 +80,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         cameras: tuple[str, ...] = ("front", "wrist"),
         observe: str = "image",
         randomization: str | Randomization | None = None,
+        motion: str | SceneMotion | None = None,
         autoreset_mode: AutoresetMode = AutoresetMode.DISABLED,
         threads: int = 1,
         record_state: bool = False,
@@ -105,6 +110,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         self._varied = None
         if self.randomization != Randomization():
             self._varied = VariedModels(self.batch, self.task, self.objects)
+        self.set_motion(motion)
 
     # Construction -----------------------------------------------------------------------------------------
 
@@ -194,7 +200,8 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
             actions: ``(N, 7)`` in [-1, 1].
 
         Returns:
-            Observation, reward (1 on success), terminated (success), truncated (horizon or fault), info.
+            Observation, reward (1 on success), terminated (success, or the task's failure), truncated (horizon or
+            fault), info.
 
         Raises:
             ActionError: wrong shape or dtype, not finite, or out of range.
@@ -212,13 +219,18 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         reached = self.task.goal_predicate(scene)
         self._hold[running] = np.where(reached, self._hold + 1, 0)[running]
         success = self._hold >= SUCCESS_HOLD_STEPS
+        failed = np.zeros(self.num_envs, bool)
+        if self.task.failure_predicate is not None:
+            failed = self.task.failure_predicate(scene)
+        success &= ~failed
         fault = self._faults != ""
-        terminated = success & ~fault
+        terminated = (success | failed) & ~fault
         truncated = ((self._steps >= self.task.horizon) & ~terminated) | fault
         self._ended = terminated | truncated
         drawn = np.flatnonzero(running | np.isin(np.arange(self.num_envs), restarted))
         info = self._info(scene, success)
-        return self._observe(drawn), terminated.astype(np.float64), terminated, truncated, info
+        info["task_failed"] = failed
+        return self._observe(drawn), (success & ~fault).astype(np.float64), terminated, truncated, info
 
     def close(self, **kwargs: Any) -> None:
         """Free the renderer."""
@@ -262,6 +274,16 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         self.batch.forward(slots, _STAGE_VEL)
         # forward() refreshes derived fields; the warm start of the solver must stay the recorded one.
         self.batch.state[slots] = parts[0]
+
+    def set_motion(self, motion: str | SceneMotion | None) -> None:
+        """Choose how the scene moves in episodes that begin from now on.
+
+        Raises:
+            ConfigError: unknown motion, or the task marks nothing that may move.
+        """
+        self.motion = load_motion(motion)
+        used = self.motion.active or self.motion.places_cameras
+        self._mover = SceneMover(self.motion, self.task, self.embodiment, self.num_envs) if used else None
 
     def set_instruction(self, text: str, mask: np.ndarray | None = None) -> None:
         """Change the language instruction of the simulations where ``mask`` is true (default: all)."""
@@ -310,6 +332,9 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         self.fields["ctrl"][slots] = commands[slots]
         self._steps[slots], self._hold[slots], self._ended[slots] = 0, 0, False
         self._faults[slots] = ""
+        if self._mover is not None:
+            for slot in slots:
+                self._mover.begin(int(slot), int(self._seeds[slot]))
 
     def _move_to_start(self, slots: np.ndarray) -> None:
         """Drive the arms whose variation says so from home to where they start, before the episode begins."""
@@ -377,8 +402,16 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
             commands = history[np.arange(len(history)), self._latency[slots]]
         self.fields["ctrl"][slots] = commands
         self._steps[slots] += 1
+        self._move_scene(np.flatnonzero(running), self.embodiment.control_period_s)
         if everyone or running.any():
             self._step_physics(None if everyone else slots)
+
+    def _move_scene(self, slots: np.ndarray, period_s: float) -> None:
+        """Overwrite the poses of what moves by itself."""
+        if self._mover is None:
+            return
+        for moved in self._mover.advance(self._scene(), slots, period_s):
+            put_planar(self.fields, self.objects[moved.name], moved)
 
     def _step_physics(self, slots: np.ndarray | None) -> None:
         try:
@@ -394,26 +427,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
             self._faults[slot] = self._faults[slot] or "simulation diverged"
 
     def _scene(self) -> SceneView:
-        """Collect what predicates read."""
-        fields = self.fields
-        positions = {"tcp": fields["site_xpos"][:, self._tcp]}
-        quaternions: dict[str, np.ndarray] = {}
-        velocities, openings, touches = {}, {}, {}
-        contact = fields["sensordata"] > 0
-        for index, item in enumerate(self.task.objects):
-            where = self.objects[item.name]
-            if item.fixed:
-                positions[item.name] = fields["mocap_pos"][:, where.mocap]
-                quaternions[item.name] = fields["mocap_quat"][:, where.mocap]
-            else:
-                positions[item.name] = fields["qpos"][:, where.qpos : where.qpos + 3]
-                quaternions[item.name] = fields["qpos"][:, where.qpos + 3 : where.qpos + 7]
-                velocities[item.name] = fields["qvel"][:, where.qvel : where.qvel + 3]
-            if item.articulated:
-                openings[item.name] = fields["qpos"][:, where.joint_qpos]
-            touches[item.name] = contact[:, 2 * index : 2 * index + 2]
-        opening = fields["qpos"][:, self._finger] / FINGER_TRAVEL_M
-        return SceneView(positions, quaternions, velocities, openings, touches, opening)
+        return view_scene(self.fields, self.task, self.objects, self._tcp, self._finger)
 
     def _observe(self, drawn: np.ndarray) -> dict[str, np.ndarray]:
         """Build the observation; images are drawn anew for the simulations ``drawn``."""
@@ -429,28 +443,19 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
             self.fields["site_xpos"][:, self._tcp], matrices, self._position,
             qpos[:, self._finger] / FINGER_TRAVEL_M, joints,
         )  # fmt: skip
-        observation["object_state"] = self._object_state()
+        observation["object_state"] = object_state(self.fields, self.task, self.objects)
         return observation
-
-    def _object_state(self) -> np.ndarray:
-        """Scene truth ``(N, D)`` float32; names in ``task.object_state_names``."""
-        qpos, parts = self.fields["qpos"], []
-        for item in self.task.objects:
-            where = self.objects[item.name]
-            if item.fixed:
-                parts += [self.fields["mocap_pos"][:, where.mocap], self.fields["mocap_quat"][:, where.mocap]]
-            else:
-                parts.append(qpos[:, where.qpos : where.qpos + 7])
-            if item.articulated:
-                parts.append(qpos[:, where.joint_qpos : where.joint_qpos + 1])
-        return np.concatenate(parts, axis=-1, dtype=np.float32, casting="same_kind")
 
     def _draw(self, drawn: np.ndarray) -> dict[str, np.ndarray]:
         if self._renderer is None:
             self._renderer = BatchRenderer(self.model, self.embodiment, self.num_envs)
             spaces = self.observation_space.spaces
             self._images = {key: np.zeros(spaces[key].shape, np.uint8) for key in self.embodiment.image_keys}
-        images = self._renderer.render(self.fields, drawn, self._varied.looks if self._varied else {})
+        fields = dict(self.fields)
+        if self._mover is not None:
+            ids = {camera.name: self.model.camera(camera.name).id for camera in self._mover.cameras}
+            fields |= self._mover.displace_cameras(self.fields, ids, drawn)
+        images = self._renderer.render(fields, drawn, self._varied.looks if self._varied else {})
         for key, new in zip(self.embodiment.image_keys, images, strict=True):
             for row, slot in enumerate(drawn):
                 if self._image_noise[slot]:
@@ -470,6 +475,8 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
             "sim_fault": self._faults.copy(),
             "init_id": self._seeds.copy(),
         }
+        if self._mover is not None:
+            info["scene_motion"] = self._mover.log()
         if self.record_state:
             info["sim_state"] = self.get_state()
         return info

@@ -10,6 +10,8 @@ from simtoreal.envs import rotation
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.panda import FINGER_TRAVEL_M, pose_to_control
+from simtoreal.envs.scene_motion import SceneMotion
+from simtoreal.envs.scene_state import object_state
 from simtoreal.envs.tabletop_vector import SUCCESS_HOLD_STEPS, TabletopVectorEnv
 from simtoreal.envs.task import TaskSpec
 from simtoreal.robot.gap import Latency, load_gap, sample_latency
@@ -29,10 +31,13 @@ class TwinWorld(TabletopVectorEnv):
         task: what is on the table.
         embodiment: robot and cameras, with the pixels of the policy.
         gap: ``none``, ``standard`` or ``hard``.
+        motion: how the scene moves once somebody drives the arm; None for not at all.
     """
 
-    def __init__(self, task: TaskSpec, embodiment: Embodiment, gap: str) -> None:
-        super().__init__(task, 1, embodiment=embodiment, randomization=load_gap(gap))
+    def __init__(
+        self, task: TaskSpec, embodiment: Embodiment, gap: str, motion: str | SceneMotion | None = None
+    ) -> None:
+        super().__init__(task, 1, embodiment=embodiment, randomization=load_gap(gap), motion=motion)
         self.substeps = round(TICK_S / self.model.opt.timestep)
         if not np.isclose(self.substeps * self.model.opt.timestep, TICK_S):
             raise ConfigError(f"the tick of {TICK_S} s is no multiple of the timestep {self.model.opt.timestep} s")
@@ -83,6 +88,8 @@ class TwinWorld(TabletopVectorEnv):
         self.ticks += 1
         if self.fault:
             return
+        if self.engaged:
+            self._move_scene(np.array([0]), TICK_S)
         self._step_physics(None)
         if self.ticks % self.ticks_per_control == 0:
             self._hold = np.where(self.task.goal_predicate(self._scene()), self._hold + 1, 0)
@@ -108,7 +115,8 @@ class TwinWorld(TabletopVectorEnv):
                 name: bool(predicate(scene)[0]) for name, predicate in self.task.milestone_predicates.items()
             },
             "contacts": {name: bool(touch.any()) for name, touch in scene.touches.items()},
-            "object_state": self._object_state()[0].tolist(),
+            "object_state": object_state(self.fields, self.task, self.objects)[0].tolist(),
+            "scene_motion": {name: float(value[0]) for name, value in self._mover.log().items()} if self._mover else {},
             "fault": self.fault,
         }
 

@@ -1,0 +1,366 @@
+"""Scene motion while a demonstration is given: MOVE (motion-based variability enhancement, arXiv 2512.04813).
+
+Object, target and cameras move during an episode, so that one demonstration sweeps a continuum of relative
+configurations instead of a single placement. Motion is kinematic: poses are overwritten between physics steps and
+nothing is pushed. What differs from the released generator is said where it does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from simtoreal.envs import rotation
+from simtoreal.envs.embodiment import Embodiment
+from simtoreal.envs.errors import ConfigError, closest
+from simtoreal.envs.predicates import SceneView
+from simtoreal.envs.scene import ObjectIndex
+from simtoreal.envs.task import ObjectSpec, TaskSpec
+
+# Keeps the motion's random numbers apart from those of the initial condition, which stays the same with and without.
+_STREAM = 0x4D4F5645
+# Free space that a moving thing keeps to the other objects.
+CLEARANCE_M = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneMotion:
+    """How a scene moves. Speeds are caps: an episode's speed is its speed factor u times the cap.
+
+    Attributes:
+        object_speed_m_s: cap of the manipulated object's velocity per axis, before it is first touched.
+        object_turn_deg_s: cap of its rotation about z.
+        target_speed_m_s: cap of the target's velocity per axis, while the object is held or pushed.
+        camera_turn_deg_s: cap of the azimuth rate of cameras fixed to the world.
+        camera_slide_m_s: cap of the rate of their distance and height.
+        object_moves_s, target_moves_s: the object and the target move for at most this long per episode.
+        camera_azimuth_deg, camera_distance_m, camera_height_m: ranges around the nominal camera pose, in cylindrical
+            coordinates about the point it looks at; the episode starts anywhere in them. Zero ranges leave the
+            cameras alone.
+        turn_limit_deg: the object turns back when it is this far from its initial yaw.
+        margin_m: gap to the gripper (object) or to the held object (target) below which the motion stops.
+        speed_beta: parameters of the Beta distribution of u.
+        correlated: one u and directions of any length for all channels, as released; otherwise every channel draws
+            its own u and directions have length 1.
+    """
+
+    object_speed_m_s: float = 0.0
+    object_turn_deg_s: float = 0.0
+    target_speed_m_s: float = 0.0
+    camera_turn_deg_s: float = 0.0
+    camera_slide_m_s: float = 0.0
+    object_moves_s: float = 2.0
+    target_moves_s: float = 2.0
+    camera_azimuth_deg: tuple[float, float] = (0.0, 0.0)
+    camera_distance_m: tuple[float, float] = (0.0, 0.0)
+    camera_height_m: tuple[float, float] = (0.0, 0.0)
+    turn_limit_deg: float = 60.0
+    margin_m: float = 0.03
+    speed_beta: tuple[float, float] = (2.0, 5.0)
+    correlated: bool = True
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name.startswith("camera_") and isinstance(value, tuple):
+                if len(value) != 2 or value[0] > value[1]:
+                    raise ConfigError(f"scene motion '{field.name}' is {value}; expected (low, high), low <= high")
+            elif field.name == "speed_beta":
+                if len(value) != 2 or min(value) <= 0:
+                    raise ConfigError(f"scene motion 'speed_beta' is {value}; expected two positive numbers")
+            elif not isinstance(value, bool) and not (np.isfinite(value) and value >= 0):
+                raise ConfigError(f"scene motion '{field.name}' is {value}; expected a number >= 0")
+
+    @property
+    def moves_objects(self) -> bool:
+        """Whether anything but cameras moves."""
+        return max(self.object_speed_m_s, self.object_turn_deg_s, self.target_speed_m_s) > 0
+
+    @property
+    def places_cameras(self) -> bool:
+        """Whether camera poses differ between episodes or within one."""
+        return any(low < high for low, high in self._camera_ranges)
+
+    @property
+    def active(self) -> bool:
+        """Whether anything moves within an episode."""
+        return self.moves_objects or (self.places_cameras and max(self.camera_turn_deg_s, self.camera_slide_m_s) > 0)
+
+    @property
+    def _camera_ranges(self) -> tuple[tuple[float, float], ...]:
+        return self.camera_azimuth_deg, self.camera_distance_m, self.camera_height_m
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-compatible dictionary."""
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self).items()}
+
+
+_VIEWS: dict[str, Any] = {
+    "camera_azimuth_deg": (-30.0, 30.0), "camera_distance_m": (-0.1, 0.1), "camera_height_m": (-0.1, 0.1),
+}  # fmt: skip
+_OBJECTS: dict[str, Any] = {"object_speed_m_s": 0.4, "object_turn_deg_s": 20.0, "target_speed_m_s": 0.4}
+_CAMERAS: dict[str, Any] = {"camera_turn_deg_s": 60.0, "camera_slide_m_s": 0.2}
+# "views" is the static counterpart of "move_views": cameras anywhere in the same ranges, at rest.
+SCENE_MOTIONS: dict[str, SceneMotion] = {
+    "none": SceneMotion(),
+    "move": SceneMotion(**_OBJECTS),
+    "views": SceneMotion(**_VIEWS),
+    "move_views": SceneMotion(**_OBJECTS, **_VIEWS, **_CAMERAS),
+}
+
+
+def load_motion(value: str | SceneMotion | Mapping[str, Any] | None) -> SceneMotion:
+    """Return a scene motion by name, or from its fields; None is ``none``.
+
+    Raises:
+        ConfigError: unknown name or field.
+    """
+    if isinstance(value, SceneMotion):
+        return value
+    if isinstance(value, Mapping):
+        known = {field.name for field in dataclasses.fields(SceneMotion)}
+        for key in value:
+            if key not in known:
+                raise ConfigError(f"scene motion has no '{key}'. {closest(str(key), known)}")
+        return SceneMotion(**{key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
+    name = value or "none"
+    if name not in SCENE_MOTIONS:
+        raise ConfigError(f"unknown scene motion '{name}'. {closest(name, SCENE_MOTIONS)}")
+    return SCENE_MOTIONS[name]
+
+
+@dataclass
+class PlanarMotion:
+    """New poses that a :class:`SceneMover` asks for: rows of the named object.
+
+    Attributes:
+        name: object.
+        rows: simulations ``(K,)`` in which it moves.
+        positions: ``(K, 2)`` metres, base frame.
+        yaws: ``(K,)`` change of the yaw in radians.
+    """
+
+    name: str
+    rows: np.ndarray
+    positions: np.ndarray
+    yaws: np.ndarray
+
+
+class SceneMover:
+    """Moves the scenes of N simulations.
+
+    Args:
+        motion: how.
+        task: what; ``task.moving_object`` and ``task.moving_target`` name the things.
+        embodiment: gives the world cameras.
+        count: number of simulations.
+
+    Raises:
+        ConfigError: objects should move but the task marks none.
+    """
+
+    def __init__(self, motion: SceneMotion, task: TaskSpec, embodiment: Embodiment, count: int) -> None:
+        self.motion, self.task = motion, task
+        self.cameras = [camera for camera in embodiment.cameras if camera.mount == "world"]
+        self.moving = [task.object(name) for name in (task.moving_object, task.moving_target) if name]
+        if motion.moves_objects and not self.moving:
+            raise ConfigError(
+                f"task '{task.name}' marks nothing that may move. Add 'moving: {{object: NAME, target: NAME}}' to "
+                f"{task.source or 'its yaml file'}, or collect it without scene motion."
+            )
+        self.factors = np.zeros((count, 3))
+        self.directions = np.zeros((count, 2, 2))
+        self.turn_signs = np.ones(count)
+        self.turned = np.zeros(count)
+        self.velocities = np.zeros((count, 2, 2))
+        self.turn_rates = np.zeros(count)
+        self.moved_s = np.zeros((count, 2))
+        self.touched = np.zeros(count, dtype=bool)
+        self.camera_signs = np.ones((count, 3))
+        self.camera_offsets = np.zeros((count, 3))
+        self.camera_positions = np.zeros((count, len(self.cameras), 3))
+        self.camera_quaternions = np.zeros((count, len(self.cameras), 4))
+
+    def begin(self, slot: int, seed: int) -> None:
+        """Draw the motion of a new episode; it depends on the episode's seed only."""
+        rng = np.random.default_rng([_STREAM, seed])
+        factors = rng.beta(*self.motion.speed_beta, size=3)
+        self.factors[slot] = factors[0] if self.motion.correlated else factors
+        directions = rng.uniform(-1.0, 1.0, (2, 2))
+        if not self.motion.correlated:
+            directions /= np.linalg.norm(directions, axis=-1, keepdims=True)
+        self.directions[slot] = directions
+        self.turn_signs[slot] = rng.choice((-1.0, 1.0))
+        self.camera_signs[slot] = rng.choice((-1.0, 1.0), size=3)
+        low, high = np.transpose(self.motion._camera_ranges)
+        self.camera_offsets[slot] = rng.uniform(low, high)
+        self.turned[slot] = self.turn_rates[slot] = 0.0
+        self.velocities[slot], self.moved_s[slot], self.touched[slot] = 0.0, 0.0, False
+
+    def advance(self, scene: SceneView, rows: np.ndarray, period_s: float) -> list[PlanarMotion]:
+        """Move by ``period_s`` in the simulations ``rows`` and return what to overwrite."""
+        self.velocities[rows], self.turn_rates[rows] = 0.0, 0.0
+        self._move_cameras(rows, period_s)
+        if not self.motion.moves_objects:
+            return []
+        item = self.moving[0]
+        held = (
+            scene.touches[item.name].any(axis=-1) if item.name in scene.touches else np.zeros(len(self.touched), bool)
+        )
+        self.touched[rows] |= held[rows]
+        moved = [self._move_object(scene, rows[~self.touched[rows]], period_s)]
+        if len(self.moving) > 1:
+            moved.append(self._move_target(scene, rows[held[rows]], period_s))
+        return [motion for motion in moved if len(motion.rows)]
+
+    def _move_object(self, scene: SceneView, rows: np.ndarray, period_s: float) -> PlanarMotion:
+        item, motion = self.moving[0], self.motion
+        gap = _gap(scene.positions["tcp"], 0.0, 0.0, scene.positions[item.name], item)
+        rows = rows[(self.moved_s[rows, 0] < motion.object_moves_s) & (gap[rows] > motion.margin_m)]
+        positions = self._bounce(scene, rows, 0, motion.object_speed_m_s * self.factors[rows, 0], period_s)
+        yaws = self.turn_signs[rows] * np.deg2rad(motion.object_turn_deg_s) * self.factors[rows, 0] * period_s
+        self.turned[rows] += yaws
+        beyond = np.abs(self.turned[rows]) > np.deg2rad(motion.turn_limit_deg)
+        self.turn_signs[rows[beyond]] = -np.sign(self.turned[rows[beyond]])
+        self.turn_rates[rows] = yaws / period_s
+        return PlanarMotion(item.name, rows, positions, yaws)
+
+    def _move_target(self, scene: SceneView, rows: np.ndarray, period_s: float) -> PlanarMotion:
+        (held, item), motion = self.moving, self.motion
+        centre = scene.positions[held.name]
+        gap = _gap(centre, held.half_extent_m, held.half_height_m, scene.positions[item.name], item)
+        rows = rows[(self.moved_s[rows, 1] < motion.target_moves_s) & (gap[rows] > motion.margin_m)]
+        positions = self._bounce(scene, rows, 1, motion.target_speed_m_s * self.factors[rows, 1], period_s)
+        return PlanarMotion(item.name, rows, positions, np.zeros(len(rows)))
+
+    def _bounce(self, scene: SceneView, rows: np.ndarray, which: int, speed: np.ndarray, period_s: float) -> np.ndarray:
+        """Billiard motion in the box of the initial placements (card: d_a <- -d_a at a wall, position clipped)."""
+        item = self.moving[which]
+        spec = self.task.initial[item.name]
+        low, high = np.array([spec.x_m[0], spec.y_m[0]]), np.array([spec.x_m[1], spec.y_m[1]])
+        before = scene.positions[item.name][rows, :2]
+        proposed = before + (speed * period_s)[:, None] * self.directions[rows, which]
+        outside = (proposed < low) | (proposed > high)
+        self.directions[rows, which] *= np.where(outside, -1.0, 1.0)
+        proposed = np.clip(proposed, low, high)
+        for other in self.task.objects:
+            if other.name == item.name or (which == 1 and other.name == self.moving[0].name):
+                continue
+            # Not in the released generator, which has nothing to run into: turn back before another object.
+            apart = item.half_extent_m + other.half_extent_m + CLEARANCE_M
+            near = np.linalg.norm(proposed - scene.positions[other.name][rows, :2], axis=-1)
+            was = np.linalg.norm(before - scene.positions[other.name][rows, :2], axis=-1)
+            blocked = (near < apart) & (near < was)
+            self.directions[rows[blocked], which] *= -1.0
+            proposed[blocked] = before[blocked]
+        self.velocities[rows, which] = (proposed - before) / period_s
+        self.moved_s[rows, which] += period_s
+        return proposed
+
+    def _move_cameras(self, rows: np.ndarray, period_s: float) -> None:
+        motion = self.motion
+        if not motion.places_cameras:
+            return
+        caps = np.array([motion.camera_turn_deg_s, motion.camera_slide_m_s, motion.camera_slide_m_s])
+        low, high = np.transpose(motion._camera_ranges)
+        offsets = self.camera_offsets[rows] + self.camera_signs[rows] * self.factors[rows, 2, None] * caps * period_s
+        self.camera_signs[rows] *= np.where((offsets < low) | (offsets > high), -1.0, 1.0)
+        self.camera_offsets[rows] = np.clip(offsets, low, high)
+
+    def displace_cameras(
+        self, fields: Mapping[str, np.ndarray], camera_ids: Mapping[str, int], slots: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Return camera poses with those of the world cameras displaced, for drawing.
+
+        Args:
+            fields: live ``cam_xpos`` ``(N, C, 3)`` and ``cam_xmat`` ``(N, C, 9)`` of the batch, left alone.
+            camera_ids: camera name -> index in these arrays.
+            slots: simulations to draw.
+        """
+        if not self.motion.places_cameras:
+            return {}
+        positions, matrices = fields["cam_xpos"].copy(), fields["cam_xmat"].copy()
+        for camera in self.cameras:
+            index = camera_ids[camera.name]
+            for slot in slots:
+                pose = displace_camera(
+                    positions[slot, index], matrices[slot, index].reshape(3, 3), self.camera_offsets[slot]
+                )
+                positions[slot, index], matrices[slot, index] = pose[0], pose[1].ravel()
+                self.camera_positions[slot, self.cameras.index(camera)] = pose[0]
+                self.camera_quaternions[slot, self.cameras.index(camera)] = rotation.from_matrix(pose[1])
+        return {"cam_xpos": positions, "cam_xmat": matrices}
+
+    def log(self) -> dict[str, np.ndarray]:
+        """Parameters and speeds of the last step by name, each ``(N,)`` float64; see ``info["scene_motion"]``."""
+        entries = {"speed_factor": self.factors[:, 0].copy()}
+        for which, item in enumerate(self.moving):
+            for axis, letter in enumerate("xy"):
+                entries[f"{item.name}_v{letter}_m_s"] = self.velocities[:, which, axis].copy()
+        if self.moving:
+            entries[f"{self.moving[0].name}_turn_rad_s"] = self.turn_rates.copy()
+        for index, name in enumerate(("azimuth_deg", "distance_m", "height_m")):
+            entries[f"camera_{name}"] = self.camera_offsets[:, index].copy()
+        for index, camera in enumerate(self.cameras if self.motion.places_cameras else ()):
+            for axis, letter in enumerate("xyz"):
+                entries[f"{camera.name}_{letter}_m"] = self.camera_positions[:, index, axis].copy()
+            for axis, letter in enumerate("wxyz"):
+                entries[f"{camera.name}_q{letter}"] = self.camera_quaternions[:, index, axis].copy()
+        return entries
+
+
+def displace_camera(position: np.ndarray, matrix: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Displace a camera in cylindrical coordinates about the vertical axis through the point of the table it looks at.
+
+    That point stays in the centre of the image.
+
+    Args:
+        position: ``(3,)`` metres, base frame.
+        matrix: ``(3, 3)`` orientation; the camera looks along its -z, +y is up in the image.
+        offsets: azimuth (degrees), distance (m) and height (m).
+
+    Returns:
+        The new position and orientation.
+    """
+    azimuth, distance, height = offsets
+    forward = -matrix[:, 2]
+    # A camera that does not look down has no such point; it turns about the middle of the table's near edge.
+    centre = position + forward * (-position[2] / forward[2]) if forward[2] < -0.05 else np.array([0.3, 0.0, 0.0])
+    arm = position - centre
+    radius = float(np.hypot(*arm[:2]))
+    turn = np.deg2rad(azimuth)
+    spin = np.array([[np.cos(turn), -np.sin(turn), 0.0], [np.sin(turn), np.cos(turn), 0.0], [0.0, 0.0, 1.0]])
+    scaled = np.array([*(arm[:2] * (radius + distance) / radius), arm[2] + height])
+    # Pitch about the camera's own x axis that brings the centre back to the middle of the image.
+    pitch = np.arctan2(arm[2], radius) - np.arctan2(scaled[2], radius + distance)
+    tilt = rotation.to_matrix(rotation.from_rotation_vector(np.array([pitch, 0.0, 0.0])))
+    return centre + spin @ scaled, spin @ matrix @ tilt
+
+
+def put_planar(fields: Mapping[str, np.ndarray], where: ObjectIndex, moved: PlanarMotion) -> None:
+    """Overwrite the pose of an object in the live arrays of a batch; a free body comes to rest there."""
+    turn = np.zeros((len(moved.rows), 4))
+    turn[:, 0], turn[:, 3] = np.cos(moved.yaws / 2), np.sin(moved.yaws / 2)
+    if where.mocap >= 0:
+        fields["mocap_pos"][moved.rows, where.mocap, :2] = moved.positions
+        before = fields["mocap_quat"][moved.rows, where.mocap]
+        fields["mocap_quat"][moved.rows, where.mocap] = rotation.quaternion_multiply(turn, before)
+        return
+    qpos, qvel = fields["qpos"], fields["qvel"]
+    qpos[moved.rows, where.qpos : where.qpos + 2] = moved.positions
+    orientation = slice(where.qpos + 3, where.qpos + 7)
+    qpos[moved.rows, orientation] = rotation.quaternion_multiply(turn, qpos[moved.rows, orientation])
+    qvel[moved.rows, where.qvel : where.qvel + 6] = 0.0
+
+
+def _gap(
+    point: np.ndarray, half_width_m: float, half_height_m: float, position: np.ndarray, item: ObjectSpec
+) -> np.ndarray:
+    """Free distance ``(N,)`` between a box around ``point`` and an object: the larger of across and up."""
+    across = np.linalg.norm((point - position)[:, :2], axis=-1) - half_width_m - item.half_extent_m
+    up = point[:, 2] - half_height_m - (position[:, 2] + item.top_m)
+    return np.maximum(across, up)
