@@ -22,7 +22,7 @@ from simtoreal.envs.files import atomic_path, fsync_folder, write_json
 from simtoreal.envs.provenance import git_commit, versions
 
 # robomimic 0.3.0 knows 1 (robosuite), 2 (gym) and 3 (iGibson); ours must be none of them.
-_ROBOMIMIC_ENV_TYPE = 101
+ROBOMIMIC_ENV_TYPE = 101
 
 
 class DatasetWriter:
@@ -244,7 +244,7 @@ def write_view(dataset: Dataset) -> None:
         DatasetError: the disk is full.
     """
     task = next(iter(dataset.tasks), "")
-    env_args = {"env_name": task, "type": _ROBOMIMIC_ENV_TYPE, "env_kwargs": {"tasks": list(dataset.tasks)}}
+    env_args = {"env_name": task, "type": ROBOMIMIC_ENV_TYPE, "env_kwargs": {"tasks": list(dataset.tasks)}}
     with h5py.File("view", "w", driver="core", backing_store=False, libver="latest") as file:
         data = file.create_group("data")
         for episode in dataset.episodes:

@@ -1,0 +1,183 @@
+"""What every import of another program's dataset has in common: names, bounds, and writing episodes.
+
+A reader of a format yields episodes in our layout; :func:`import_dataset` stores them. Files from elsewhere are not
+trusted: sizes are checked against :data:`LARGEST_EPISODE_BYTES` before anything is allocated, paths never leave the
+dataset, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from simtoreal.data_collection.dataset import META, read_meta
+from simtoreal.data_collection.episode import Arrays, EpisodeInfo
+from simtoreal.data_collection.foreign_embodiment import IMAGE_SUFFIX
+from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.envs.embodiment import Embodiment
+from simtoreal.envs.errors import DatasetError
+from simtoreal.envs.files import write_json
+
+# An episode is held in memory as a whole: ten minutes of four 480 x 640 cameras at 10 Hz are 22 GB, one of which fits.
+LARGEST_EPISODE_BYTES = 16 * 2**30
+LARGEST_JSON_BYTES = 64 * 2**20
+MOST_EPISODES = 1_000_000
+Progress = Callable[[int, int], None]
+"""Called with the episodes done and their total."""
+
+
+class Reader(Protocol):
+    """A dataset of another program, opened for reading.
+
+    Attributes:
+        embodiment: of every episode.
+        tasks: task name -> specification.
+        episodes: name of every episode in the source, in its order.
+        masks: name -> episode names of the source.
+        notes: what the user should know about the conversion, one line each; grows while reading.
+    """
+
+    embodiment: Embodiment
+    tasks: Mapping[str, Mapping[str, Any]]
+    episodes: Sequence[str]
+    masks: Mapping[str, Sequence[str]]
+    notes: list[str]
+
+    def read(self, episode: str) -> tuple[Arrays, EpisodeInfo]:
+        """Arrays and description of one episode.
+
+        Raises:
+            DatasetError: it is damaged or unsafe.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportResult:
+    """Outcome of an import.
+
+    Attributes:
+        episodes, successes, steps: what the dataset holds.
+        skipped: one line per episode that could not be used.
+        damaged: one line per part of the source that could not be read.
+        notes: what was assumed, renamed or left out.
+    """
+
+    episodes: int
+    successes: int
+    steps: int
+    skipped: tuple[str, ...] = ()
+    damaged: tuple[str, ...] = ()
+    notes: tuple[str, ...] = field(default=())
+
+
+def import_dataset(reader: Reader, output: Path, *, progress: Progress | None = None) -> ImportResult:
+    """Store every episode of ``reader`` in the new dataset folder ``output``.
+
+    Raises:
+        DatasetError: ``output`` is a dataset already, the disk is full, or not one episode could be used.
+    """
+    refuse_existing(output)
+    skipped: list[str] = []
+    stored: dict[str, str] = {}
+    steps = successes = 0
+    with DatasetWriter(output, reader.embodiment, reader.tasks) as writer:
+        for done, name in enumerate(reader.episodes):
+            try:
+                arrays, info = reader.read(name)
+                stored[name] = writer.add(arrays, info).stem
+            except DatasetError as error:
+                if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
+                    raise  # a full disk concerns every episode
+                skipped.append(f"episode {name}: {error}")
+            else:
+                steps += len(arrays["actions"])
+                successes += info.success
+            if progress is not None:
+                progress(done + 1, len(reader.episodes))
+        masks = {
+            name: [stored[member] for member in members if member in stored] for name, members in reader.masks.items()
+        }
+        meta = read_meta(output)
+        write_json(output / META, {**meta, "masks": {key: names for key, names in masks.items() if names}})
+    if not stored:
+        listed = "\n  ".join(skipped[:5])
+        raise DatasetError(f"no episode could be imported to {output}:\n  {listed or 'the source holds none'}")
+    return ImportResult(
+        episodes=len(stored), successes=successes, steps=steps, skipped=tuple(skipped), notes=tuple(reader.notes)
+    )
+
+
+def refuse_existing(output: Path) -> None:
+    """Raise :class:`DatasetError` if ``output`` is a dataset: an import makes a new one."""
+    if (output / META).exists():
+        raise DatasetError(f"{output} is a dataset already. Import to a new folder, then `simtoreal data merge`.")
+
+
+def observation_names(keys: Iterable[str], images: Iterable[str]) -> dict[str, str]:
+    """Return source key -> our observation key, without collisions.
+
+    Images become ``<camera>_image``: ``observation.images.front``, ``front_rgb`` and ``front_image`` are all
+    ``front_image``; a key that only says that it is an image (``img``) is ``camera_image``.
+    """
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    image_keys = set(images)
+    for key in keys:
+        name = re.sub(r"^observation\.(images\.)?", "", key) if key.startswith("observation.") else key
+        name = re.sub(r"[^A-Za-z0-9_]+", "_", name).strip("_") or "unnamed"
+        if key in image_keys:
+            stem = re.sub(r"_?(images?|img|rgb)$", "", name) or "camera"
+            name = f"{stem}{IMAGE_SUFFIX}"
+        unique, number = name, 2
+        while unique in taken:
+            unique = f"{name.removesuffix(IMAGE_SUFFIX)}_{number}" + (IMAGE_SUFFIX if key in image_keys else "")
+            number += 1
+        taken.add(unique)
+        names[key] = unique
+    return names
+
+
+def to_image(frames: np.ndarray, where: str) -> np.ndarray:
+    """Return frames ``(T, H, W, 3)`` of any numeric type as uint8 RGB.
+
+    Floats are accepted in [0, 1] or [0, 255] (diffusion_policy stores whole numbers as float32).
+
+    Raises:
+        DatasetError: values outside of both ranges.
+    """
+    if frames.dtype == np.uint8:
+        return frames
+    low, high = float(frames.min(initial=0)), float(frames.max(initial=0))
+    if not (low >= 0 and high <= 255):
+        raise DatasetError(f"{where}: pixel values from {low:g} to {high:g}; expected 0 to 1 or 0 to 255")
+    scale = 255.0 if high <= 1 and frames.dtype.kind == "f" else 1.0
+    return np.rint(frames * scale).astype(np.uint8)
+
+
+def is_image_shape(shape: tuple[int, ...]) -> bool:
+    """Whether one step of this shape is an RGB image (height, width, 3) of at least 8 x 8 pixels."""
+    return len(shape) == 3 and shape[2] == 3 and min(shape[:2]) >= 8
+
+
+def require_size(count: int, where: str, limit: int = LARGEST_EPISODE_BYTES) -> None:
+    """Raise :class:`DatasetError` if ``count`` bytes are more than ``limit``."""
+    if count > limit:
+        raise DatasetError(f"{where} would take {count / 1e9:.1f} GB of memory; at most {limit / 1e9:.1f} GB are read.")
+
+
+def judge_success(rewards: Sequence[np.ndarray]) -> list[bool | None]:
+    """Whether each episode succeeded, as far as sparse rewards tell; None when they do not.
+
+    Rewards that are only 0 and 1, and 1 somewhere in the file, mark successes (robosuite's convention). Others are
+    a dense or absent reward, from which success cannot be read.
+    """
+    present = [reward for reward in rewards if len(reward)]
+    sparse = bool(present) and all(np.isin(reward, (0, 1)).all() for reward in present)
+    if not sparse or not any(reward.any() for reward in present):
+        return [None] * len(rewards)
+    return [bool(reward.any()) for reward in rewards]
