@@ -6,9 +6,6 @@ observations are matched to the keys of the data by name and shape, and actions 
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -22,6 +19,7 @@ from simtoreal.envs.action import check_action
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.env_observations import ObservationMap
 from simtoreal.envs.errors import ConfigError, closest
+from simtoreal.envs.registration import find_spec
 
 # What environments call success in their info; without any of them, termination counts.
 SUCCESS_KEYS = ("success", "is_success")
@@ -272,47 +270,3 @@ class GymnasiumVectorEnv(VectorEnv):  # type: ignore[misc]
             "sim_fault": self._faults.copy(),
             "init_id": self._seeds.copy(),
         }
-
-
-def find_spec(env_id: str) -> Any:
-    """Return the registration of a Gymnasium id, importing the packages that might provide it.
-
-    Raises:
-        ConfigError: no installed package registers it.
-    """
-    module, _, name = env_id.rpartition(":")
-    if module:
-        _import_environments(module, required=True)
-    candidates = [] if module else _packages_of_environments()
-    while name not in gym.registry and candidates:
-        _import_environments(candidates.pop(0), required=False)
-    if name not in gym.registry:
-        raise ConfigError(
-            f"no installed package registers the Gymnasium environment '{env_id}'. {closest(name, list(gym.registry))} "
-            "Install the package that has it, or name its module: --env module:Id-v0"
-        )
-    return gym.spec(name)
-
-
-def _import_environments(module: str, *, required: bool) -> None:
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # A broken package that is not needed must not be in the way.
-        if required:
-            raise ConfigError(f"--env: module '{module}' cannot be imported ({error!r})") from error
-
-
-def _packages_of_environments() -> list[str]:
-    """Top-level modules of installed packages that need gymnasium, except our own."""
-    needing = {
-        distribution.metadata["Name"]
-        for distribution in importlib.metadata.distributions()
-        for requirement in distribution.requires or ()
-        if re.match(r"gymnasium\b(?!-)", requirement) and "extra ==" not in requirement
-    }
-    modules = importlib.metadata.packages_distributions()
-    return sorted(
-        module
-        for module, owners in modules.items()
-        if needing & set(owners) and module.isidentifier() and module != "simtoreal"
-    )

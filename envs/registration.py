@@ -1,4 +1,4 @@
-"""Gymnasium ids ``simtoreal/<Task>-v0`` and the constructors used throughout the package."""
+"""Gymnasium ids ``simtoreal/<Task>-v0``, those of other packages, and the constructors used throughout the package."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import gymnasium as gym
 
+from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.task_file import list_tasks
 
 if TYPE_CHECKING:
@@ -51,3 +52,56 @@ def make_gym_vector(task: Any, num_envs: int = 1, **options: Any) -> TabletopVec
     options.setdefault("autoreset_mode", AutoresetMode.NEXT_STEP)
     options.pop("render_mode", None)
     return make_vector_env(task, num_envs, **options)
+
+
+def find_spec(env_id: str) -> Any:
+    """Return the registration of a Gymnasium id, importing the packages that might provide it.
+
+    Raises:
+        ConfigError: no installed package registers it.
+    """
+    module, _, name = env_id.rpartition(":")
+    if module:
+        _import_environments(module, required=True)
+    candidates = [] if module else _packages_of_environments()
+    while name not in gym.registry and candidates:
+        _import_environments(candidates.pop(0), required=False)
+    if name not in gym.registry:
+        import difflib
+
+        similar = difflib.get_close_matches(name, list(gym.registry), n=3)
+        hint = f" Did you mean {' or '.join(similar)}?" if similar else ""
+        raise ConfigError(
+            f"no installed package registers the Gymnasium environment '{env_id}'.{hint} "
+            "Install the package that has it, or name its module: --env module:Id-v0"
+        )
+    return gym.spec(name)
+
+
+def _import_environments(module: str, *, required: bool) -> None:
+    import importlib
+
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # A broken package that is not needed must not be in the way.
+        if required:
+            raise ConfigError(f"--env: module '{module}' cannot be imported ({error!r})") from error
+
+
+def _packages_of_environments() -> list[str]:
+    """Top-level modules of installed packages that need gymnasium, except our own."""
+    import importlib.metadata
+    import re
+
+    needing = {
+        distribution.metadata["Name"]
+        for distribution in importlib.metadata.distributions()
+        for requirement in distribution.requires or ()
+        if re.match(r"gymnasium\b(?!-)", requirement) and "extra ==" not in requirement
+    }
+    modules = importlib.metadata.packages_distributions()
+    return sorted(
+        module
+        for module, owners in modules.items()
+        if needing & set(owners) and module.isidentifier() and module != "simtoreal"
+    )

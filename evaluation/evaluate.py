@@ -99,6 +99,7 @@ def evaluate(
     *,
     videos: int = 3,
     outside: OutsideView | None = None,
+    recorder: EpisodeVideos | None = None,
     listeners: Sequence[Listener] = (),
     notes: Sequence[str] = (),
 ) -> dict[str, Any]:
@@ -115,6 +116,7 @@ def evaluate(
         settings: what decides the outcome (at least ``task``); stored in the results and checked on resume.
         videos: number of videos of successes, and of failures.
         outside: draws the first of each from outside too; ``env`` must record ``sim_state``.
+        recorder: makes the videos instead of the one that shows the cameras of the observation.
         listeners: in addition to the writer and the videos.
         notes: warnings to keep with the result.
 
@@ -139,7 +141,8 @@ def evaluate(
         embodiment = env.unwrapped.embodiment  # type: ignore[union-attr]
         visible = [key for key in embodiment.image_keys if key in env.observation_space.spaces]  # type: ignore[attr-defined]
         limit = videos if visible else 0
-        recorder = EpisodeVideos(folder / "videos", visible, embodiment.control_hz, limit, outside)
+        if recorder is None:
+            recorder = EpisodeVideos(folder / "videos", visible, embodiment.control_hz, limit, outside)
         rollout(env, actor, remaining, listeners=[_Writer(folder), recorder, *listeners])
     results = {
         "kind": "evaluation",

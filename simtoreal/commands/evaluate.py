@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from simtoreal.envs.errors import ConfigError
 
 if TYPE_CHECKING:
+    from simtoreal.envs.gymnasium_env import GymnasiumVectorEnv
     from simtoreal.envs.rollout import Actor
     from simtoreal.envs.tabletop_vector import TabletopVectorEnv
 
@@ -50,6 +51,17 @@ class Config:
     """Where the policy runs; auto uses a GPU if there is one."""
     allow_training_seeds: bool = False
     """Accept initial conditions that were demonstrated."""
+    env: str | None = None
+    """Gymnasium id of a foreign environment to evaluate in (ID or module:ID), for policies trained on imported data;
+    default: the one that the data name, if they are foreign."""
+    horizon: int | None = None
+    """Control steps per episode in a foreign environment; default: what its registration says."""
+    success_key: str = ""
+    """Entry of the foreign environment's info that says success, or 'terminated'; default: success, is_success, or
+    terminated if it has neither."""
+    observations: tuple[str, ...] = ()
+    """KEY=ENTRY[+ENTRY...]: entries of the foreign environment's observation that make up a key of the data, or
+    KEY=render; needed only where names and shapes do not tell."""
 
     def __post_init__(self) -> None:
         for name in ("episodes", "num_envs", "image_size_px"):
@@ -67,13 +79,19 @@ class Config:
             raise ConfigError("--policy and --actor expert exclude each other")
         if self.actor == "expert" and self.task is None:
             raise ConfigError("--task is missing: the expert needs to know what to do")
+        if self.env is not None and (self.task or self.actor == "expert" or self.randomization):
+            raise ConfigError("--env is for policies in a foreign environment: no --task, expert or --randomization")
+        if self.horizon is not None and self.horizon < 1:
+            raise ConfigError(f"--horizon is {self.horizon}, expected at least 1")
 
 
 def main(config: Config) -> None:
     """Evaluate, write the results and print them."""
     from rich.console import Console
 
+    from simtoreal.envs.gymnasium_env import GymnasiumVectorEnv
     from simtoreal.evaluation.evaluate import check_unseen, evaluate
+    from simtoreal.evaluation.foreign import DrawnVideos, rate_note
     from simtoreal.evaluation.outside import OutsideView
     from simtoreal.evaluation.progress import EpisodeProgress
     from simtoreal.evaluation.results import read_episodes
@@ -82,13 +100,19 @@ def main(config: Config) -> None:
     console = Console()
     seeds = range(config.seed, config.seed + config.episodes)
     env, actor, settings, training_seeds = _prepare(config)
-    outside = OutsideView(env.task) if config.videos and config.outside else None
+    foreign = isinstance(env, GymnasiumVectorEnv)
+    outside = OutsideView(env.task) if config.videos and config.outside and not foreign else None
+    recorder = DrawnVideos(env, config.output / "videos", config.videos) if foreign and config.videos else None
     try:
         warning = check_unseen(seeds, training_seeds, allowed=config.allow_training_seeds)
         if config.policy is not None and not training_seeds:
             warning = "its demonstrations are not there any more, so they could not be checked for the same conditions"
         if warning:
             console.print(f"[yellow]Warning:[/yellow] {warning}", soft_wrap=True)
+        notes = [warning] if warning else []
+        for note in rate_note(env) if foreign else []:
+            console.print(f"[yellow]Note:[/yellow] {note}", soft_wrap=True)
+            notes.append(note)
         known = [result.success for result in read_episodes(config.output) if result.seed in seeds]
         with EpisodeProgress(console, f"evaluating {settings['label']}", config.episodes, known) as progress:
             results = evaluate(
@@ -99,8 +123,9 @@ def main(config: Config) -> None:
                 settings,
                 videos=config.videos,
                 outside=outside,
+                recorder=recorder,
                 listeners=[progress],
-                notes=[warning] if warning else [],
+                notes=notes,
             )
     finally:
         env.close()
@@ -118,7 +143,7 @@ def main(config: Config) -> None:
     )
 
 
-def _prepare(config: Config) -> tuple[TabletopVectorEnv, Actor, dict[str, Any], set[int]]:
+def _prepare(config: Config) -> tuple[TabletopVectorEnv | GymnasiumVectorEnv, Actor, dict[str, Any], set[int]]:
     """Return environment, actor, the settings that decide the outcome, and the seeds of the training data."""
     from simtoreal.envs import load_task, make_vector_env
     from simtoreal.envs.task_file import parse_task
@@ -149,6 +174,7 @@ def _prepare(config: Config) -> tuple[TabletopVectorEnv, Actor, dict[str, Any], 
         settings = {"task": task.name, "label": "expert", "policy": None, "horizon": task.horizon, **shared}
         return env, expert, settings, set()  # type: ignore[return-value]
 
+    from simtoreal.evaluation.foreign import environment_of, make_foreign_env, parse_observations
     from simtoreal.evaluation.policies import checkpoint_digest, load_actor, training_seeds
 
     loaded, actor = load_actor(
@@ -158,6 +184,23 @@ def _prepare(config: Config) -> tuple[TabletopVectorEnv, Actor, dict[str, Any], 
         execute_steps=config.execute_steps,
         ensembling=config.ensembling,
     )
+    identity = {
+        "label": loaded.config.type,
+        "policy": str(config.policy),
+        "checkpoint": checkpoint_digest(loaded.folder),
+    }
+    env_id = "" if config.task else environment_of(loaded, config.env)
+    if env_id:
+        sources = parse_observations(config.observations)
+        foreign = make_foreign_env(
+            loaded, env_id, num_envs, success_key=config.success_key, horizon=config.horizon, sources=sources,
+            drawn=config.videos > 0,
+        )  # fmt: skip
+        choices = {"success_key": config.success_key, "observations": sources, "horizon": foreign.task.horizon}
+        settings = {"task": foreign.task.name, **identity, **shared, **choices, "backend": "gymnasium"}
+        return foreign, actor, settings, training_seeds(loaded)
+    if config.horizon or config.success_key or config.observations:
+        raise ConfigError("--horizon, --success-key and --observations are for a foreign environment (--env)")
     if config.task is None and not loaded.task:
         raise ConfigError(f"{config.policy} was trained on several tasks; say which one with --task")
     task = load_task(config.task) if config.task else parse_task(loaded.task, source=str(loaded.folder))
@@ -172,9 +215,7 @@ def _prepare(config: Config) -> tuple[TabletopVectorEnv, Actor, dict[str, Any], 
     )
     settings = {
         "task": task.name,
-        "label": loaded.config.type,
-        "policy": str(config.policy),
-        "checkpoint": checkpoint_digest(loaded.folder),
+        **identity,
         "horizon": task.horizon,
         **shared,
     }
