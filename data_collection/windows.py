@@ -24,6 +24,8 @@ class WindowSampler:
     The window at time t of an episode of T steps holds the observations t - n_obs + 1 … t, the first one repeated
     before the start, and the actions t … t + horizon - 1, the last one repeated after the end and masked. There is
     one window per control step. Episodes lie end to end in one array per key, so a batch is one gather per key.
+    Steps that are not to be kept begin no window, and their actions are masked in the windows of others; they are
+    still observed as history.
 
     Args:
         data: a dataset, or one dictionary of arrays per episode with keys as in an episode file
@@ -33,11 +35,12 @@ class WindowSampler:
         horizon: actions per window, at least 1.
         keys: observation keys without ``obs/``, e.g. ``("front_image", "wrist_image", "proprio")``.
         actions: array used as the action, e.g. ``"step/target"`` for absolute targets.
+        keep: one (T,) bool array per episode, False at steps not to learn from; None keeps all.
         memory_map: keep the joined arrays in files below the dataset instead of in memory, for datasets larger
             than it; the operating system then caches what is used.
 
     Raises:
-        ConfigError: a size is below 1 or there is no episode.
+        ConfigError: a size is below 1, there is no episode, or ``keep`` does not fit or keeps no step.
         DatasetError: an episode is damaged or lacks a key, or shapes differ between episodes.
     """
 
@@ -50,6 +53,7 @@ class WindowSampler:
         keys: Sequence[str] = (),
         *,
         actions: str = "actions",
+        keep: Sequence[np.ndarray] | None = None,
         memory_map: bool = False,
     ) -> None:
         if observation_steps < 1 or horizon < 1:
@@ -76,10 +80,12 @@ class WindowSampler:
         self._last = self._first + np.asarray(lengths)[episode] - 1
         self._history = np.arange(1 - observation_steps, 1)
         self._future = np.arange(horizon)
+        self.keep = _join_masks(keep, lengths)
+        self._windows = np.flatnonzero(self.keep)
 
     def __len__(self) -> int:
-        """Number of windows, which is the number of control steps."""
-        return len(self._first)
+        """Number of windows, which is the number of control steps that are kept."""
+        return len(self._windows)
 
     def batch(self, indices: np.ndarray) -> dict[str, Any]:
         """Gather windows.
@@ -90,7 +96,7 @@ class WindowSampler:
         Returns:
             ``observation``: key -> (B, n_obs, ...) in the stored dtype (images uint8, proprio float32);
             ``actions`` (B, horizon, A) float32; ``action_mask`` (B, horizon) bool, False after the episode's
-            end; ``instruction``: list of B texts.
+            end and at steps that are not kept; ``instruction``: list of B texts.
 
         Raises:
             IndexError: an index is out of range.
@@ -98,15 +104,29 @@ class WindowSampler:
         indices = np.asarray(indices, dtype=np.int64)
         if indices.ndim != 1 or (len(indices) and (indices.min() < 0 or indices.max() >= len(self))):
             raise IndexError(f"window indices must be a vector of integers from 0 to {len(self) - 1}")
-        past = np.maximum(indices[:, None] + self._history, self._first[indices][:, None])
-        last = self._last[indices][:, None]
-        future = indices[:, None] + self._future
+        rows = self._windows[indices]
+        past = np.maximum(rows[:, None] + self._history, self._first[rows][:, None])
+        last = self._last[rows][:, None]
+        future = rows[:, None] + self._future
+        clipped = np.minimum(future, last)
         return {
             "observation": {key: array.take(past, axis=0) for key, array in self.observations.items()},
-            "actions": self.actions.take(np.minimum(future, last), axis=0),
-            "action_mask": future <= last,
-            "instruction": [self.instructions[row] for row in self._instruction[indices]],
+            "actions": self.actions.take(clipped, axis=0),
+            "action_mask": (future <= last) & self.keep[clipped],
+            "instruction": [self.instructions[row] for row in self._instruction[rows]],
         }
+
+
+def _join_masks(keep: Sequence[np.ndarray] | None, lengths: Sequence[int]) -> np.ndarray:
+    """``(N,)`` bool: the rows to learn from."""
+    if keep is None:
+        return np.ones(sum(lengths), dtype=bool)
+    if [len(mask) for mask in keep] != list(lengths):
+        raise ConfigError("keep must hold one array per episode with one value per step.")
+    joined = np.concatenate(keep).astype(bool)
+    if not joined.any():
+        raise ConfigError("no step of these episodes is kept; there is nothing to learn from.")
+    return joined
 
 
 def _instructions(episodes: Sequence[EpisodeInfo]) -> tuple[list[str], np.ndarray]:

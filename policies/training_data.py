@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.episode import EpisodeInfo
+from simtoreal.data_collection.filters import kept_steps
 from simtoreal.data_collection.windows import WindowSampler
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import DatasetError, closest
@@ -73,6 +75,9 @@ class TrainingData:
                 for key in sorted(self.statistics):
                     if key != ACTIONS:
                         digest.update(np.ascontiguousarray(windows.observations[key]).tobytes())
+                keep = getattr(windows, "keep", None)
+                if keep is not None and not keep.all():
+                    digest.update(keep.tobytes())
         return digest.hexdigest()[:32]
 
 
@@ -82,16 +87,23 @@ def fit_all(windows: Windows, embodiment: Embodiment, config: PolicyConfig) -> d
     Raises:
         DatasetError: a key is missing, is not a vector, or holds values that are not finite.
     """
-    values = {ACTIONS: windows.actions}
+    # What a filter drops must not decide the scale either.
+    keep = getattr(windows, "keep", slice(None))
+    values = {ACTIONS: windows.actions[keep]}
     for key in config.state_keys:
         if key not in windows.observations:
             raise DatasetError(f"the data have no observation '{key}'. {closest(key, windows.observations)}")
-        values[key] = windows.observations[key]
+        values[key] = windows.observations[key][keep]
     return {key: fit_statistics(value, dimension_names(embodiment, key), key) for key, value in values.items()}
 
 
 def open_training_data(
-    path: str | Path, config: PolicyConfig, *, mask: str = "train", embodiment: Embodiment | None = None
+    path: str | Path,
+    config: PolicyConfig,
+    *,
+    mask: str = "train",
+    filter: str | None = None,
+    embodiment: Embodiment | None = None,
 ) -> TrainingData:
     """Open a dataset folder for a policy.
 
@@ -99,10 +111,12 @@ def open_training_data(
         path: dataset folder.
         config: gives keys and window sizes.
         mask: episodes to learn from; those of ``valid`` are held out.
+        filter: learn only from the steps that this filter of the dataset keeps (``simtoreal data filter``).
         embodiment: required of the data, if given.
 
     Raises:
-        DatasetError: missing, damaged, or without a key that the policy reads.
+        ConfigError: the filter keeps no step of the episodes to learn from.
+        DatasetError: missing, damaged, or without a key that the policy reads or the filter.
         EmbodimentMismatchError: the data are of another embodiment.
     """
     dataset = Dataset.open(path, embodiment=embodiment)
@@ -117,6 +131,11 @@ def open_training_data(
     held_out = [episode for episode in dataset.filter("valid") if episode.name not in taken] if (
         "valid" in dataset.masks
     ) else []  # fmt: skip
+    kept: dict[str, np.ndarray] | None = None
+    if filter is not None:
+        covered = (*chosen, *held_out)
+        kept = dict(zip([e.name for e in covered], kept_steps(dataset.path, filter, covered), strict=True))
+        held_out = [episode for episode in held_out if kept[episode.name].any()]
     steps = sum(episode.steps for episode in (*chosen, *held_out))
     per_step = sum(
         camera.height * camera.width * 3
@@ -130,12 +149,17 @@ def open_training_data(
         "keys": config.keys,
         "memory_map": steps * per_step > MEMORY_PART * free,
     }
-    train = WindowSampler(dataset, chosen, **sizes)
+
+    def windows(episodes: list[EpisodeInfo]) -> WindowSampler:
+        keep = None if kept is None else [kept[episode.name] for episode in episodes]
+        return WindowSampler(dataset, episodes, keep=keep, **sizes)
+
+    train = windows(chosen)
     return TrainingData(
         embodiment=dataset.embodiment,
         task=dataset.task if len(dataset.tasks) == 1 else {},
         train=train,
-        valid=WindowSampler(dataset, held_out, **sizes) if held_out else None,
+        valid=windows(held_out) if held_out else None,
         statistics=fit_all(train, dataset.embodiment, config),
         source=str(path),
         seeds=tuple(episode.seed for episode in (*chosen, *held_out)),

@@ -49,6 +49,8 @@ class Config:
     """Type of the policy; ``simtoreal list policies`` names them."""
     mask: str = "train"
     """Episodes to learn from (a mask of the dataset); those of ``valid`` are held out."""
+    filter: str | None = None
+    """Learn only from the steps that this filter keeps; ``simtoreal data filter`` makes one."""
     steps: int | None = None
     """Optimiser steps; overrides trainer.steps."""
     seed: int | None = None
@@ -73,22 +75,28 @@ def main(config: Config) -> None:
 
     Raises:
         ConfigError: unknown policy type or setting, or ``output`` holds a run already.
-        DatasetError: the dataset is missing or damaged.
+        DatasetError: the dataset or the filter is missing or damaged.
         CheckpointError: a checkpoint cannot be read or written.
     """
     import os
 
     from rich.console import Console
 
+    from simtoreal.data_collection.dataset import Dataset
     from simtoreal.envs.files import write_json
     from simtoreal.envs.provenance import provenance
+    from simtoreal.policies.observation_keys import adapt_keys, observation_shapes
     from simtoreal.policies.trainer import train
     from simtoreal.policies.training_data import open_training_data
 
     console = Console()
     first = os.environ.get("RANK", "0") == "0"
-    policy, trainer = policy_config(config), trainer_config(config)
-    data = open_training_data(config.data, policy, mask=config.mask)
+    asked, trainer = policy_config(config), trainer_config(config)
+    policy = adapt_keys(asked, observation_shapes(Dataset.open(config.data)))
+    if policy != asked and first:
+        console.print(f"the data lack {', '.join(sorted(set(asked.keys) - set(policy.keys)))}; the policy reads instead: "
+                      f"{', '.join(policy.keys)}", soft_wrap=True)  # fmt: skip
+    data = open_training_data(config.data, policy, mask=config.mask, filter=config.filter)
     if first:
         console.print(
             f"training [bold]{policy.type}[/bold] on {len(data.train)} windows of {config.data} "
