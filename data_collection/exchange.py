@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -47,6 +47,10 @@ class Reader(Protocol):
     episodes: Sequence[str]
     masks: Mapping[str, Sequence[str]]
     notes: list[str]
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
     def read(self, episode: str) -> tuple[Arrays, EpisodeInfo]:
         """Arrays and description of one episode.

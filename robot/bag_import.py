@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from simtoreal.data_collection.episode import ABORTED, Arrays, EpisodeInfo, embodiment_digest
+from simtoreal.data_collection.exchange import ImportResult, refuse_existing
 from simtoreal.data_collection.writer import DatasetWriter
 from simtoreal.envs import rotation
 from simtoreal.envs.action import action_towards, build_proprio
@@ -55,23 +56,6 @@ class Description:
     source: str = "robot"
     operator: str = "unknown"
     provenance: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class ImportResult:
-    """Outcome of an import.
-
-    Attributes:
-        episodes, successes, steps: what the dataset holds.
-        skipped: one line per episode that could not be rebuilt.
-        damaged: one line per part of the recording that could not be read.
-    """
-
-    episodes: int
-    successes: int
-    steps: int
-    skipped: tuple[str, ...]
-    damaged: tuple[str, ...]
 
 
 @dataclass
@@ -122,8 +106,7 @@ def import_recording(path: Path, output: Path, description: Description, *, succ
     Raises:
         DatasetError: the file is no MCAP recording, the dataset exists, or not one episode could be rebuilt.
     """
-    if (output / "meta.json").exists():
-        raise DatasetError(f"{output} is a dataset already. Import to a new folder, then `simtoreal data merge`.")
+    refuse_existing(output)
     reader = BagReader(path)
     rebuild = _Rebuilder(description)
     steps, successes = [], 0
