@@ -94,8 +94,8 @@ def main(config: Config) -> None:
     asked, trainer = policy_config(config), trainer_config(config)
     policy = adapt_keys(asked, observation_shapes(Dataset.open(config.data)))
     if policy != asked and first:
-        console.print(f"the data lack {', '.join(sorted(set(asked.keys) - set(policy.keys)))}; the policy reads instead: "
-                      f"{', '.join(policy.keys)}", soft_wrap=True)  # fmt: skip
+        lacking = ", ".join(sorted(set(asked.keys) - set(policy.keys)))
+        console.print(f"the data lack {lacking}; the policy reads {', '.join(policy.keys)}", soft_wrap=True)
     data = open_training_data(config.data, policy, mask=config.mask, filter=config.filter)
     if first:
         console.print(
