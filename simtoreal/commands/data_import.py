@@ -1,4 +1,4 @@
-"""Turn data of other programs into a dataset: LeRobot, robomimic, diffusion_policy/UMI zarr, robot recordings (MCAP)."""
+"""Turn data of LeRobot, robomimic, diffusion_policy or UMI (zarr) and robot recordings (MCAP) into a dataset."""
 
 from __future__ import annotations
 
