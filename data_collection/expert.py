@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 
+from simtoreal.data_collection.expert_align import align
+from simtoreal.data_collection.expert_avoid import weave
 from simtoreal.envs import rotation
 from simtoreal.envs.action import action_towards, integrate_action
 from simtoreal.envs.embodiment import Embodiment
@@ -79,7 +81,7 @@ class _Goal:
 
 
 @dataclass
-class _Scene:
+class Scene:
     """Live state of one episode, read from its observation."""
 
     tcp: np.ndarray
@@ -91,16 +93,19 @@ class _Scene:
 
 
 @dataclass
-class _Memory:
+class Memory:
     """What the expert remembers of one episode."""
 
     rng: np.random.Generator
+    number: int = 0
     plan_step: int = 0
     closing: int = 0
     releasing: int = 0
     retreating: bool = False
     quaternion: np.ndarray | None = None
     held: set[str] = field(default_factory=set)
+    route: list[np.ndarray] | None = None
+    wall: np.ndarray | None = None
 
 
 class ScriptedExpert:
@@ -128,12 +133,12 @@ class ScriptedExpert:
         if embodiment.action.mode != "ee_delta":
             raise ConfigError(f"the expert needs action mode 'ee_delta', not '{embodiment.action.mode}'")
         self.task, self.embodiment, self.style, self.seed = task, embodiment, style or OperatorStyle(), seed
-        self.memories: dict[int, _Memory] = {}
+        self.memories: dict[int, Memory] = {}
 
     def reset(self, slots: np.ndarray, seeds: Sequence[int]) -> None:
         """Begin new episodes in ``slots``."""
         for slot, seed in zip(slots, seeds, strict=True):
-            self.memories[int(slot)] = _Memory(np.random.default_rng([self.seed, seed]))
+            self.memories[int(slot)] = Memory(np.random.default_rng([self.seed, seed]), number=seed)
 
     def act(self, observation: Observation, instructions: Sequence[str], slots: np.ndarray) -> np.ndarray:
         """Return actions ``(len(slots), 1, 7)``.
@@ -158,7 +163,7 @@ class ScriptedExpert:
         return self._actions(targets, goals, speeds, memories)[:, None]
 
     def _actions(
-        self, targets: np.ndarray, goals: np.ndarray, speeds: np.ndarray, memories: list[_Memory]
+        self, targets: np.ndarray, goals: np.ndarray, speeds: np.ndarray, memories: list[Memory]
     ) -> np.ndarray:
         limits = np.asarray(self.embodiment.action.limits)
         distance = np.linalg.norm(goals[:, :3] - targets[:, :3], axis=-1)
@@ -174,7 +179,7 @@ class ScriptedExpert:
             memory.quaternion = quaternion
         return actions
 
-    def _scene(self, proprio: np.ndarray, state: np.ndarray) -> _Scene:
+    def _scene(self, proprio: np.ndarray, state: np.ndarray) -> Scene:
         poses, openings, offset = {}, {}, 0
         for item in self.task.objects:
             w, x, y, z = state[offset + 3 : offset + 7]
@@ -184,11 +189,11 @@ class ScriptedExpert:
                 openings[item.name] = float(state[offset])
                 offset += 1
         yaw = math.atan2(proprio[4], proprio[3])
-        return _Scene(proprio[:3], yaw, proprio[9:12], float(proprio[12]), poses, openings)
+        return Scene(proprio[:3], yaw, proprio[9:12], float(proprio[12]), poses, openings)
 
     # The plan -----------------------------------------------------------------------------------------------
 
-    def _goal(self, scene: _Scene, memory: _Memory) -> _Goal:
+    def _goal(self, scene: Scene, memory: Memory) -> _Goal:
         while memory.plan_step < len(self.task.plan):
             step = self.task.plan[memory.plan_step]
             goal = getattr(self, f"_{step.skill}")(scene, memory, **self._resolve(step.arguments))
@@ -202,7 +207,7 @@ class ScriptedExpert:
     def _resolve(self, arguments: dict[str, Any]) -> dict[str, Any]:
         return {key: self.task.object(value) if isinstance(value, str) else value for key, value in arguments.items()}
 
-    def _back_to_pick(self, scene: _Scene, memory: _Memory, item: ObjectSpec) -> _Goal:
+    def _back_to_pick(self, scene: Scene, memory: Memory, item: ObjectSpec) -> _Goal:
         """The object was lost: return to the step that picks it."""
         for index, step in enumerate(self.task.plan):
             if step.skill == "pick" and step.arguments["object"] == item.name:
@@ -213,21 +218,21 @@ class ScriptedExpert:
 
     # Skills: return the goal of this step, or None when the skill is done --------------------------------------
 
-    def _reach(self, scene: _Scene, memory: _Memory, point: ObjectSpec) -> _Goal:
+    def _reach(self, scene: Scene, memory: Memory, point: ObjectSpec) -> _Goal:
         return _Goal(scene.poses[point.name][0], _nearest(0.0, scene.tcp_yaw, math.pi), True)
 
-    def _grasp_point(self, scene: _Scene, item: ObjectSpec) -> np.ndarray:
+    def _grasp_point(self, scene: Scene, item: ObjectSpec) -> np.ndarray:
         """Cubes are held in the middle, tall things near the top so that the hand stays clear."""
         position = scene.poses[item.name][0].copy()
         position[2] += max(0.0, item.half_height_m - 0.025)
         return position
 
-    def _holds(self, scene: _Scene, item: ObjectSpec) -> bool:
+    def _holds(self, scene: Scene, item: ObjectSpec) -> bool:
         width = 2 * item.half_extent_m
         wide_enough = scene.opening * self.embodiment.gripper_max_opening_m > width - 0.008
         return bool(wide_enough and np.linalg.norm(scene.tcp - self._grasp_point(scene, item)) < 0.03)
 
-    def _pick(self, scene: _Scene, memory: _Memory, object: ObjectSpec) -> _Goal | None:
+    def _pick(self, scene: Scene, memory: Memory, object: ObjectSpec) -> _Goal | None:
         point = self._grasp_point(scene, object)
         yaw = _nearest(scene.poses[object.name][1], scene.tcp_yaw, math.pi / 2)
         error = float(np.hypot(*(scene.tcp - point)[:2]))
@@ -247,20 +252,20 @@ class ScriptedExpert:
         detour = np.array([*self.style.approach_offset_m, 0.0]) * _ramp(scene.tcp[2] - point[2], 0.03, 0.12)
         return _Goal(_above(point + detour, height), yaw, False)
 
-    def _lift(self, scene: _Scene, memory: _Memory, object: ObjectSpec, height_m: float) -> _Goal:
+    def _lift(self, scene: Scene, memory: Memory, object: ObjectSpec, height_m: float) -> _Goal:
         if not self._holds(scene, object):
             return self._back_to_pick(scene, memory, object)
         goal = np.array([*scene.target[:2], height_m + object.half_height_m])
         return _Goal(goal, scene.tcp_yaw, True)
 
     def _place(
-        self, scene: _Scene, memory: _Memory, object: ObjectSpec, onto: ObjectSpec, tolerance: float = 0.008
+        self, scene: Scene, memory: Memory, object: ObjectSpec, onto: ObjectSpec, tolerance: float = 0.008
     ) -> _Goal | None:
         support, _ = scene.poses[onto.name]
         surface = support[2] + onto.top_m
         return self._put_down(scene, memory, object, support[:2], surface, None, tolerance, surface)
 
-    def _insert(self, scene: _Scene, memory: _Memory, object: ObjectSpec, into: ObjectSpec) -> _Goal | None:
+    def _insert(self, scene: Scene, memory: Memory, object: ObjectSpec, into: ObjectSpec) -> _Goal | None:
         hole, yaw = scene.poses[into.name]
         rim = hole[2] + 2 * into.size_m[2]
         # Turning the gripper turns the peg with it: aim for the gripper yaw at which the faces line up.
@@ -269,8 +274,8 @@ class ScriptedExpert:
 
     def _put_down(
         self,
-        scene: _Scene,
-        memory: _Memory,
+        scene: Scene,
+        memory: Memory,
         item: ObjectSpec,
         place: np.ndarray,
         floor: float,
@@ -316,7 +321,7 @@ class ScriptedExpert:
         slow = 0.25 if tolerance < 0.005 and error < 0.02 else (0.6 if error < 0.03 else 1.0)
         return _Goal(goal, scene.tcp_yaw if yaw is None else scene.tcp_yaw + turn, True, slow)
 
-    def _push(self, scene: _Scene, memory: _Memory, object: ObjectSpec, to: ObjectSpec) -> _Goal | None:
+    def _push(self, scene: Scene, memory: Memory, object: ObjectSpec, to: ObjectSpec) -> _Goal | None:
         block, goal = scene.poses[object.name][0], scene.poses[to.name][0]
         offset = goal[:2] - block[:2]
         distance = float(np.hypot(*offset))
@@ -343,17 +348,25 @@ class ScriptedExpert:
         lead = block[:2] - direction * (reach - min(distance, 0.03))
         return _Goal(np.array([*lead, height]), yaw, True, 0.35)
 
-    def _again(self, memory: _Memory) -> _Goal | None:
+    def _weave(self, scene: Scene, memory: Memory, finish: ObjectSpec) -> _Goal | None:
+        move = weave(self.task, scene, memory, finish)
+        return None if move is None else _Goal(*move)
+
+    def _align(self, scene: Scene, memory: Memory, object: ObjectSpec, to: ObjectSpec) -> _Goal | None:
+        move = align(scene, memory, object, to)
+        return None if move is None else _Goal(*move)
+
+    def _again(self, memory: Memory) -> _Goal | None:
         memory.retreating = False
         return None
 
-    def _drawer_frame(self, scene: _Scene, drawer: ObjectSpec, x: float) -> np.ndarray:
+    def _drawer_frame(self, scene: Scene, drawer: ObjectSpec, x: float) -> np.ndarray:
         """Point at ``x`` along the drawer's axis (metres from its front, negative towards the robot)."""
         position, yaw = scene.poses[drawer.name]
         height = position[2] + drawer.size_m[2] + 0.004
         return np.array([position[0] + x * math.cos(yaw), position[1] + x * math.sin(yaw), height])
 
-    def _open(self, scene: _Scene, memory: _Memory, drawer: ObjectSpec) -> _Goal | None:
+    def _open(self, scene: Scene, memory: Memory, drawer: ObjectSpec) -> _Goal | None:
         """Hook the closed fingers behind the handle and pull."""
         opening = scene.openings[drawer.name]
         yaw = _nearest(scene.poses[drawer.name][1], scene.tcp_yaw, math.pi)
@@ -370,7 +383,7 @@ class ScriptedExpert:
         pull = self._drawer_frame(scene, drawer, DRAWER_HANDLE_X_M + 0.024 - opening - 0.035)
         return _Goal(pull, yaw, True, 0.5)
 
-    def _close(self, scene: _Scene, memory: _Memory, drawer: ObjectSpec) -> _Goal | None:
+    def _close(self, scene: Scene, memory: Memory, drawer: ObjectSpec) -> _Goal | None:
         """Push the handle with the closed fingers."""
         opening = scene.openings[drawer.name]
         yaw = _nearest(scene.poses[drawer.name][1], scene.tcp_yaw, math.pi)

@@ -89,12 +89,29 @@ def _lifted(scene: SceneView, a: ObjectSpec, height_m: float) -> Array:
     return scene.positions[a.name][:, 2] - a.half_height_m > height_m
 
 
+def _past(scene: SceneView, a: ObjectSpec, b: ObjectSpec) -> Array:
+    """``a`` is farther from the robot (+x) than the middle of ``b``."""
+    return scene.positions[a.name][:, 0] > scene.positions[b.name][:, 0]
+
+
+def _below(scene: SceneView, a: ObjectSpec, height_m: float) -> Array:
+    """``a`` (its origin) is less than ``height_m`` above the table."""
+    return scene.positions[a.name][:, 2] < height_m
+
+
+def _aligned(scene: SceneView, a: ObjectSpec, b: ObjectSpec, tolerance_m: float, tolerance_deg: float) -> Array:
+    """``a`` has the horizontal position and the rotation of ``b``, within the tolerances."""
+    cosine = np.abs((scene.quaternions[a.name] * scene.quaternions[b.name]).sum(-1))
+    turn = 2 * np.arccos(np.minimum(cosine, 1.0))
+    return (_horizontal_distance(scene, a.name, b.name) <= tolerance_m) & (turn <= np.deg2rad(tolerance_deg))
+
+
 def _still(scene: SceneView, a: ObjectSpec) -> Array:
     """``a`` moves slower than 5 cm/s."""
     return np.linalg.norm(scene.velocities[a.name], axis=-1) < 0.05
 
 
-# name -> (argument kinds, function). Kinds: any object or tcp, free object, fixed object, drawer, number.
+# name -> (argument kinds, function). Kinds: any object or tcp, free object, drawer, number (m), angle (degrees).
 PREDICATES: dict[str, tuple[tuple[str, ...], Callable[..., Array]]] = {
     "on": (("free", "object"), _on),
     "stacked": (("free", "free"), _on),
@@ -104,16 +121,22 @@ PREDICATES: dict[str, tuple[tuple[str, ...], Callable[..., Array]]] = {
     "lifted": (("free", "number"), _lifted),
     "upright": (("free",), _upright),
     "still": (("free",), _still),
-    "left_of": (("object", "object"), _left_of),
-    "right_of": (("object", "object"), lambda scene, a, b: _left_of(scene, b, a)),
+    "left_of": (("place", "object"), _left_of),
+    "right_of": (("place", "object"), lambda scene, a, b: _left_of(scene, b, a)),
     "at": (("place", "place", "number"), _at),
     "above": (
         ("place", "object", "number"),
         lambda scene, a, b, radius_m: _horizontal_distance(scene, a.name, b.name) < radius_m,
     ),
+    "past": (("place", "object"), _past),
+    "below": (("place", "number"), _below),
+    "aligned": (("free", "object", "number", "angle"), _aligned),
     "open": (("drawer",), lambda scene, d: scene.openings[d.name] > 0.10),
     "closed": (("drawer",), lambda scene, d: scene.openings[d.name] < 0.015),
 }
+
+# These read more than poses, so a log of poses cannot tell whether they held.
+NOT_FROM_POSES = ("grasped", "released", "still")
 
 
 class _Tcp:
@@ -124,13 +147,16 @@ class _Tcp:
     articulated = False
 
 
-def parse_predicate(text: str, objects: Sequence[ObjectSpec], where: str = "predicate") -> Predicate:
+def parse_predicate(
+    text: str, objects: Sequence[ObjectSpec], where: str = "predicate", *, poses_only: bool = False
+) -> Predicate:
     """Compile predicate text into a function of a :class:`SceneView` that returns ``(B,)`` bool.
 
     Args:
         text: e.g. ``"stacked(red_cube, blue_cube) and released(red_cube)"``.
         objects: objects of the task.
         where: file and key, for messages.
+        poses_only: refuse predicates of ``NOT_FROM_POSES``.
 
     Raises:
         TaskError: syntax error, unknown predicate or object (with the closest valid name), wrong arguments.
@@ -139,6 +165,13 @@ def parse_predicate(text: str, objects: Sequence[ObjectSpec], where: str = "pred
         tree = ast.parse(text.strip(), mode="eval")
     except SyntaxError as error:
         raise TaskError(f"{where}: cannot read predicate '{text}': {error.msg} at column {error.offset}") from error
+    if poses_only:
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Name) and node.id in NOT_FROM_POSES:
+                raise TaskError(
+                    f"{where}: {node.id} cannot be told from logged poses; use one of "
+                    f"{', '.join(name for name in PREDICATES if name not in NOT_FROM_POSES)}"
+                )
     return _compile(tree.body, {item.name: item for item in objects}, where)
 
 
@@ -167,11 +200,12 @@ def _compile_call(name: str, nodes: list[ast.expr], objects: dict[str, Any], whe
 
 def _argument(predicate: str, kind: str, node: ast.expr, objects: dict[str, Any], where: str) -> Any:
     text = ast.unparse(node)
-    if kind == "number":
+    if kind in ("number", "angle"):
         value = node.value if isinstance(node, ast.Constant) else None
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf:
             return float(value)
-        raise TaskError(f"{where}: {predicate} expects a number in metres, got '{text}'")
+        unit = "metres" if kind == "number" else "degrees"
+        raise TaskError(f"{where}: {predicate} expects a number in {unit}, got '{text}'")
     if kind == "place" and text == "tcp":
         return _Tcp()
     accepted: Callable[[ObjectSpec], bool] = {

@@ -15,6 +15,8 @@ from simtoreal.envs.errors import ConfigError
 
 Observation = dict[str, np.ndarray]
 
+TASK_FAILED = "task_failed"
+
 
 class Actor(Protocol):
     """What acts in a rollout: a learned policy, a scripted expert, a person.
@@ -73,7 +75,8 @@ class EpisodeResult:
         steps: control steps taken.
         duration_s: simulated or real time of those steps.
         milestones: name -> reached at any time.
-        failure: empty on success, otherwise ``"timeout"``, ``"sim_fault"`` or what the environment reports.
+        failure: empty on success, otherwise ``"timeout"``, ``"task_failed"`` (the task's failure predicate held) or the
+            fault that the environment reports.
     """
 
     episode: int
@@ -322,6 +325,7 @@ class _Rollout:
     def _finish(self, slot: int, info: dict[str, Any]) -> None:
         success = bool(info["success"][slot])
         fault = str(info["sim_fault"][slot]) if "sim_fault" in info else ""
+        failed = "task_failed" in info and bool(info["task_failed"][slot])
         episode = int(self.episode[slot])
         result = EpisodeResult(
             episode=episode,
@@ -331,7 +335,7 @@ class _Rollout:
             duration_s=float(self.steps[slot] * self.env.embodiment.control_period_s),  # type: ignore[attr-defined]
             milestones=dict(self.milestones[slot]),
             instruction=self.instructions[slot],
-            failure="" if success else (fault or "timeout"),
+            failure="" if success else (fault or (TASK_FAILED if failed else "timeout")),
         )
         self.results[episode] = result
         for listener in self.listeners:

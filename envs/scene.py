@@ -169,24 +169,29 @@ def _add_object(spec: mujoco.MjSpec, item: ObjectSpec) -> None:
     elif item.shape == "point":
         body.add_geom(type=kinds.mjGEOM_SPHERE, size=[size[0], 0, 0], **ghost)
     elif item.shape == "socket":
-        _add_socket(body, size, solid)
+        _add_walls(body, size, size[2], None, solid)
+    elif item.shape == "frame":
+        _add_walls(body, size, 0.0, item.mass_kg / 4, solid)
     else:
         _add_drawer(body, item, solid)
 
 
-def _add_socket(body: mujoco.MjsBody, size: tuple[float, ...], solid: dict[str, object]) -> None:
-    """Four walls around a square hole; the origin is at the bottom of the hole."""
+def _add_walls(
+    body: mujoco.MjsBody, size: tuple[float, ...], middle: float, mass: float | None, solid: dict[str, object]
+) -> None:
+    """Four walls around a square hole whose middle is ``middle`` metres above the origin; ``mass`` (kg) is of each."""
     hole, wall, half_height = size
     outer = hole + 2 * wall
+    weight = {} if mass is None else {"mass": mass}
     for axis in (0, 1):
         for side in (-1, 1):
-            position = [0.0, 0.0, half_height]
+            position = [0.0, 0.0, middle]
             position[axis] = side * (hole + wall)
             extent = [outer, outer, half_height]
             extent[axis] = wall
             if axis == 1:
                 extent[0] = hole
-            body.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, pos=position, size=extent, **solid)
+            body.add_geom(type=mujoco.mjtGeom.mjGEOM_BOX, pos=position, size=extent, **solid, **weight)
 
 
 def _add_drawer(body: mujoco.MjsBody, item: ObjectSpec, solid: dict[str, object]) -> None:

@@ -12,12 +12,13 @@ import numpy as np
 from simtoreal.envs.errors import TaskError, closest
 from simtoreal.envs.predicates import Predicate, parse_predicate
 
-FREE_SHAPES = ("box", "cylinder", "sphere")
+FREE_SHAPES = ("box", "cylinder", "sphere", "frame")
 FIXED_SHAPES = ("plate", "region", "point", "socket", "drawer")
 SHAPE_DIMENSIONS = {
     "box": ("half_x", "half_y", "half_z"),
     "cylinder": ("radius", "half_height"),
     "sphere": ("radius",),
+    "frame": ("hole_half_width", "wall", "half_height"),
     "plate": ("radius", "half_height"),
     "region": ("radius",),
     "point": ("radius",),
@@ -38,6 +39,8 @@ SKILLS: dict[str, tuple[str, ...]] = {
     "insert": ("object", "into"),
     "open": ("drawer",),
     "close": ("drawer",),
+    "weave": ("finish",),
+    "align": ("object", "to"),
 }
 
 
@@ -74,7 +77,7 @@ class ObjectSpec:
     @property
     def half_height_m(self) -> float:
         """Distance from the body origin down to its base, 0 for shapes whose origin is their base."""
-        if self.shape in ("box", "cylinder"):
+        if self.shape in ("box", "cylinder", "frame"):
             return self.size_m[-1]
         return self.size_m[0] if self.shape == "sphere" else 0.0
 
@@ -139,6 +142,11 @@ class TaskSpec:
         goal: predicate text; success is the goal holding for five control steps.
         milestones: name -> predicate text, in the order they are usually reached.
         plan: skills for the scripted expert.
+        moving_object: object that scene motion may move until it is touched; empty for none.
+        moving_target: object that scene motion may move while ``moving_object`` is touched; empty for none.
+        failure: predicate text; as soon as it holds the episode ends as a failure. Empty: it never does.
+        behaviors: choice -> label -> predicate text. The label of a choice is the first whose predicate held in an
+            episode, e.g. on which side an obstacle was passed; a behaviour is one label per choice.
         source: file it was read from, for error messages.
     """
 
@@ -152,6 +160,10 @@ class TaskSpec:
     milestones: dict[str, str]
     plan: tuple[SkillStep, ...]
     min_distances: tuple[tuple[str, str, float], ...] = ()
+    moving_object: str = ""
+    moving_target: str = ""
+    failure: str = ""
+    behaviors: dict[str, dict[str, str]] = field(default_factory=dict)
     source: str = field(default="", compare=False)
 
     @functools.cached_property
@@ -167,6 +179,26 @@ class TaskSpec:
     def goal_predicate(self) -> Predicate:
         """Compiled goal."""
         return parse_predicate(self.goal, self.objects, where=f"{self.source}: goal")
+
+    @functools.cached_property
+    def failure_predicate(self) -> Predicate | None:
+        """Compiled failure, None without one."""
+        if not self.failure:
+            return None
+        return parse_predicate(self.failure, self.objects, where=f"{self.source}: failure")
+
+    @functools.cached_property
+    def behavior_predicates(self) -> dict[str, dict[str, Predicate]]:
+        """Compiled behaviours."""
+        return {
+            choice: {
+                label: parse_predicate(
+                    text, self.objects, where=f"{self.source}: behaviors.{choice}.{label}", poses_only=True
+                )
+                for label, text in labels.items()
+            }
+            for choice, labels in self.behaviors.items()
+        }
 
     @functools.cached_property
     def milestone_predicates(self) -> dict[str, Predicate]:
@@ -189,6 +221,10 @@ class TaskSpec:
             f"task '{self.name}' has no object '{name}'. {closest(name, [item.name for item in self.objects])}"
         )
 
+    def _moving(self) -> dict[str, str]:
+        named = {"object": self.moving_object, "target": self.moving_target}
+        return {role: name for role, name in named.items() if name}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionary in the layout of the yaml file; :func:`~simtoreal.envs.task_file.parse_task` inverts it."""
         objects = {}
@@ -210,8 +246,11 @@ class TaskSpec:
             "initial": initial,
             "min_distances": [list(entry) for entry in self.min_distances],
             "goal": self.goal,
+            **({"failure": self.failure} if self.failure else {}),
             "milestones": dict(self.milestones),
+            **({"behaviors": {key: dict(value) for key, value in self.behaviors.items()}} if self.behaviors else {}),
             "plan": [{"skill": step.skill, **step.arguments} for step in self.plan],
+            **({"moving": moving} if (moving := self._moving()) else {}),
         }
 
 

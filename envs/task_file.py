@@ -112,6 +112,7 @@ def parse_task(content: Any, source: str = "task") -> TaskSpec:
         )  # fmt: skip
         entry.finish()
     initial_reader.finish()
+    moving = _parse_moving(reader, objects)
     spec = TaskSpec(
         name=reader.get("name", str, "a string"),
         description=reader.get("description", str, "a string", ""),
@@ -123,12 +124,16 @@ def parse_task(content: Any, source: str = "task") -> TaskSpec:
         goal=reader.get("goal", str, "a predicate such as 'on(cube, plate)'"),
         milestones=_parse_milestones(reader),
         plan=_parse_plan(reader, names),
+        moving_object=moving.get("object", ""),
+        moving_target=moving.get("target", ""),
+        failure=reader.get("failure", str, "a predicate such as 'not released(post)'", ""),
+        behaviors=_parse_behaviors(reader),
         source=source,
     )
     reader.finish()
     if spec.horizon < 1:
         raise reader.fail("horizon", "a positive whole number of control steps", spec.horizon)
-    _ = spec.goal_predicate, spec.milestone_predicates
+    _ = spec.goal_predicate, spec.milestone_predicates, spec.failure_predicate, spec.behavior_predicates
     return spec
 
 
@@ -193,12 +198,39 @@ def _parse_distances(reader: _Reader, names: list[str]) -> tuple[tuple[str, str,
     return tuple(parsed)
 
 
+def _parse_moving(reader: _Reader, objects: tuple[ObjectSpec, ...]) -> dict[str, str]:
+    """What scene motion may move; a drawer's joint would be torn along, so drawers cannot be named."""
+    content = reader.get("moving", dict, "a mapping with object and, if there is one, target", {})
+    if not content:
+        return {}
+    entry = _Reader(content, reader.source, "moving")
+    found = {"object": entry.get("object", str, "an object name"), "target": entry.get("target", str, "a name", "")}
+    entry.finish()
+    allowed = [item.name for item in objects if not item.articulated]
+    for role, name in found.items():
+        if name and name not in allowed:
+            raise TaskError(f"{reader.source}: key 'moving.{role}' names object '{name}'. {closest(name, allowed)}")
+    return found
+
+
 def _parse_milestones(reader: _Reader) -> dict[str, str]:
     value = reader.get("milestones", dict, "a mapping of name to predicate", {})
     for name, text in value.items():
         if not isinstance(text, str):
             raise reader.fail(f"milestones.{name}", "a predicate such as 'grasped(cube)'", text)
     return {str(name): text for name, text in value.items()}
+
+
+def _parse_behaviors(reader: _Reader) -> dict[str, dict[str, str]]:
+    expected = "a mapping of choice to labels, such as {side: {left: 'left_of(tcp, post)', right: ...}}"
+    value = reader.get("behaviors", dict, expected, {})
+    for choice, labels in value.items():
+        if not isinstance(labels, dict) or len(labels) < 2:
+            raise reader.fail(f"behaviors.{choice}", "a mapping of at least two labels to predicates", labels)
+        for label, text in labels.items():
+            if not isinstance(text, str):
+                raise reader.fail(f"behaviors.{choice}.{label}", "a predicate such as 'left_of(tcp, post)'", text)
+    return {str(choice): {str(label): text for label, text in labels.items()} for choice, labels in value.items()}
 
 
 def _parse_plan(reader: _Reader, names: list[str]) -> tuple[SkillStep, ...]:
