@@ -1,0 +1,207 @@
+"""The browser page as an input device: what its messages may say, and what of them counts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import threading
+import time
+from collections import deque
+from typing import Any
+
+import numpy as np
+
+from simtoreal.data_collection.teleop_command import SILENCE_NS
+from simtoreal.data_collection.teleop_device import EVENTS, OperatorInput, join_inputs
+from simtoreal.envs.errors import ConfigError
+
+MAX_MESSAGE_BYTES = 2048
+MAX_NAME_LENGTH = 64
+# Latest events whose way to the arm is timed.
+LATENCY_HISTORY = 4096
+
+
+class MessageError(ConfigError):
+    """The page said something it must not say; its connection is closed."""
+
+
+def parse_message(text: str) -> dict[str, Any]:
+    """Check one message of the page.
+
+    Every message is a JSON object with ``type`` and a number ``n`` that grows within a connection:
+
+    * ``input``: ``engaged`` bool, ``motion`` six numbers in [-1, 1], ``drag`` ``[clutch, six numbers]`` or null: metres
+      and radians since the clutch of that number closed, ``gripper`` 1, -1 or null, ``at`` the server's time in ms of
+      the browser event that caused it, or null for a sign of life;
+    * ``event``: ``name``, one of ``EVENTS``;
+    * ``set``: ``operator`` text and/or ``move`` bool;
+    * ``ping``: ``at`` a number that is sent back.
+
+    Raises:
+        MessageError: anything else.
+    """
+    if len(text) > MAX_MESSAGE_BYTES:
+        raise MessageError(f"message of {len(text)} characters, at most {MAX_MESSAGE_BYTES} are allowed")
+    try:
+        message = json.loads(text, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
+        raise MessageError("message is not JSON") from error
+    if not isinstance(message, dict) or not isinstance(message.get("n"), int) or isinstance(message["n"], bool):
+        raise MessageError("message is not an object with a number 'n'")
+    check = _CHECKS.get(message.get("type", "")) if isinstance(message.get("type"), str) else None
+    if check is None:
+        raise MessageError("message has an unknown type")
+    if not check(message):
+        raise MessageError(f"message of type '{message['type']}' has a wrong value")
+    return message
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is not a number")
+
+
+def _number(value: Any, limit: float = 1e15) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) <= limit
+
+
+def _six(value: Any, limit: float) -> bool:
+    return isinstance(value, list) and len(value) == 6 and all(_number(item, limit) for item in value)
+
+
+def _check_input(message: dict[str, Any]) -> bool:
+    drag, gripper, at = message.get("drag"), message.get("gripper"), message.get("at")
+    clutched = isinstance(drag, list) and len(drag) == 2 and isinstance(drag[0], int) and _six(drag[1], 100.0)
+    return (
+        isinstance(message.get("engaged"), bool)
+        and _six(message.get("motion"), 1.0)
+        and (drag is None or clutched)
+        and (gripper is None or (_number(gripper) and gripper in (1, -1)))
+        and (at is None or _number(at))
+    )
+
+
+def _check_set(message: dict[str, Any]) -> bool:
+    name, move = message.get("operator"), message.get("move")
+    named = name is None or (isinstance(name, str) and len(name) <= MAX_NAME_LENGTH and name.isprintable())
+    return named and (move is None or isinstance(move, bool))
+
+
+_CHECKS: dict[str, Any] = {
+    "input": _check_input,
+    "event": lambda message: isinstance(message.get("name"), str) and message["name"] in EVENTS,
+    "set": _check_set,
+    "ping": lambda message: _number(message.get("at")),
+}
+
+
+class PageDevice:
+    """What the page's operator does; fed by the server's thread, read by the control thread."""
+
+    name = "page"
+
+    def __init__(self) -> None:
+        self.wake = threading.Event()
+        self.rejected = 0
+        """Messages that were repeated or out of order."""
+        self._lock = threading.Lock()
+        self._waiting: list[OperatorInput] = []
+        self._last = OperatorInput(motion=np.zeros(6))
+        self._newest = -1
+        self._clutch: tuple[int, np.ndarray] = (-1, np.zeros(6))
+        self._released = False
+        self._heard_ns = 0
+        self._stamps: list[int] = []
+        self._read_stamps: list[int] = []
+        self._settings: dict[str, Any] = {}
+        self.latencies_ns: deque[int] = deque(maxlen=LATENCY_HISTORY)
+        """From browser events to the commands that contain them, newest last."""
+
+    # ---- server thread
+
+    def connect(self) -> None:
+        """A page takes control: numbers begin anew, and its dead-man has to be seen released."""
+        with self._lock:
+            self._newest, self._released, self._clutch = -1, False, (-1, np.zeros(6))
+
+    def disconnect(self) -> None:
+        """The page has gone: the dead-man is released."""
+        with self._lock:
+            self._released = False
+            self._add(OperatorInput(motion=np.zeros(6), received_ns=time.monotonic_ns()))
+        self.wake.set()
+
+    def feed(self, message: dict[str, Any]) -> bool:
+        """Take over a message of :func:`parse_message`; returns False if it is old and was ignored."""
+        now_ns = time.monotonic_ns()
+        with self._lock:
+            if message["n"] <= self._newest:
+                self.rejected += 1
+                return False
+            self._newest = message["n"]
+            if message["type"] == "set":
+                self._settings |= {key: message[key] for key in ("operator", "move") if message.get(key) is not None}
+            elif message["type"] == "event":
+                # Says nothing about the motion, which goes on as it is, and is no sign that the dead-man is alive.
+                self._add(dataclasses.replace(self._last, displacement=None, gripper=None, events=(message["name"],)))
+            elif message["type"] == "input":
+                self._add(self._as_input(message, now_ns))
+        self.wake.set()
+        return True
+
+    def _as_input(self, message: dict[str, Any], now_ns: int) -> OperatorInput:
+        # The control thread may have been busy, so a gap is noticed where messages arrive.
+        if not message["engaged"]:
+            self._released = True
+        elif now_ns - self._heard_ns > SILENCE_NS:
+            self._released = False
+        self._heard_ns = now_ns
+        displacement = None
+        if message.get("drag") is not None:
+            clutch, total = message["drag"][0], np.array(message["drag"][1], dtype=np.float64)
+            displacement = total - self._clutch[1] if clutch == self._clutch[0] else total
+            self._clutch = (clutch, total)
+        if message.get("at") is not None:
+            self._stamps.append(round(message["at"] * 1e6))
+        return OperatorInput(
+            motion=np.array(message["motion"], dtype=np.float64),
+            displacement=displacement,
+            gripper=message.get("gripper"),
+            engaged=message["engaged"] and self._released,
+            received_ns=now_ns,
+        )
+
+    def _add(self, given: OperatorInput) -> None:
+        """Join with what waits, but keep a release apart from the press after it: both count."""
+        self._last = dataclasses.replace(given, events=())
+        if not self._waiting or (given.engaged and not self._waiting[-1].engaged):
+            self._waiting.append(given)
+            return
+        self._waiting[-1] = join_inputs(self._waiting[-1], given)
+        if len(self._waiting) > 1 and not self._waiting[-1].engaged:
+            last = self._waiting.pop()
+            self._waiting[-1] = join_inputs(self._waiting[-1], last)
+
+    # ---- control thread
+
+    def read(self) -> OperatorInput | None:
+        """See :class:`~simtoreal.data_collection.teleop_device.Device`."""
+        with self._lock:
+            self._read_stamps += self._stamps
+            self._stamps.clear()
+            return self._waiting.pop(0) if self._waiting else None
+
+    def commanded(self, now_ns: int) -> None:
+        """A command with everything that was read has been handed over."""
+        with self._lock:
+            self.latencies_ns.extend(now_ns - stamp for stamp in self._read_stamps)
+            self._read_stamps.clear()
+
+    def settings(self) -> dict[str, Any]:
+        """Changed settings (``operator``, ``move``) since the last call."""
+        with self._lock:
+            changed, self._settings = self._settings, {}
+            return changed
+
+    def close(self) -> None:
+        """Nothing to give back."""
