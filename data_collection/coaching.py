@@ -61,6 +61,9 @@ class Review:
 class Coach(Protocol):
     """Judges a demonstration while it is made, and when it is finished."""
 
+    def reset(self) -> None:
+        """A new demonstration begins; a coach may look at earlier observations of the same one only."""
+
     def step(self, observation: Arrays, action: np.ndarray) -> float:
         """Return the compatibility of one action, in [0, 1].
 
