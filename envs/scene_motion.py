@@ -10,11 +10,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from simtoreal.envs import rotation
+from simtoreal.envs.config import load_config
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError, closest
 from simtoreal.envs.predicates import SceneView
@@ -114,10 +116,10 @@ SCENE_MOTIONS: dict[str, SceneMotion] = {
 
 
 def load_motion(value: str | SceneMotion | Mapping[str, Any] | None) -> SceneMotion:
-    """Return a scene motion by name, or from its fields; None is ``none``.
+    """Return a scene motion by name, from a yaml file, or from its fields; None is ``none``.
 
     Raises:
-        ConfigError: unknown name or field.
+        ConfigError: unknown name or field, or an unreadable file.
     """
     if isinstance(value, SceneMotion):
         return value
@@ -128,6 +130,8 @@ def load_motion(value: str | SceneMotion | Mapping[str, Any] | None) -> SceneMot
                 raise ConfigError(f"scene motion has no '{key}'. {closest(str(key), known)}")
         return SceneMotion(**{key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
     name = value or "none"
+    if name.endswith((".yaml", ".yml")):
+        return load_config(SceneMotion, Path(name))
     if name not in SCENE_MOTIONS:
         raise ConfigError(f"unknown scene motion '{name}'. {closest(name, SCENE_MOTIONS)}")
     return SCENE_MOTIONS[name]

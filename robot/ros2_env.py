@@ -17,6 +17,7 @@ from simtoreal.envs.action import build_proprio, check_action, integrate_action
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError, RobotError, SafetyError, StaleObservationError, closest
 from simtoreal.envs.rollout import Observation
+from simtoreal.envs.scene_motion import SceneMotion, load_motion
 from simtoreal.envs.task import TaskSpec, sample_initial_condition
 from simtoreal.robot.homing import path_home
 from simtoreal.robot.inputs import Arm, RobotInputs
@@ -123,6 +124,7 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         self._fault, self._fault_since_ns = "", 0
         self._observation_ns = 0
         self._began = False
+        self._motion: SceneMotion | None = None
         self.twin_skipped_s: dict[int, float] = {}
         """Seconds that the twin did not simulate, by episode."""
 
@@ -152,7 +154,7 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         self._inputs.wait_until_ready(READY_TIMEOUT_S)
         self._gate.begin_episode(self._episode)
         if self._twin is not None:
-            self._twin.reset(self._episode, seed, self.task.name)
+            self._twin.reset(self._episode, seed, self.task.name, self._motion)
         elif self._operator is not None:
             self._operator(
                 "The arm will open its fingers, rise and move home in a straight line; you will arrange the scene "
@@ -225,6 +227,16 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         """Leave the ROS graph. The gate is not ours to close."""
         self._inputs.close()
 
+    def set_motion(self, motion: str | SceneMotion | None) -> None:
+        """Choose how the twin's scene moves in episodes that begin from now on.
+
+        Raises:
+            ConfigError: unknown motion, or there is no twin: what moves a real scene is not on this graph.
+        """
+        if self._twin is None:
+            raise ConfigError("scene motion needs the twin; move a real scene by a turntable, a belt or by hand")
+        self._motion = load_motion(motion)
+
     # -- parts ---------------------------------------------------------------------------------------
 
     def _observe(self) -> None:
@@ -269,6 +281,7 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
             "robot_fault": self._fault,
             "observation_ns": self._observation_ns,
             "twin_skipped_s": float(truth.get("skipped_s", 0.0)),
+            **({"scene_motion": dict(truth["scene_motion"])} if truth.get("scene_motion") else {}),
         }
 
     def _align_clock(self) -> None:
@@ -328,7 +341,7 @@ class _TwinClient:
             self._parsed = found[0], json.loads(found[0].data)
         return self._parsed[1] if self._parsed[1].get("request") == self._request else {}
 
-    def reset(self, episode: int, seed: int, task: str) -> None:
+    def reset(self, episode: int, seed: int, task: str, motion: SceneMotion | None) -> None:
         """Ask for an episode and wait until the twin runs it.
 
         Raises:
@@ -337,6 +350,8 @@ class _TwinClient:
         """
         self._request = uuid.uuid4().hex
         content = {"request": self._request, "episode": episode, "seed": seed, "task": task}
+        if motion is not None:
+            content["motion"] = motion.to_dict()
         message = self._topic.message_class()()
         message.data = json.dumps(content)
         begin = time.monotonic_ns()

@@ -15,6 +15,7 @@ import numpy as np
 
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError, closest
+from simtoreal.envs.scene_motion import SceneMotion, load_motion
 from simtoreal.envs.task import TaskSpec
 from simtoreal.robot.kinematics import Kinematics
 from simtoreal.robot.timing import sleep_until
@@ -29,9 +30,10 @@ MAX_LAG_S = 0.25
 class Twin:
     """MuJoCo node that speaks the topics of ``config``.
 
-    Requests for episodes come as JSON text ``{"request", "episode", "seed", "task"}`` on ``twin_command`` and are
-    acknowledged by the same ``request`` in the truth, which is published once per control period as JSON text:
-    ``request, error, episode, seed, task, time_s, skipped_s, success, milestones, contacts, object_state, fault``
+    Requests for episodes come as JSON text ``{"request", "episode", "seed", "task"}`` on ``twin_command``, optionally
+    with ``"motion"`` (fields of :class:`~simtoreal.envs.scene_motion.SceneMotion`), and are acknowledged by the same ``request`` in the truth, which is published once per control period as JSON text:
+    ``request, error, episode, seed, task, time_s, skipped_s, success, milestones, contacts, object_state,
+    scene_motion, fault``
     (``skipped_s``: real time of this episode that was not simulated because the machine was too slow). The Trigger
     service ``twin_reset`` begins an episode with the next seed.
 
@@ -46,9 +48,10 @@ class Twin:
         config: topics.
         gap: ``none``, ``standard`` or ``hard``; drawn anew per episode, from its seed.
         seed: of the episode that runs until somebody asks for another.
+        motion: how the scene moves in episodes whose request does not say.
 
     Raises:
-        ConfigError: unknown gap, or a camera without topics.
+        ConfigError: unknown gap or motion, or a camera without topics.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Twin:
         *,
         gap: str = "standard",
         seed: int = 0,
+        motion: str | SceneMotion | None = None,
     ) -> None:
         for camera in embodiment.cameras:
             if camera.name not in config.cameras:
@@ -66,7 +70,8 @@ class Twin:
                     f"the robot yaml has no camera '{camera.name}'. {closest(camera.name, config.cameras)}"
                 )
         self.config, self.embodiment, self.task = config, embodiment, task
-        self.world = TwinWorld(task, embodiment, gap)
+        self.world = TwinWorld(task, embodiment, gap, motion)
+        self._motion = self.world.motion
         self._deadline_ns = 0
         self._kinematics = Kinematics(embodiment)
         self._next_seed = seed
@@ -168,7 +173,9 @@ class Twin:
                 "seed": int(content["seed"]),
                 "task": str(content["task"]),
             }
-        except (ValueError, KeyError, TypeError) as error:
+            if "motion" in content:
+                request["motion"] = load_motion(dict(content["motion"]))
+        except (ValueError, KeyError, TypeError, ConfigError) as error:
             self._warn(f"ignored a request that is not understood ({type(error).__name__}: {error})")
             return
         self._requests.append(request)
@@ -222,6 +229,13 @@ class Twin:
                 error = f"it runs '{self.task.name}'. Start: simtoreal twin --task {request['task']}"
                 self._status = {**self._status, "request": request["request"], "error": error}
                 continue
+            motion = request.pop("motion", self._motion)
+            if motion != self.world.motion:
+                try:
+                    self.world.set_motion(motion)
+                except ConfigError as error:
+                    self._status = {**self._status, "request": request["request"], "error": str(error)}
+                    continue
             self._begin(request["seed"])
             self._status = {**request, "error": ""}
 

@@ -18,8 +18,16 @@ class Config:
     """Registered task (see 'simtoreal list tasks') or path of a task's yaml file."""
     output: Path
     """Dataset folder; created, or continued if it holds the same collection."""
-    episodes: int = 200
-    """Successful episodes to store."""
+    episodes: int | None = None
+    """Successful episodes to store; default: 200, unless --steps is given."""
+    steps: int | None = None
+    """Instead of --episodes, a budget of control steps (20 per second). Every attempt spends its steps."""
+    move: bool = False
+    """Move object and target while the expert demonstrates (MOVE); short for --motion move."""
+    motion: str = "none"
+    """How the scene moves: none, move, views (cameras elsewhere in every episode), move_views, or a yaml file."""
+    cameras: tuple[str, ...] = ("front", "wrist")
+    """Cameras to record."""
     image_size: int = 64
     """Height and width of the camera images (pixels)."""
     seed: int = 0
@@ -49,6 +57,7 @@ def main(config: Config) -> None:
     from simtoreal.data_collection.collect import CollectionPlan, CollectionProgress, collect
     from simtoreal.data_collection.expert import STYLES
     from simtoreal.envs.errors import ConfigError, closest
+    from simtoreal.envs.scene_motion import load_motion
     from simtoreal.evaluation.statistics import format_rate
 
     console = Console()
@@ -57,10 +66,15 @@ def main(config: Config) -> None:
     style = STYLES[config.style]
     if config.noise is not None:
         style = dataclasses.replace(style, noise=config.noise)
+    if config.move and config.motion != "none":
+        raise ConfigError(f"--move is short for --motion move; it excludes --motion {config.motion}")
     plan = CollectionPlan(
         output=config.output,
         task=config.task,
-        episodes=config.episodes,
+        episodes=200 if config.episodes is None and config.steps is None else config.episodes,
+        steps=config.steps,
+        motion=load_motion("move" if config.move else config.motion),
+        cameras=config.cameras,
         seed=config.seed,
         image_size=config.image_size,
         style=style,
@@ -77,21 +91,26 @@ def main(config: Config) -> None:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        bar = progress.add_task(f"Collecting {plan.task}", total=plan.episodes, text="starting")
+        total = plan.episodes or plan.steps
+        bar = progress.add_task(f"Collecting {plan.task}", total=total, text="starting")
 
         def show(state: CollectionProgress) -> None:
             text = f"success {format_rate(state.successes, state.tried)}"
             if state.session and state.seconds > 0:
                 text += f", {state.session / state.seconds:.1f} episodes/s"
-            progress.update(bar, completed=state.episodes, text=text)
+            progress.update(bar, completed=state.episodes if plan.episodes else state.steps, text=text)
 
         result = collect(plan, on_progress=show)
-        progress.update(bar, completed=plan.episodes, text="done")
+        progress.update(bar, completed=total, text="done")
     summary = _summary(plan, result)
     _write_results(plan, result, summary)
     rate = format_rate(summary["successes"], summary["tried"])
     speed = f"{summary['episodes_per_s']:.1f} episodes/s" if summary["episodes_per_s"] else "nothing left to do"
-    console.print(f"Collected {plan.episodes} episodes of {plan.task} in {plan.output}: expert success {rate}, {speed}")
+    console.print(
+        f"Collected {summary['successes']} episodes of {plan.task} ({summary['steps']} steps) in {plan.output}: "
+        f"expert success {rate}, {speed}",
+        soft_wrap=True,
+    )
 
 
 def _summary(plan: CollectionPlan, result: CollectionResult) -> dict[str, object]:
@@ -101,7 +120,9 @@ def _summary(plan: CollectionPlan, result: CollectionResult) -> dict[str, object
     tried = len(result.outcomes)
     return {
         "task": plan.task,
-        "episodes": plan.episodes,
+        "episodes": plan.episodes or successes,
+        "budget_steps": plan.steps,
+        "steps": sum(outcome.steps for outcome in result.outcomes),
         "tried": tried,
         "successes": successes,
         "success_rate": successes / tried,

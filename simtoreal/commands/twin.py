@@ -24,6 +24,8 @@ class Config:
     """Height and width of the camera images in pixels; those the policy was trained with."""
     cameras: tuple[str, ...] = ("front", "wrist")
     """Cameras to publish."""
+    motion: str = "none"
+    """How the scene moves once the arm is driven: none, move, views, move_views, or a yaml file."""
     topics: str = "panda_ros2"
     """Topics of the robot: a preset of configs/robot or the path of a yaml file."""
 
@@ -50,7 +52,8 @@ def main(config: Config) -> None:
     console = Console()
     task = load_task(Path(config.task) if config.task.endswith((".yaml", ".yml")) else config.task)
     embodiment = panda_embodiment(config.image_size, cameras=config.cameras)
-    twin = Twin(task, embodiment, load_robot_config(config.topics), gap=config.gap, seed=config.seed)
+    robot = load_robot_config(config.topics)
+    twin = Twin(task, embodiment, robot, gap=config.gap, seed=config.seed, motion=config.motion)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
