@@ -16,6 +16,7 @@ import numpy as np
 
 from simtoreal.data_collection.dataset import EPISODES, FORMAT, FORMAT_VERSION, META, VIEW, Dataset, read_meta
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors, embodiment_digest, write_episode
+from simtoreal.data_collection.statistics import dataset_statistics
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import DatasetError
 from simtoreal.envs.files import atomic_path, fsync_folder, write_json
@@ -186,52 +187,13 @@ def rebuild(path: Path) -> Dataset:
     meta = {
         **dataset.meta,
         "episodes": {episode.name: episode.steps for episode in dataset.episodes},
-        "statistics": statistics(dataset),
+        "statistics": dataset_statistics(dataset),
     }
     with disk_errors(path / META):
         write_json(path / META, meta)
     dataset.meta = meta
     write_view(dataset)
     return dataset
-
-
-def statistics(dataset: Dataset) -> dict[str, Any]:
-    """Counts, shape and type of every array, and per-dimension statistics of actions and low-dimensional observations.
-
-    Percentiles are the 2nd and 98th, as used for normalisation (Barreiros et al. 2025, LBM). They cover all
-    episodes; a policy computes its own over the episodes it is trained on.
-    """
-    summary: dict[str, Any] = {
-        "episodes": len(dataset.episodes),
-        "successes": sum(episode.success for episode in dataset.episodes),
-        "steps": sum(episode.steps for episode in dataset.episodes),
-        "arrays": {},
-        "values": {},
-    }
-    if not dataset.episodes:
-        return summary
-    values: dict[str, list[np.ndarray]] = {}
-    for episode in dataset.episodes:
-        with h5py.File(str(episode.path), "r") as file:
-            names = [
-                "actions",
-                *(f"obs/{key}" for key in file["obs"]),
-                *(f"step/{key}" for key in file.get("step", ())),
-            ]
-            for name in names:
-                shape = file[name].shape[1:]
-                summary["arrays"].setdefault(name, {"shape": list(shape), "dtype": str(file[name].dtype)})
-                if len(shape) == 1 and file[name].dtype.kind == "f":
-                    values.setdefault(name, []).append(file[name][()])
-    for name, parts in values.items():
-        rows = np.concatenate(parts).astype(np.float64)
-        low, high = np.percentile(rows, (2, 98), axis=0)
-        columns = {
-            "mean": rows.mean(axis=0), "std": rows.std(axis=0), "min": rows.min(axis=0), "max": rows.max(axis=0),
-            "percentile_2": low, "percentile_98": high,
-        }  # fmt: skip
-        summary["values"][name] = {key: column.tolist() for key, column in columns.items()}
-    return summary
 
 
 def write_view(dataset: Dataset) -> None:
