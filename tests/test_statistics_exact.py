@@ -40,8 +40,8 @@ def test_merged_quantiles_are_those_of_all_steps_where_averaged_ones_are_not() -
     averaged = np.average([part.quantile(0.98) for part in parts], axis=0, weights=weights)
     right = np.quantile(np.concatenate(episodes).astype(np.float64), 0.98, axis=0)
     assert abs(averaged[0] - right[0]) > 3 * abs(right[0])
-    assert abs(averaged[1] - right[1]) > 0.005
     assert right[1] == 0
+    assert abs(averaged[1]) > 0.001
 
 
 def test_merging_does_not_depend_on_order_grouping_or_cuts() -> None:
