@@ -105,7 +105,7 @@ class Memory:
     quaternion: np.ndarray | None = None
     held: set[str] = field(default_factory=set)
     route: list[np.ndarray] | None = None
-    wall: np.ndarray | None = None
+    wall: float | None = None
 
 
 class ScriptedExpert:
