@@ -28,6 +28,9 @@ CLOSE_STEPS = 4
 GIVE_UP_STEPS = 14
 CLEARANCE_M = 0.06
 FINGER_HALF_M = 0.014
+AXES = ("x", "y", "z")
+# An axis of a route is done when the commanded target is this close.
+ROUTE_TOLERANCE_M = 0.004
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +44,7 @@ class OperatorStyle:
         approach_height_m: height above an object from which it is approached.
         approach_offset_m: horizontal detour of the approach, base frame.
         noise: standard deviation of noise on the translation action, as a fraction of its limit.
+        route: axes of the base frame along which a point is reached one after the other; together if empty.
     """
 
     name: str = "expert"
@@ -49,6 +53,7 @@ class OperatorStyle:
     approach_height_m: float = 0.07
     approach_offset_m: tuple[float, float] = (0.0, 0.0)
     noise: float = 0.0
+    route: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for key in ("speed", "gain"):
@@ -56,6 +61,8 @@ class OperatorStyle:
                 raise ConfigError(f"operator style '{key}' is {getattr(self, key)}; expected a value in (0, 1]")
         if self.noise < 0:
             raise ConfigError(f"operator style 'noise' is {self.noise}; expected a value >= 0")
+        if set(self.route) - set(AXES) or len(set(self.route)) < len(self.route):
+            raise ConfigError(f"operator style 'route' is {self.route}; expected distinct axes of {AXES}")
 
 
 STYLES = {
@@ -66,6 +73,9 @@ STYLES = {
         OperatorStyle(name="hasty", speed=1.0, gain=0.9, approach_height_m=0.045, noise=0.08),
         OperatorStyle(name="from_left", approach_height_m=0.05, approach_offset_m=(0.0, 0.09)),
         OperatorStyle(name="from_right", approach_height_m=0.05, approach_offset_m=(0.0, -0.09)),
+        OperatorStyle(name="straight"),
+        OperatorStyle(name="up_right", route=("z", "y")),
+        OperatorStyle(name="right_up", route=("y", "z")),
     )
 }
 
@@ -219,7 +229,13 @@ class ScriptedExpert:
     # Skills: return the goal of this step, or None when the skill is done --------------------------------------
 
     def _reach(self, scene: Scene, memory: Memory, point: ObjectSpec) -> _Goal:
-        return _Goal(scene.poses[point.name][0], _nearest(0.0, scene.tcp_yaw, math.pi), True)
+        goal = scene.poses[point.name][0].copy()
+        route = [AXES.index(axis) for axis in self.style.route]
+        ahead = [index for index, axis in enumerate(route) if abs(goal[axis] - scene.target[axis]) > ROUTE_TOLERANCE_M]
+        if ahead:
+            later = route[ahead[0] + 1 :]
+            goal[later] = scene.target[later]
+        return _Goal(goal, _nearest(0.0, scene.tcp_yaw, math.pi), True)
 
     def _grasp_point(self, scene: Scene, item: ObjectSpec) -> np.ndarray:
         """Cubes are held in the middle, tall things near the top so that the hand stays clear."""
