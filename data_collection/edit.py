@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from simtoreal.data_collection.dataset import EPISODES, META, Dataset, read_meta
-from simtoreal.data_collection.episode import EpisodeInfo, disk_errors, open_episode, read_info
+from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors, open_episode, read_episode, read_info
 from simtoreal.data_collection.takes import EmptyPartError, read_part
 from simtoreal.data_collection.writer import DatasetWriter
 from simtoreal.envs.embodiment import Embodiment
-from simtoreal.envs.errors import ConfigError, DatasetError
+from simtoreal.envs.errors import ConfigError, DatasetError, DiskError
 from simtoreal.envs.files import atomic_path, fsync_folder, write_json
 
 DAMAGED = "damaged"
@@ -27,7 +27,7 @@ class Recovery:
 
     Attributes:
         recovered: episodes made from parts, marked ``aborted``.
-        emptied: parts without any complete step; removed, as they hold nothing.
+        emptied: parts without any complete step, or whose episode was stored already; removed, as nothing is lost.
         set_aside: unreadable files, moved to ``damaged/``, with the reason.
         missing: numbers of listed episodes that no longer exist.
     """
@@ -72,7 +72,18 @@ def recover(path: str | Path) -> Recovery:
                 else:
                     set_aside.append((_set_aside(part, path), str(error)))
                 continue
-            target = writer.add(arrays, info)
+            if _already_stored(info, arrays, episodes):
+                # Killed after the episode was written and before its journal was removed.
+                part.unlink()
+                emptied.append(part)
+                continue
+            try:
+                target = writer.add(arrays, info)
+            except DiskError:
+                raise
+            except DatasetError as error:
+                set_aside.append((_set_aside(part, path), str(error)))
+                continue
             part.unlink()
             with open_episode(target) as handle:
                 recovered.append(read_info(handle, target))
@@ -81,6 +92,17 @@ def recover(path: str | Path) -> Recovery:
     return Recovery(
         recovered=tuple(recovered), emptied=tuple(emptied), set_aside=tuple(set_aside), missing=tuple(missing)
     )
+
+
+def _already_stored(info: EpisodeInfo, arrays: Arrays, episodes: Path) -> bool:
+    for file in sorted(episodes.glob("[0-9]*.hdf5")):
+        with open_episode(file) as handle:
+            stored = read_info(handle, file)
+        if (stored.started, stored.seed, stored.steps) == (info.started, info.seed, info.steps):
+            content = read_episode(file)[1]
+            if all(np.array_equal(content.get(name), array) for name, array in arrays.items()):
+                return True
+    return False
 
 
 def _set_aside(file: Path, dataset: Path) -> Path:

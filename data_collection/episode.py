@@ -13,7 +13,8 @@ Layout of an episode of T control steps (paths inside the file):
 ``step/<other>``      (T, ...)            contacts, milestones, instruction index, ...
 ====================  ==================  =======================================================
 
-The attributes of the root group are ``num_samples`` = T and ``episode``, the JSON text of :class:`EpisodeInfo`.
+The attributes of the root group are ``num_samples`` = T, ``episode``, the JSON text of :class:`EpisodeInfo`, and
+``crc32``, the JSON text of :func:`checksums`, which ``simtoreal data check`` compares.
 Datasets of a finished file are contiguous and uncompressed: images of this size decompress slower than they
 are read, and the root group is what robomimic expects below ``data/demo_<i>``.
 """
@@ -25,6 +26,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,7 +36,7 @@ import h5py
 import numpy as np
 
 from simtoreal.envs.embodiment import Embodiment
-from simtoreal.envs.errors import DatasetError
+from simtoreal.envs.errors import DatasetError, DiskError
 from simtoreal.envs.files import atomic_path, explained_disk_errors
 
 Arrays = dict[str, np.ndarray]
@@ -42,6 +44,7 @@ Arrays = dict[str, np.ndarray]
 
 REQUIRED = ("actions", "rewards", "dones", "states")
 ABORTED = "aborted"
+CHECKSUMS = "crc32"
 
 # Filters that ship with HDF5 itself; any other could load a plug-in library while reading.
 _FILTERS = frozenset(
@@ -135,12 +138,12 @@ def embodiment_digest(embodiment: Embodiment) -> str:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Turn a full or failing disk while writing ``path`` into a :class:`DatasetError` that says what is safe."""
+    """Turn a full or failing disk while writing ``path`` into a :class:`DiskError` that says what is safe."""
     safe = (
         "Nothing half-written is left and every finished episode is intact; "
         "free space and run the same command again to continue."
     )
-    with explained_disk_errors(path, DatasetError, safe):
+    with explained_disk_errors(path, DiskError, safe):
         yield
 
 
@@ -183,10 +186,17 @@ def write_episode(path: Path, arrays: Arrays, info: EpisodeInfo) -> None:
             file.create_dataset(name, data=array)
         file.attrs["num_samples"] = steps
         file.attrs["episode"] = info.to_json()
+        file.attrs[CHECKSUMS] = json.dumps(checksums(arrays, info.to_json()))
         file.flush()
         image = file.id.get_file_image()
     with disk_errors(path), atomic_path(path) as temporary:
         temporary.write_bytes(image)
+
+
+def checksums(arrays: Arrays, episode: str) -> dict[str, int]:
+    """CRC-32 of every array's bytes, and under ``""`` of the JSON text of the episode: for damage, not for forgery."""
+    sums = {name: zlib.crc32(np.ascontiguousarray(array).tobytes()) for name, array in arrays.items()}
+    return {**sums, "": zlib.crc32(episode.encode())}
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -12,15 +11,19 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors
+from simtoreal.data_collection.episode import Arrays, EpisodeInfo
+from simtoreal.data_collection.journal import LIMIT_BYTES, PATIENCE_S, Journal
 from simtoreal.envs.errors import DatasetError
-from simtoreal.envs.files import append_whole
 
 Keep = Callable[[Arrays, EpisodeInfo], object]
 """Stores a finished episode."""
 
-_HEADER = {"format": "simtoreal-part", "version": 1}
+_HEADER = {"format": "simtoreal-part", "version": 2}
 _CRC = "crc32"
+# sequence number, bytes of JSON, CRC-32 of both and the JSON
+_NOTE = struct.Struct("<III")
+_NOTES = 2
+_SMALLEST_NOTE = 4096
 
 
 class EmptyPartError(DatasetError):
@@ -28,13 +31,45 @@ class EmptyPartError(DatasetError):
 
 
 class Take(Protocol):
-    """A running episode."""
+    """A running episode.
+
+    Attributes:
+        recoverable: flushed steps outlive this process and a failed :meth:`keep`.
+    """
+
+    recoverable: bool
+
+    @property
+    def flushed(self) -> int:
+        """Steps that killing this process cannot lose any more."""
+
+    @property
+    def waiting(self) -> int:
+        """Steps appended that are not flushed."""
 
     def append(self, row: Arrays) -> None:
-        """Add one control step; every row has the same names, shapes and dtypes."""
+        """Add one control step; every row has the same names, shapes and dtypes.
+
+        Raises:
+            DiskError: nothing more can be stored; :attr:`flushed` steps are.
+        """
+
+    def describe(self, info: EpisodeInfo) -> None:
+        """Replace what will be known about the episode should it never be kept; never fails."""
+
+    def finish(self) -> None:
+        """Wait until every step is stored.
+
+        Raises:
+            DiskError: not every one is; :attr:`flushed` steps are.
+        """
 
     def keep(self, info: EpisodeInfo) -> None:
-        """End the episode and store it."""
+        """End the episode and store its :attr:`flushed` steps (those appended, if :meth:`finish` did not fail).
+
+        Raises:
+            DatasetError: the episode is inconsistent, or the disk is full (:class:`DiskError`).
+        """
 
     def discard(self) -> None:
         """End the episode and leave nothing behind."""
@@ -43,9 +78,21 @@ class Take(Protocol):
 class MemoryTake:
     """Collects steps in arrays that double when full, and stores the whole episode at once."""
 
+    recoverable = False
+
     def __init__(self, store: Keep, *, capacity: int = 128) -> None:
         self._store, self._capacity, self._steps = store, capacity, 0
         self._arrays: Arrays = {}
+
+    @property
+    def flushed(self) -> int:
+        """See :class:`Take`."""
+        return 0
+
+    @property
+    def waiting(self) -> int:
+        """See :class:`Take`."""
+        return self._steps
 
     def append(self, row: Arrays) -> None:
         """See :class:`Take`."""
@@ -60,6 +107,12 @@ class MemoryTake:
             array[self._steps] = row[name]
         self._steps += 1
 
+    def describe(self, info: EpisodeInfo) -> None:
+        """See :class:`Take`."""
+
+    def finish(self) -> None:
+        """See :class:`Take`."""
+
     def keep(self, info: EpisodeInfo) -> None:
         """See :class:`Take`."""
         self._store({name: array[: self._steps] for name, array in self._arrays.items()}, info)
@@ -71,65 +124,106 @@ class MemoryTake:
 
 
 class StreamTake:
-    """Appends every step to a journal with one write, so that SIGKILL at any moment loses no step appended before.
+    """Writes every step to a journal at once, so that SIGKILL at any moment loses no flushed step.
 
-    The journal is a line of JSON (episode information, and name, type and shape of every array) followed by records
-    of fixed size, each with a CRC-32. It becomes an ordinary episode when it is kept, or by :func:`read_part` after
-    a crash. HDF5's own crash-safe mode (SWMR) was measured and left: once a write fails because the disk is full,
-    libhdf5 can no longer close the file and crashes the process, which must not happen to one that moves a robot.
+    The file is a line of JSON (name, type and shape of every array), two notes (see below), and one record of fixed
+    size with a CRC-32 per step. It becomes an ordinary episode when it is kept, or by :func:`read_part` after a crash.
+    HDF5's own crash-safe mode (SWMR) was measured and left: once a write fails because the disk is full, libhdf5 can
+    no longer close the file and crashes the process, which must not happen to one that moves a robot.
+
+    The notes hold what is known about the episode (:meth:`describe`). They are written in turns and numbered, so that
+    a kill in the middle of one leaves the other, and have their place reserved, so that they can still be written
+    when the disk is full.
 
     Args:
         part: path of the journal, e.g. ``episodes/000012.part``; created with the first step.
         store: receives the finished episode, which replaces the journal.
         info: describes the episode should the writer be killed; the caller sets ``failure="aborted"``.
+        patience_s, limit_bytes: see :class:`~simtoreal.data_collection.journal.Journal`.
     """
 
-    def __init__(self, part: Path, store: Keep, info: EpisodeInfo) -> None:
+    recoverable = True
+
+    def __init__(
+        self,
+        part: Path,
+        store: Keep,
+        info: EpisodeInfo,
+        *,
+        patience_s: float = PATIENCE_S,
+        limit_bytes: int = LIMIT_BYTES,
+    ) -> None:
         self._part, self._store, self._info = part, store, info
-        self._descriptor: int | None = None
+        self._journal = Journal(part, patience_s=patience_s, limit_bytes=limit_bytes)
         self._names: list[str] = []
+        self._notes_at = self._note_bytes = self._notes = 0
+
+    @property
+    def flushed(self) -> int:
+        """See :class:`Take`."""
+        return self._journal.flushed
+
+    @property
+    def waiting(self) -> int:
+        """See :class:`Take`."""
+        return self._journal.waiting
 
     def append(self, row: Arrays) -> None:
-        """See :class:`Take`.
+        """See :class:`Take`."""
+        head = b"" if self._names else self._head(row)
+        payload = b"".join(row[name].tobytes() for name in self._names)
+        self._journal.append(head + payload + struct.pack("<I", zlib.crc32(payload)))
 
-        Raises:
-            DatasetError: the disk is full; the steps before this one are safe in the journal.
-        """
-        with disk_errors(self._part):
-            descriptor = self._begin(row) if self._descriptor is None else self._descriptor
-            payload = b"".join(row[name].tobytes() for name in self._names)
-            # All or nothing, so that what follows, if space is freed, stays aligned.
-            append_whole(descriptor, payload + struct.pack("<I", zlib.crc32(payload)))
-
-    def _begin(self, row: Arrays) -> int:
+    def _head(self, row: Arrays) -> bytes:
         self._names = list(row)
         fields = [[name, value.dtype.str, list(value.shape)] for name, value in row.items()]
-        header = json.dumps({**_HEADER, "info": self._info.to_json(), "fields": fields}) + "\n"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
-        self._descriptor = os.open(self._part, flags, 0o644)
-        try:
-            append_whole(self._descriptor, header.encode())
-        except OSError:
-            self.discard()
-            raise
-        return self._descriptor
+        # Room for what is learned during the episode (instructions, why it ended).
+        self._note_bytes = max(_SMALLEST_NOTE, 2 * len(self._info.to_json()))
+        line = json.dumps({**_HEADER, "note_bytes": self._note_bytes, "fields": fields}).encode() + b"\n"
+        self._notes_at, self._notes = len(line), 1
+        return line + _note(1, self._info, self._note_bytes) + bytes(self._note_bytes)
+
+    def describe(self, info: EpisodeInfo) -> None:
+        """See :class:`Take`; what is larger than the place reserved for it is not noted."""
+        self._info = info
+        if self._names and (note := _note(self._notes + 1, info, self._note_bytes)):
+            self._journal.rewrite(self._notes_at + self._notes % _NOTES * self._note_bytes, note)
+            self._notes += 1
+
+    def finish(self) -> None:
+        """See :class:`Take`."""
+        self._journal.drain()
 
     def keep(self, info: EpisodeInfo) -> None:
-        """See :class:`Take`."""
-        self._close()
+        """See :class:`Take`; the journal stays if the episode cannot be stored."""
+        self._journal.close()
         _, arrays = read_part(self._part)
         self._store(arrays, info)
         self._part.unlink()
 
     def discard(self) -> None:
         """See :class:`Take`."""
-        self._close()
-        self._part.unlink(missing_ok=True)
+        self._journal.discard()
 
-    def _close(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-        self._descriptor = None
+
+def _note(number: int, info: EpisodeInfo, size: int) -> bytes:
+    """A note of exactly ``size`` bytes, or nothing if it does not fit."""
+    text = info.to_json().encode()
+    head = struct.pack("<II", number, len(text))
+    note = head + struct.pack("<I", zlib.crc32(head + text)) + text
+    return note.ljust(size, b"\0") if len(note) <= size else b""
+
+
+def _newest_note(body: bytes, size: int) -> str | None:
+    """Text of the newest complete note at the beginning of ``body``."""
+    newest = 0, b""
+    for index in range(_NOTES):
+        note = body[index * size : (index + 1) * size]
+        number, length, checksum = _NOTE.unpack_from(note)
+        text = note[_NOTE.size : _NOTE.size + length]
+        if number > newest[0] and len(text) == length and zlib.crc32(note[:8] + text) == checksum:
+            newest = number, text
+    return newest[1].decode() if newest[0] else None
 
 
 def read_part(path: Path) -> tuple[EpisodeInfo, Arrays]:
@@ -139,28 +233,34 @@ def read_part(path: Path) -> tuple[EpisodeInfo, Arrays]:
         EmptyPartError: it holds no complete step.
         DatasetError: it is not a journal, or damaged before its last step.
     """
-    header, newline, body = path.read_bytes().partition(b"\n")
+    line, newline, body = path.read_bytes().partition(b"\n")
     if not newline:
         raise EmptyPartError(f"{path}: holds no complete step.")
     try:
-        content = json.loads(header)
+        content = json.loads(line)
         if {key: content[key] for key in _HEADER} != _HEADER:
             raise ValueError(f"expected a header with {_HEADER}")
         fields = [(str(name), _number_type(kind), tuple(map(int, shape))) for name, kind, shape in content["fields"]]
         record = np.dtype([*fields, (_CRC, "<u4")])
-        info_text = str(content["info"])
+        size = int(content["note_bytes"])
+        if size < _SMALLEST_NOTE:
+            raise ValueError(f"notes of {size} bytes")
     except (ValueError, TypeError, KeyError) as error:
         raise DatasetError(f"{path}: is not the journal of a running episode ({error}).") from error
-    steps = len(body) // record.itemsize
-    if steps == 0:
+    steps = (len(body) - _NOTES * size) // record.itemsize
+    if steps <= 0:
         raise EmptyPartError(f"{path}: holds no complete step.")
-    records = np.frombuffer(body, dtype=record, count=steps)
+    text = _newest_note(body, size)
+    if text is None:
+        raise DatasetError(f"{path}: what is known about the episode is damaged (its checksum differs).")
+    rows = memoryview(body)[_NOTES * size :]
+    records = np.frombuffer(rows, dtype=record, count=steps)
     for step in range(steps):
-        row = body[step * record.itemsize : (step + 1) * record.itemsize - 4]
+        row = rows[step * record.itemsize : (step + 1) * record.itemsize - 4]
         if zlib.crc32(row) != records[_CRC][step]:
             raise DatasetError(f"{path}: step {step} of {steps} is damaged (its checksum differs).")
     arrays = {name: np.ascontiguousarray(records[name]) for name, _, _ in fields}
-    return EpisodeInfo.from_json(info_text, path=path, steps=steps), arrays
+    return EpisodeInfo.from_json(text, path=path, steps=steps), arrays
 
 
 def _number_type(text: str) -> np.dtype[Any]:

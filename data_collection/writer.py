@@ -58,6 +58,7 @@ class DatasetWriter:
         except BaseException:
             self._lock.close()
             raise
+        _clear_temporaries(self.path)
         self._next = _after(self.path, "hdf5")
         self._next_part = max(self._next, _after(self.path, "part"))
 
@@ -151,6 +152,13 @@ class DatasetWriter:
             rebuild(self.path)
         finally:
             self._lock.close()
+
+
+def _clear_temporaries(path: Path) -> None:
+    """Remove what a killed writer had not renamed yet; whoever calls holds the lock, so nobody is writing."""
+    for folder in (path, path / EPISODES):
+        for file in folder.glob(".*.tmp"):
+            file.unlink(missing_ok=True)
 
 
 def _after(path: Path, suffix: str) -> int:

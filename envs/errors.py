@@ -33,6 +33,10 @@ class DatasetError(SimtorealError):
     """A dataset or episode file is missing, damaged, unsafe or inconsistent."""
 
 
+class DiskError(DatasetError):
+    """A file of a dataset cannot be written: the disk is full, failing or too slow."""
+
+
 class CheckpointError(SimtorealError):
     """A checkpoint is missing, damaged, or does not fit the policy that loads it."""
 

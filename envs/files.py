@@ -13,6 +13,8 @@ from typing import Any
 
 from simtoreal.envs.errors import SimtorealError
 
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 
 def fsync_folder(folder: Path) -> None:
     """Make a rename in ``folder`` durable."""
@@ -66,7 +68,7 @@ def explained_disk_errors(path: Path, kind: type[SimtorealError], safe: str) -> 
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = error.errno in DISK_FULL_ERRNOS
         reason = "the disk is full (or a quota or file-size limit was reached)" if full else "writing failed"
         raise kind(f"{path}: {reason}: {error}. {safe}") from error
 

@@ -424,7 +424,8 @@ def test_torn_and_damaged_steps_of_a_part(tmp_path: Path) -> None:
     info, read = read_part(part)
     assert info.steps == 9
     np.testing.assert_array_equal(read["obs/front_image"], arrays["obs/front_image"][:9])
-    middle = len(content) // 2
+    row_bytes = sum(array[0].nbytes for array in arrays.values()) + 4
+    middle = len(content) - 5 * row_bytes - row_bytes // 2
     part.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     with pytest.raises(DatasetError, match="step 4 of 10 is damaged"):
         read_part(part)

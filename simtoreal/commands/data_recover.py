@@ -30,9 +30,9 @@ def main(config: Config) -> None:
     for name in ("file", "what was done"):
         table.add_column(name)
     for episode in recovery.recovered:
-        table.add_row(f"{episode.name}.hdf5", f"recovered {episode.steps} steps, marked aborted")
+        table.add_row(f"{episode.name}.hdf5", f"recovered {episode.steps} steps, marked {episode.failure}")
     for file in recovery.emptied:
-        table.add_row(file.name, "held no complete step, removed")
+        table.add_row(file.name, "held nothing that is not stored, removed")
     for file, reason in recovery.set_aside:
         table.add_row(file.name, f"moved to {file.parent}: {reason}")
     for name in recovery.missing:
