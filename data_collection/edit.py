@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from simtoreal.data_collection.dataset import EPISODES, META, Dataset, read_meta
-from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors, open_episode, read_episode, read_info
+from simtoreal.data_collection.derive import Derivation, Member, derive
+from simtoreal.data_collection.episode import Arrays, EpisodeInfo, open_episode, read_episode, read_info
 from simtoreal.data_collection.takes import EmptyPartError, read_part
 from simtoreal.data_collection.writer import DatasetWriter
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError, DatasetError, DiskError
-from simtoreal.envs.files import atomic_path, fsync_folder, write_json
+from simtoreal.envs.files import fsync_folder, write_json
 
 DAMAGED = "damaged"
 
@@ -118,8 +118,10 @@ def _set_aside(file: Path, dataset: Path) -> Path:
     return target
 
 
-def merge(sources: Sequence[str | Path], output: str | Path) -> Dataset:
+def merge(sources: Sequence[str | Path], output: str | Path) -> Derivation:
     """Make a dataset of the episodes of several, in their order, by hard links where the file system allows.
+
+    Masks that somebody set, and filters that were made in the same way in all sources, are merged as well.
 
     Raises:
         ConfigError: nothing to merge.
@@ -140,12 +142,13 @@ def merge(sources: Sequence[str | Path], output: str | Path) -> Dataset:
                     f"{dataset.path}: has another specification of task '{name}' than a dataset before it. "
                     "Merge only data of the same task version."
                 )
-    return _collect_links([episode for dataset in datasets for episode in dataset.episodes], first, tasks, Path(output))
+    members = [Member(dataset=dataset, episode=episode) for dataset in datasets for episode in dataset.episodes]
+    return derive(members, first.embodiment, tasks, Path(output), operation="merge")
 
 
 def split(
     source: str | Path, output: str | Path, fractions: Mapping[str, float], *, seed: int = 0
-) -> dict[str, Dataset]:
+) -> dict[str, Derivation]:
     """Divide the episodes of a dataset at random into datasets ``output/<name>``, by hard links where possible.
 
     Args:
@@ -171,35 +174,9 @@ def split(
     if empty:
         raise ConfigError(f"part '{empty[0]}' would be empty: {fractions[empty[0]]:g} of {count} episodes.")
     return {
-        name: _collect_links([dataset.episodes[i] for i in members], dataset, dataset.tasks, Path(output) / name)
+        name: derive(
+            [Member(dataset=dataset, episode=dataset.episodes[i]) for i in members], dataset.embodiment, dataset.tasks,
+            Path(output) / name, operation="split",
+        )
         for name, members in chosen.items()
-    }
-
-
-def _collect_links(
-    episodes: Sequence[EpisodeInfo], like: Dataset, tasks: Mapping[str, Mapping[str, object]], output: Path
-) -> Dataset:
-    if (output / EPISODES).exists() and any((output / EPISODES).iterdir()):
-        raise DatasetError(f"{output}: already holds episodes. Choose a new folder.")
-    with DatasetWriter(output, like.embodiment, tasks) as writer:
-        for episode in episodes:
-            link_or_copy(Path(str(episode.path)), writer.next_path())
-    return Dataset.open(output)
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Make ``target`` the same file as ``source``, or a copy where hard links are impossible.
-
-    Raises:
-        DatasetError: the disk is full.
-    """
-    try:
-        os.link(source, target)
-        return
-    except FileExistsError:
-        raise
-    except OSError:
-        # Another file system, or one without hard links: the copy below reports every real problem.
-        pass
-    with disk_errors(target), atomic_path(target) as temporary:
-        shutil.copyfile(source, temporary)
+    }  # fmt: skip

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from simtoreal.data_collection.dataset import Dataset
-from simtoreal.data_collection.edit import link_or_copy, merge, recover, split
+from simtoreal.data_collection.derive import link_or_copy
+from simtoreal.data_collection.edit import merge, recover, split
 from simtoreal.data_collection.episode import EpisodeInfo, embodiment_digest, read_episode, write_episode
 from simtoreal.data_collection.preview import contact_sheet
 from simtoreal.data_collection.summary import summarize
@@ -347,14 +348,14 @@ def test_symbolic_link_is_refused(tmp_path: Path) -> None:
 def test_merge_and_split_link_the_same_files(tmp_path: Path) -> None:
     first = make_dataset(tmp_path / "a", episodes=7)
     second = make_dataset(tmp_path / "b", episodes=4, first_seed=100)
-    merged = merge([first.path, second.path], tmp_path / "c")
+    merged = merge([first.path, second.path], tmp_path / "c").dataset
     assert [episode.seed for episode in merged.episodes] == [*range(7), *range(100, 104)]
     assert (tmp_path / "a/episodes/000006.hdf5").samefile(tmp_path / "c/episodes/000006.hdf5")
     parts = split(merged.path, tmp_path / "parts", {"train": 0.75, "test": 0.25}, seed=1)
-    seeds = {name: {episode.seed for episode in part.episodes} for name, part in parts.items()}
+    seeds = {name: {episode.seed for episode in part.dataset.episodes} for name, part in parts.items()}
     assert (len(seeds["train"]), len(seeds["test"])) == (8, 3)
     assert seeds["train"] | seeds["test"] == {episode.seed for episode in merged.episodes}
-    assert parts["test"].episodes == Dataset.open(tmp_path / "parts/test").episodes
+    assert parts["test"].dataset.episodes == Dataset.open(tmp_path / "parts/test").episodes
     assert len(Dataset.open(first.path).episodes) == 7
     with pytest.raises(DatasetError, match="already holds episodes"):
         merge([first.path], tmp_path / "c")

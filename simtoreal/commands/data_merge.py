@@ -26,15 +26,19 @@ def main(config: Config) -> None:
     from simtoreal.envs.files import write_json
     from simtoreal.envs.provenance import provenance
 
-    dataset = merge(config.datasets, config.output)
-    statistics = dataset.meta["statistics"]
+    merged = merge(config.datasets, config.output)
+    statistics = merged.dataset.meta["statistics"]
     result = {
         "sources": [str(source) for source in config.datasets],
         "episodes": statistics["episodes"],
         "steps": statistics["steps"],
+        "notes": list(merged.notes),
     }
     write_json(config.output / "results.json", {"merge": result, "provenance": provenance()})
-    Console().print(
+    console = Console()
+    for note in merged.notes:
+        console.print(note, style="yellow", markup=False, soft_wrap=True)
+    console.print(
         f"{config.output}: {result['episodes']} episodes of {len(config.datasets)} datasets, {result['steps']} steps",
         soft_wrap=True,
     )

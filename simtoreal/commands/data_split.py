@@ -54,8 +54,8 @@ def main(config: Config) -> None:
     from simtoreal.envs.files import write_json
     from simtoreal.envs.provenance import provenance
 
-    datasets = split(config.dataset, config.output, read_parts(config.parts), seed=config.seed)
-    counts = {name: len(dataset.episodes) for name, dataset in datasets.items()}
+    parts = split(config.dataset, config.output, read_parts(config.parts), seed=config.seed)
+    counts = {name: len(part.names) for name, part in parts.items()}
     result = {"source": str(config.dataset), "parts": counts}
     write_json(config.output / "results.json", {"split": result, "provenance": provenance([config.seed])})
     listed = ", ".join(f"{name} {count}" for name, count in counts.items())

@@ -1,0 +1,211 @@
+"""New datasets made of episodes of old ones, by hard links: nothing is copied or changed that stays the same.
+
+What belongs to an episode goes with it: its metadata lies in its file; memberships in masks and the verdicts of filters
+are carried over to its new number.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from simtoreal.data_collection.dataset import EPISODES, META, Dataset, read_meta
+from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors
+from simtoreal.data_collection.filters import FOLDER as FILTERS
+from simtoreal.data_collection.filters import Filter, read_filter, write_filter
+from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.envs.embodiment import Embodiment
+from simtoreal.envs.errors import DatasetError
+from simtoreal.envs.files import atomic_path, write_json
+
+DERIVED = "derived"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Member:
+    """An episode of a new dataset.
+
+    Attributes:
+        dataset: where it comes from.
+        episode: which one.
+        rewritten: new content, or None to link the file as it is.
+        recut: whether steps were left out, so that verdicts on its steps are no longer valid.
+    """
+
+    dataset: Dataset
+    episode: EpisodeInfo
+    rewritten: tuple[Arrays, EpisodeInfo] | None = None
+    recut: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Derivation:
+    """A finished new dataset.
+
+    Attributes:
+        dataset: opened.
+        names: new name of every member, in their order.
+        notes: what could not be carried over, one line each.
+    """
+
+    dataset: Dataset
+    names: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def derive(
+    members: Sequence[Member],
+    embodiment: Embodiment,
+    tasks: Mapping[str, Mapping[str, object]],
+    output: Path,
+    *,
+    operation: str,
+) -> Derivation:
+    """Make the dataset ``output`` of ``members``, in their order.
+
+    ``meta.json`` gets the masks of the sources and, under ``derived``, where every episode comes from.
+
+    Raises:
+        DatasetError: ``output`` holds episodes already, a filter of a source is damaged, or the disk is full.
+    """
+    if (output / EPISODES).exists() and any((output / EPISODES).iterdir()):
+        raise DatasetError(f"{output}: already holds episodes. Choose a new folder.")
+    names: list[str] = []
+    with DatasetWriter(output, embodiment, tasks) as writer:
+        for member in members:
+            if member.rewritten is not None:
+                path = writer.add(*member.rewritten)
+            else:
+                path = writer.next_path()
+                link_or_copy(Path(str(member.episode.path)), path)
+            names.append(path.stem)
+        notes = _carry_filters(members, names, output)
+        origins = {
+            name: {
+                "dataset": str(member.dataset.path.resolve()),
+                "episode": member.episode.name,
+                "linked": member.rewritten is None,
+            }
+            for name, member in zip(names, members, strict=True)
+        }
+        meta = read_meta(output)
+        meta["masks"] = _carry_masks(members, names)
+        meta[DERIVED] = {"operation": operation, "episodes": origins}
+        with disk_errors(output / META):
+            write_json(output / META, json.loads(json.dumps(meta)))
+    return Derivation(dataset=Dataset.open(output), names=tuple(names), notes=tuple(notes))
+
+
+def _sources(members: Sequence[Member]) -> list[Dataset]:
+    return list({id(member.dataset): member.dataset for member in members}.values())
+
+
+def _carry_masks(members: Sequence[Member], names: Sequence[str]) -> dict[str, list[str]]:
+    """Masks that somebody set; those that follow from the episodes or from filters follow again."""
+    kept = sorted({mask for source in _sources(members) for mask in source.meta.get("masks", {})})
+    resolved = {id(source): source.masks for source in _sources(members)}
+    return {
+        mask: [
+            name
+            for name, member in zip(names, members, strict=True)
+            if member.episode.name in resolved[id(member.dataset)].get(mask, ())
+        ]
+        for mask in kept
+    }
+
+
+def _carry_filters(members: Sequence[Member], names: Sequence[str], output: Path) -> list[str]:
+    """Write the filters that all sources have in the same form; say which ones could not be carried over."""
+    sources = _sources(members)
+    known = sorted({path.stem for source in sources for path in (source.path / FILTERS).glob("*.json")})
+    notes = []
+    for name in known:
+        having = [source for source in sources if (source.path / FILTERS / f"{name}.json").is_file()]
+        if len(having) < len(sources):
+            notes.append(f"filter '{name}' is left out: {len(sources) - len(having)} of the datasets do not have it")
+            continue
+        stored = {id(source): read_filter(source.path, name) for source in having}
+        first = next(iter(stored.values()))
+        if any((one.settings, one.thresholds) != (first.settings, first.thresholds) for one in stored.values()):
+            notes.append(f"filter '{name}' is left out: the datasets' filters of this name were made differently")
+            continue
+        pairs = [
+            (new, stored[id(member.dataset)], member)
+            for new, member in zip(names, members, strict=True)
+            if member.episode.name in stored[id(member.dataset)].episodes
+        ]
+        cut = [new for new, _, member in pairs if member.recut]
+        pairs = [pair for pair in pairs if not pair[2].recut]
+        if cut:
+            notes.append(f"filter '{name}' no longer covers {len(cut)} episodes that were cut; run it again")
+        if pairs:
+            carried = _select(first, [(new, one, member.episode.name) for new, one, member in pairs])
+            write_filter(output, carried)
+    return notes
+
+
+def _select(like: Filter, chosen: Sequence[tuple[str, Filter, str]]) -> Filter:
+    return dataclasses.replace(
+        like,
+        episodes={new: one.episodes[old] for new, one, old in chosen},
+        keep={new: one.keep[old] for new, one, old in chosen},
+        scores={new: one.scores[old] for new, one, old in chosen},
+    )
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Make ``target`` the same file as ``source``, or a copy where hard links are impossible.
+
+    Raises:
+        DatasetError: the disk is full.
+    """
+    try:
+        os.link(source, target)
+        return
+    except FileExistsError:
+        raise
+    except OSError:
+        # Another file system, or one without hard links: the copy below reports every real problem.
+        pass
+    with disk_errors(target), atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
+
+
+def origin_problems(dataset: Dataset) -> list[str]:
+    """Return one line per episode that is said to be the same file as one of another dataset and is not.
+
+    Sources that no longer exist are not a problem: a derived dataset stands alone.
+    """
+    derived: Any = dataset.meta.get(DERIVED)
+    if derived is None:
+        return []
+    origins = derived.get("episodes") if isinstance(derived, dict) else None
+    if not isinstance(origins, dict):
+        return [f"{META}: '{DERIVED}' is not a description of where the episodes come from"]
+    lines = []
+    for episode in dataset.episodes:
+        origin = origins.get(episode.name)
+        if not isinstance(origin, dict) or not {"dataset", "episode", "linked"} <= origin.keys():
+            continue  # Added later, by a collection that went on.
+        source = Path(str(origin["dataset"])) / EPISODES / f"{origin['episode']}.hdf5"
+        if origin["linked"] and source.is_file() and not _same_content(Path(str(episode.path)), source):
+            lines.append(f"{episode.name}: differs from {source}, which it was linked to")
+    return lines
+
+
+def _same_content(first: Path, second: Path) -> bool:
+    if os.path.samefile(first, second):
+        return True
+    with open(first, "rb") as one, open(second, "rb") as other:
+        while True:
+            blocks = one.read(1 << 20), other.read(1 << 20)
+            if blocks[0] != blocks[1]:
+                return False
+            if not blocks[0]:
+                return True
