@@ -104,9 +104,9 @@ def open_reader(kind: str, config: Config) -> Reader:
         return ReplayBufferReader(config.source, control_hz=config.control_hz, task=config.task)
     if config.control_hz is not None:
         raise ConfigError("--control-hz does not apply: a LeRobot dataset states its rate (fps)")
-    from simtoreal.data_collection.lerobot_import import open_lerobot
+    from simtoreal.data_collection.lerobot_import import LeRobotReader
 
-    return open_lerobot(config.source, task=config.task)
+    return LeRobotReader(config.source, task=config.task)
 
 
 def _import_recording(config: Config) -> ImportResult:
