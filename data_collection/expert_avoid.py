@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -51,7 +52,7 @@ def gaps(posts: np.ndarray) -> list[tuple[float, list[float]]]:
     for x in np.unique(posts[:, 0].round(3)):
         ys = sorted(posts[np.isclose(posts[:, 0], x, atol=1e-3), 1], reverse=True)
         edges = [ys[0] + pitch, *ys, ys[-1] - pitch]
-        rows.append((float(x), [float(left + right) / 2 for left, right in zip(edges, edges[1:], strict=False)]))
+        rows.append((float(x), [float(left + right) / 2 for left, right in itertools.pairwise(edges)]))
     return rows
 
 

@@ -15,7 +15,7 @@ from simtoreal.policies.normalization import ACTIONS, Statistics
 
 
 class BCPolicy(Policy):
-    """Multilayer perceptron on the encoded observation, trained with the L1 loss (Zhao et al. 2023, §IV)."""
+    """Multilayer perceptron on the encoded observation, trained with the L1 loss (Zhao et al. 2023, §IV) or the L2 loss."""
 
     config_type = BCConfig
     config: BCConfig
@@ -35,9 +35,11 @@ class BCPolicy(Policy):
         return flat.view(-1, self.config.horizon, self.action_dim)
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Mean absolute error of the normalised chunk."""
+        """Mean absolute or squared error of the normalised chunk."""
         target = self.normalizer.normalize(ACTIONS, batch["actions"])
-        return {"loss": masked_mean((self._chunk(batch["observation"]) - target).abs(), batch["action_mask"])}
+        error = self._chunk(batch["observation"]) - target
+        distance = error.abs() if self.config.loss == "l1" else error.square()
+        return {"loss": masked_mean(distance, batch["action_mask"])}
 
     def predict(self, observation: dict[str, Tensor], instruction: Sequence[str], generator: Generators) -> Tensor:
         """Return chunks ``(B, horizon, A)``; the policy is deterministic and uses no generator."""

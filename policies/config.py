@@ -107,6 +107,8 @@ class BCConfig(PolicyConfig):
     """Width of the perceptron."""
     layers: int = 3
     """Hidden layers of the perceptron."""
+    loss: Literal["l1", "l2"] = "l1"
+    """``l1`` learns the median of what was demonstrated, ``l2`` its mean."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -51,6 +51,13 @@ class Config:
     """Where the policy runs; auto uses a GPU if there is one."""
     allow_training_seeds: bool = False
     """Accept initial conditions that were demonstrated."""
+    diversity: bool = False
+    """Measure which of the ways to do the task are taken, and how evenly: run every initial condition several times
+    with other noise of the actor (instead of --episodes and --videos)."""
+    contexts: int | None = None
+    """Initial conditions with --diversity; default: those of D3IL (avoid 1, align 60)."""
+    rollouts: int | None = None
+    """Rollouts from each of them; default: those of D3IL (avoid 100, align 8)."""
     env: str | None = None
     """Gymnasium id of a foreign environment to evaluate in (ID or module:ID), for policies trained on imported data;
     default: the one that the data name, if they are foreign."""
@@ -69,6 +76,10 @@ class Config:
                 raise ConfigError(f"--{name.replace('_', '-')} is {getattr(self, name)}, expected at least 1")
         if min(self.seed, self.policy_seed, self.videos) < 0:
             raise ConfigError("--seed, --policy-seed and --videos must not be negative")
+        if not self.diversity and (self.contexts is not None or self.rollouts is not None):
+            raise ConfigError("--contexts and --rollouts belong to --diversity; without it use --episodes")
+        if min(self.contexts or 1, self.rollouts or 1) < 1 or 0 in (self.contexts, self.rollouts):
+            raise ConfigError("--contexts and --rollouts must be at least 1")
         if self.actor == "policy" and self.policy is None:
             raise ConfigError("--policy is missing: give the folder of a training run, or use --actor expert")
         if self.execute_steps is not None and self.ensembling is not None:
@@ -87,6 +98,9 @@ class Config:
 
 def main(config: Config) -> None:
     """Evaluate, write the results and print them."""
+    if config.diversity:
+        _measure_diversity(config)
+        return
     from rich.console import Console
 
     from simtoreal.envs.gymnasium_env import GymnasiumVectorEnv
@@ -141,6 +155,48 @@ def main(config: Config) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _measure_diversity(config: Config) -> None:
+    import dataclasses
+
+    from rich.console import Console
+
+    from simtoreal.evaluation.diversity import evaluate_diversity, pinned_counts, read_rollouts
+    from simtoreal.evaluation.evaluate import check_unseen
+    from simtoreal.evaluation.progress import EpisodeProgress
+    from simtoreal.evaluation.statistics import format_rate
+
+    console = Console()
+    env, actor, settings, training_seeds = _prepare(dataclasses.replace(config, videos=0, episodes=config.num_envs))
+    contexts, rollouts = pinned_counts(env.task.name, config.contexts, config.rollouts)
+    seeds = range(config.seed, config.seed + contexts)
+    try:
+        warning = check_unseen(seeds, training_seeds, allowed=config.allow_training_seeds)
+        known = [bool(row["success"]) for row in read_rollouts(config.output)]
+        title = f"{contexts} x {rollouts} rollouts of {settings['label']}"
+        with EpisodeProgress(console, title, contexts * rollouts, known) as progress:
+            results = evaluate_diversity(
+                env, actor, seeds, rollouts, config.output, settings, listeners=[progress],
+                notes=[warning] if warning else [],
+            )  # fmt: skip
+    finally:
+        env.close()
+    for name, count in sorted(results["behaviors"].items(), key=lambda item: -item[1]):
+        console.print(f"  {name:<28} {count}", highlight=False)
+    low, high = results["entropy_interval"]
+    console.print(
+        f"  entropy {results['entropy']:.3f} (95 % bootstrap interval {low:.3f}-{high:.3f}; Miller-Madow "
+        f"{results['entropy_miller_madow']:.3f}), conditional {results['conditional_entropy']:.3f} (Miller-Madow "
+        f"{results['conditional_entropy_miller_madow']:.3f})",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    rate = format_rate(results["successes"], results["n"])
+    console.print(
+        f"Result: {settings['label']} on {settings['task']}: entropy {results['entropy']:.3f}, success {rate}, score "
+        f"{results['score']:.3f}; written to {config.output}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
 
 
 def _prepare(config: Config) -> tuple[TabletopVectorEnv | GymnasiumVectorEnv, Actor, dict[str, Any], set[int]]:
