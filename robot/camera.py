@@ -12,6 +12,7 @@ from typing import Self
 import numpy as np
 
 from simtoreal.envs.errors import ConfigError, StaleObservationError
+from simtoreal.robot.stream_counter import StreamCounter
 
 # Quartz clocks differ by up to ~100 ppm; a transport delay that grows faster than this is a queue filling up.
 CLOCK_DRIFT = 200e-6
@@ -74,6 +75,9 @@ class Camera(ABC):
     Args:
         name: used in messages and as observation key ``<name>_image``.
         frozen_frames: identical images in a row, after the first, that mean the camera is frozen.
+
+    Attributes:
+        frames: counts what was accepted, and what is missing in between.
     """
 
     def __init__(self, name: str, *, frozen_frames: int = FROZEN_FRAMES) -> None:
@@ -81,6 +85,7 @@ class Camera(ABC):
             raise ConfigError(f"frozen_frames of camera '{name}' is {frozen_frames}; expected at least 1")
         self.name = name
         self.frozen_frames = frozen_frames
+        self.frames = StreamCounter()
         self._changed = threading.Condition()
         self._newest: Frame | None = None
         self._problem = ""
@@ -161,6 +166,7 @@ class Camera(ABC):
             sequence=0 if before is None else before.sequence + 1,
             identical=before.identical + 1 if before is not None and same else 0,
         )
+        self.frames.note(capture_ns)
         with self._changed:
             self._newest, self._problem = frame, ""
             self._changed.notify_all()

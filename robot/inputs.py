@@ -12,12 +12,16 @@ import numpy as np
 
 from simtoreal.envs.embodiment import CameraSpec, Embodiment
 from simtoreal.envs.errors import RobotError, StaleObservationError
+from simtoreal.robot.camera import StampClock
 from simtoreal.robot.images import fit_image
+from simtoreal.robot.stream_counter import FrameCounts, StreamCounter
 from simtoreal.robot.topics import RobotConfig, Topic, start_ros
 
 if TYPE_CHECKING:
     from simtoreal.robot.camera import Camera
 
+# What one message on the joint states topic measures.
+ARM_SENSORS = ("joint_states", "gripper")
 # Sum of absolute joint motion between two readings that must change what a camera sees.
 MOVING_RAD = 0.02
 # Encoders overshoot limits by little; degrees or millimetres overshoot by a lot.
@@ -37,11 +41,14 @@ class Arm:
         joint_positions_rad: ``(7,)`` in kinematic order.
         opening: gripper opening, 0 closed to 1 open.
         arrived_ns: monotonic time of arrival.
+        capture_ns: monotonic time of measurement (see :class:`~simtoreal.robot.camera.StampClock`); that of arrival
+            if the driver does not stamp its messages.
     """
 
     joint_positions_rad: np.ndarray
     opening: float
     arrived_ns: int
+    capture_ns: int
 
 
 class JointStates:
@@ -55,8 +62,8 @@ class JointStates:
         self.closed, self.travel = config.finger_closed, config.finger_open - config.finger_closed
         self._order: tuple[tuple[str, ...], np.ndarray] | None = None
 
-    def read(self, message: Any, arrived_ns: int) -> Arm:
-        """Return the arm state in ``message``.
+    def read(self, message: Any, arrived_ns: int, capture_ns: int | None = None) -> Arm:
+        """Return the arm state in ``message``; without ``capture_ns`` it counts as measured when it arrived.
 
         Raises:
             RobotError: names are missing or doubled, lengths differ, or values are not finite or implausible.
@@ -86,7 +93,8 @@ class JointStates:
                 f"{self.topic}: the fingers are at {values[self.arm_joints :].tolist()}, far outside "
                 f"[{self.closed}, {self.closed + self.travel}]. Are these millimetres, or is finger_open wrong?"
             )
-        return Arm(arm, min(max(opening, 0.0), 1.0), arrived_ns)
+        captured = arrived_ns if capture_ns is None else capture_ns
+        return Arm(arm, min(max(opening, 0.0), 1.0), arrived_ns, captured)
 
     def _find(self, names: tuple[str, ...]) -> np.ndarray:
         missing = [name for name in self.names if name not in names]
@@ -103,10 +111,18 @@ class JointStates:
 
 @dataclass(frozen=True)
 class Images:
-    """Checked images by observation key, and when the oldest of them arrived (monotonic ns; now without cameras)."""
+    """Checked images.
+
+    Attributes:
+        images: by observation key.
+        arrived_ns: when the oldest of them arrived (monotonic; now without cameras).
+        capture_ns, receive_ns: when each was taken and arrived, by camera name (monotonic).
+    """
 
     images: dict[str, np.ndarray]
     arrived_ns: int
+    capture_ns: dict[str, int]
+    receive_ns: dict[str, int]
 
 
 class RobotInputs:
@@ -140,6 +156,8 @@ class RobotInputs:
         self.joints = JointStates(config, joint_low_rad, joint_high_rad)
         self._lock = threading.Lock()
         self._newest: dict[str, tuple[Any, int]] = {}
+        self._joint_clock, self._joint_frames = StampClock(), StreamCounter()
+        self._joints: tuple[Any, int, int] | None = None
         self._previous_arm = np.zeros(len(config.joint_names))
         self._failed: set[str] = set()
         self._context = start_ros()
@@ -151,7 +169,8 @@ class RobotInputs:
         self.node = Node(name, context=self._context, use_global_arguments=False)
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self.node)
-        self.listen("joint_states", config.topics.joint_states)
+        joints = config.topics.joint_states
+        self.node.create_subscription(joints.message_class(), joints.name, self._receive_joints, joints.qos())
         given = dict(cameras or {})
         self.cameras: dict[str, tuple[CameraSpec, Camera]] = {}
         self._topics_read = [config.topics.joint_states.name]
@@ -177,6 +196,28 @@ class RobotInputs:
 
         self.node.create_subscription(topic.message_class(), topic.name, store, topic.qos())
 
+    def _receive_joints(self, message: Any) -> None:
+        arrived = time.monotonic_ns()
+        stamp = message.header.stamp.sec * 1_000_000_000 + message.header.stamp.nanosec
+        captured = self._joint_clock.to_monotonic(stamp, arrived) if stamp else arrived
+        with self._lock:
+            if self._joints is not None and captured <= self._joints[2]:
+                # An old measurement sent again does not become a new one; if nothing else comes, it is stale.
+                return
+            self._joints = message, arrived, captured
+        self._joint_frames.note(captured)
+
+    def frame_counts(self) -> dict[str, FrameCounts]:
+        """Frames by sensor since :meth:`restart_counts`."""
+        cameras = {name: camera.frames.counts() for name, (_, camera) in self.cameras.items()}
+        return dict.fromkeys(ARM_SENSORS, self._joint_frames.counts()) | cameras
+
+    def restart_counts(self) -> None:
+        """Count the frames of every sensor from zero."""
+        self._joint_frames.restart()
+        for _, camera in self.cameras.values():
+            camera.frames.restart()
+
     def newest(self, key: str) -> tuple[Any, int] | None:
         """Newest message and its monotonic time of arrival, or None."""
         with self._lock:
@@ -192,13 +233,15 @@ class RobotInputs:
             StaleObservationError: silent topic.
             RobotError: see :class:`JointStates`.
         """
-        found = self.newest("joint_states")
+        with self._lock:
+            found = self._joints
         name = self.config.topics.joint_states.name
         if found is None or found[1] < after_ns:
             raise StaleObservationError(f"nothing received on {name}")
-        age_s = (time.monotonic_ns() - found[1]) * 1e-9
+        # By its stamp: a driver that sends old measurements again is as dead as one that is silent.
+        age_s = (time.monotonic_ns() - found[2]) * 1e-9
         if age_s > self.config.staleness.joint_states_s:
-            raise StaleObservationError(f"no message on {name} for {age_s:.2f} s")
+            raise StaleObservationError(f"no message on {name} for {age_s:.2f} s (by the stamps of the messages)")
         return self.joints.read(*found)
 
     def read_images(self, arm: Arm, after_ns: int = 0) -> Images:
@@ -214,7 +257,7 @@ class RobotInputs:
         """
         moving = float(np.abs(arm.joint_positions_rad - self._previous_arm).sum()) > MOVING_RAD
         self._previous_arm = arm.joint_positions_rad
-        images = {}
+        images, captured, received = {}, {}, {}
         oldest = time.monotonic_ns()
         for name, (spec, camera) in self.cameras.items():
             # The arm rests while a camera is frozen; that must not excuse the camera.
@@ -226,8 +269,9 @@ class RobotInputs:
             self._check_size(spec, frame.image)
             self._failed.discard(name)
             images[f"{name}_image"] = fit_image(frame.image, spec.height, spec.width).copy()
+            captured[name], received[name] = frame.capture_ns, frame.receive_ns
             oldest = min(oldest, frame.receive_ns)
-        return Images(images, oldest)
+        return Images(images, oldest, captured, received)
 
     def _check_size(self, spec: CameraSpec, image: np.ndarray) -> None:
         topics = self.config.cameras[spec.name]

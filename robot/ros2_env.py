@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -20,17 +19,16 @@ from simtoreal.envs.rollout import Observation
 from simtoreal.envs.scene_motion import SceneMotion, load_motion
 from simtoreal.envs.task import TaskSpec, sample_initial_condition
 from simtoreal.robot.homing import path_home
-from simtoreal.robot.inputs import Arm, RobotInputs
+from simtoreal.robot.inputs import ARM_SENSORS, Arm, RobotInputs
 from simtoreal.robot.kinematics import Kinematics
 from simtoreal.robot.timing import PeriodicClock
 from simtoreal.robot.topics import RobotConfig
+from simtoreal.robot.twin_client import TwinClient
 
 if TYPE_CHECKING:
     from simtoreal.robot.camera import Camera
 
 READY_TIMEOUT_S = 15.0
-TWIN_TIMEOUT_S = 10.0
-TWIN_RETRY_S = 0.5
 # Deadlines are put this long after the arrival of an image, so that cameras at the control rate are never one
 # period old because of a millisecond of jitter.
 IMAGE_JITTER_S = 0.006
@@ -55,9 +53,13 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
 
     Observations, actions and info entries are those of ``TabletopEnv``. Added to info are ``robot_fault`` (why the
     robot holds at the moment, empty when all is well), ``observation_ns`` (monotonic time of arrival of the oldest
-    input used) and ``twin_skipped_s`` (time of the episode that a slow twin did not simulate). While an input is stale,
-    frozen or implausible no target is sent; after ``staleness.stop_s`` the episode is truncated with the reason in
-    ``info["sim_fault"]``.
+    input used), ``twin_skipped_s`` (time of the episode that a slow twin did not simulate) and the stamps of every
+    sensor, in nanoseconds of the monotonic clock: ``timestamp_ns`` (when the inputs were read), ``capture_ns`` and
+    ``receive_ns`` (of what the observation shows, by sensor: ``joint_states``, ``gripper``, every camera), and
+    ``received_frames`` and ``dropped_frames`` (by sensor, since the reset).
+
+    While an input is stale, frozen or implausible no target is sent, and observation and stamps stay what they were;
+    after ``staleness.stop_s`` the episode is truncated with the reason in ``info["sim_fault"]``.
 
     Success, milestones and contacts are judged by the twin. A real robot has no judge: they stay False, and people
     label the recording.
@@ -114,7 +116,7 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
             cameras,
             check_robot,
         )
-        self._twin = None if operator else _TwinClient(self._inputs, config)
+        self._twin = None if operator else TwinClient(self._inputs, config)
         self._episode = int.from_bytes(uuid.uuid4().bytes[:3], "big") << 16
         self._seed_generator = np.random.default_rng()
         self._steps = 0
@@ -122,7 +124,10 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         self._target = np.zeros(10)
         self._observation: Observation = {}
         self._fault, self._fault_since_ns = "", 0
-        self._observation_ns = 0
+        self._observation_ns = self._timestamp_ns = 0
+        self._capture_ns: dict[str, int] = {}
+        self._receive_ns: dict[str, int] = {}
+        self._judgement: dict[str, Any] = {}
         self._began = False
         self._motion: SceneMotion | None = None
         self.twin_skipped_s: dict[int, float] = {}
@@ -172,7 +177,8 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         position, quaternion = self._kinematics.forward(arm.joint_positions_rad)
         self._target = np.concatenate([position, rotation.to_6d(quaternion), [1.0]])
         self._align_clock()
-        self._steps, self._fault, self._began = 0, "", True
+        self._steps, self._fault, self._began, self._judgement = 0, "", True, {}
+        self._inputs.restart_counts()
         self._observe()
         if self._fault:
             raise StaleObservationError(f"the episode cannot begin: {self._fault}")
@@ -240,19 +246,23 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
     # -- parts ---------------------------------------------------------------------------------------
 
     def _observe(self) -> None:
-        """Read all inputs; on a fault keep the previous observation and remember why."""
+        """Read all inputs; on a fault keep the previous observation with its stamps and remember why."""
         try:
             arm = self._inputs.read_arm()
             seen = self._inputs.read_images(arm)
+            self._timestamp_ns = time.monotonic_ns()
             if self._twin is not None and not self._twin.truth():
                 raise RobotError("the twin has begun another episode: somebody else asked for one")
         except RobotError as error:
+            self._timestamp_ns = time.monotonic_ns()
             if not self._fault:
-                self._fault_since_ns = time.monotonic_ns()
+                self._fault_since_ns = self._timestamp_ns
             self._fault = str(error)
             return
         self._fault = ""
         self._observation_ns = seen.arrived_ns
+        arm_captured, arm_arrived = (dict.fromkeys(ARM_SENSORS, at) for at in (arm.capture_ns, arm.arrived_ns))
+        self._capture_ns, self._receive_ns = arm_captured | seen.capture_ns, arm_arrived | seen.receive_ns
         observation: Observation = dict(seen.images)
         position, quaternion = self._kinematics.forward(arm.joint_positions_rad)
         observation["proprio"] = build_proprio(
@@ -271,17 +281,25 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
 
     def _info(self) -> dict[str, Any]:
         truth = self._twin.truth() if self._twin is not None else {}
+        # The same names at every step, also while the twin is silent: a recording has fixed columns.
+        self._judgement = judged = truth or self._judgement
+        counts = self._inputs.frame_counts()
         return {
             "success": bool(truth.get("success", False)),
             "milestones": dict(truth.get("milestones", dict.fromkeys(self.task.milestones, False))),
-            "contacts": dict(truth.get("contacts", {})),
+            "contacts": dict(judged.get("contacts", {})),
             "instruction": self._instruction,
             "target": self._target.copy(),
             "sim_fault": str(truth.get("fault", "")),
             "robot_fault": self._fault,
             "observation_ns": self._observation_ns,
             "twin_skipped_s": float(truth.get("skipped_s", 0.0)),
-            **({"scene_motion": dict(truth["scene_motion"])} if truth.get("scene_motion") else {}),
+            **({"scene_motion": dict(judged["scene_motion"])} if judged.get("scene_motion") else {}),
+            "timestamp_ns": self._timestamp_ns,
+            "capture_ns": dict(self._capture_ns),
+            "receive_ns": dict(self._receive_ns),
+            "received_frames": {name: count.received for name, count in counts.items()},
+            "dropped_frames": {name: count.dropped for name, count in counts.items()},
         }
 
     def _align_clock(self) -> None:
@@ -319,58 +337,6 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
             self._gate.send_target(path[step], time.monotonic_ns(), self._episode)
             step, seen_ns = step + 1, time.monotonic_ns()
             self.clock.wait()
-
-
-class _TwinClient:
-    """Asks the twin for episodes and reads its truth."""
-
-    def __init__(self, inputs: RobotInputs, config: RobotConfig) -> None:
-        self._inputs = inputs
-        self._topic = config.topics.twin_command
-        inputs.listen("twin_truth", config.topics.twin_truth)
-        self._publisher = inputs.node.create_publisher(self._topic.message_class(), self._topic.name, self._topic.qos())
-        self._request = ""
-        self._parsed: tuple[Any, dict[str, Any]] = (None, {})
-
-    def truth(self) -> dict[str, Any]:
-        """Newest truth of the current request; empty before the twin has answered."""
-        found = self._inputs.newest("twin_truth")
-        if found is None:
-            return {}
-        if found[0] is not self._parsed[0]:
-            self._parsed = found[0], json.loads(found[0].data)
-        return self._parsed[1] if self._parsed[1].get("request") == self._request else {}
-
-    def reset(self, episode: int, seed: int, task: str, motion: SceneMotion | None) -> None:
-        """Ask for an episode and wait until the twin runs it.
-
-        Raises:
-            StaleObservationError: no answer.
-            RobotError: the twin refuses, e.g. because it runs another task.
-        """
-        self._request = uuid.uuid4().hex
-        content = {"request": self._request, "episode": episode, "seed": seed, "task": task}
-        if motion is not None:
-            content["motion"] = motion.to_dict()
-        message = self._topic.message_class()()
-        message.data = json.dumps(content)
-        begin = time.monotonic_ns()
-        sent = 0
-        while not (truth := self.truth()):
-            self._inputs.check_robot()
-            now = time.monotonic_ns()
-            if (now - begin) * 1e-9 > TWIN_TIMEOUT_S:
-                raise StaleObservationError(
-                    f"no twin answers on {self._topic.name} after {TWIN_TIMEOUT_S:g} s. "
-                    f"Start one with: simtoreal twin --task {task}  (same ROS_DOMAIN_ID)"
-                )
-            if (now - sent) * 1e-9 > TWIN_RETRY_S:
-                # Not repeated blindly: the twin ignores a request that it has already served.
-                self._publisher.publish(message)
-                sent = now
-            time.sleep(0.002)
-        if truth["error"]:
-            raise RobotError(f"the twin refuses the episode: {truth['error']}")
 
 
 def _check_options(

@@ -27,6 +27,8 @@ class KinematicRobot:
         frozen, torn: cameras that repeat their image, or cut it.
         size: image height and width.
         fov_scale: factor on the published focal length.
+        resent: the joint states are sent again and again with the stamp of the first of them.
+        skipped: camera -> every how many-th image is lost.
         targets: everything sent, with the episode.
     """
 
@@ -44,8 +46,11 @@ class KinematicRobot:
         self.torn: set[str] = set()
         self.size = (embodiment.cameras[0].height, embodiment.cameras[0].width)
         self.fov_scale = 1.0
+        self.resent = False
+        self.skipped: dict[str, int] = {}
         self.targets: list[tuple[np.ndarray, int]] = []
         self.episodes: list[int] = []
+        self._joint_stamp = None
         self.context = start_ros()
         from rclpy.node import Node
 
@@ -92,12 +97,15 @@ class KinematicRobot:
                 for camera in self.cameras:
                     if camera not in self.frozen or noise.shape[:2] != self.size:
                         noise = rng.integers(0, 256, (*self.size, 3), dtype=np.uint8)
-                    if camera not in self.silent:
+                    lost = ticks // JOINTS_PER_IMAGE % self.skipped.get(camera, 10**9) == 0
+                    if camera not in self.silent and not lost:
                         self._publish_image(camera, noise)
 
     def _publish_joints(self) -> None:
         message = self.config.topics.joint_states.message_class()()
-        message.header.stamp = self.node.get_clock().now().to_msg()
+        if not self.resent or self._joint_stamp is None:
+            self._joint_stamp = self.node.get_clock().now().to_msg()
+        message.header.stamp = self._joint_stamp
         finger = self.config.finger_closed + self.opening * (self.config.finger_open - self.config.finger_closed)
         positions = [*(self.joints * self.scale), finger, finger]
         names = [*self.config.joint_names, *self.config.finger_joint_names]
