@@ -37,6 +37,8 @@ class InputHub:
         """Events that nobody has handled yet."""
         self.gripper = 1.0
         """Latched command of the gripper: 1 open, -1 closed."""
+        self.heard = False
+        """Whether the last poll brought an input."""
         self._devices = [(device, CommandShaper(embodiment)) for device in devices]
         self._leader: CommandShaper | None = None
         for device in devices:
@@ -61,12 +63,13 @@ class InputHub:
     def poll(self) -> bool:
         """Read every device; returns whether the arm should react at once, see :meth:`CommandShaper.update`."""
         self.wake.clear()
-        changed = False
+        changed = self.heard = False
         for device, shaper in self._devices:
             for _ in range(MOST_READS):
                 given = device.read()
                 if given is None:
                     break
+                self.heard = True
                 changed |= self._take(given, shaper)
             changed |= shaper.check(time.monotonic_ns())
             self._elect()
@@ -85,15 +88,16 @@ class InputHub:
         self._elect()
         return changed
 
-    def wait(self, deadline_ns: int, on_change: Callable[[], bool]) -> None:
-        """Poll until ``deadline_ns``; ``on_change`` is called after every poll that changed something.
+    def wait(self, deadline_ns: int, on_input: Callable[[bool], bool]) -> None:
+        """Poll until ``deadline_ns``; ``on_input`` is called after every poll that brought something.
 
         Args:
             deadline_ns: monotonic time.
-            on_change: returns True to end the wait early.
+            on_input: gets the answer of :meth:`poll`; returns True to end the wait early.
         """
         while True:
-            if self.poll() and on_change():
+            changed = self.poll()
+            if (changed or self.heard) and on_input(changed):
                 return
             now_ns = time.monotonic_ns()
             if now_ns >= deadline_ns:

@@ -36,7 +36,7 @@ def parse_message(text: str) -> dict[str, Any]:
       the browser event that caused it, or null for a sign of life;
     * ``event``: ``name``, one of ``EVENTS``;
     * ``set``: ``operator`` text and/or ``move`` bool;
-    * ``ping``: ``at`` a number that is sent back.
+    * ``ping``: ``at`` a number that is sent back; ``shown``: ``frame``, the number of an image that was drawn.
 
     Raises:
         MessageError: anything else.
@@ -92,6 +92,7 @@ _CHECKS: dict[str, Any] = {
     "event": lambda message: isinstance(message.get("name"), str) and message["name"] in EVENTS,
     "set": _check_set,
     "ping": lambda message: _number(message.get("at")),
+    "shown": lambda message: type(message.get("frame")) is int,
 }
 
 

@@ -1,0 +1,315 @@
+"""The control thread of a collection session: takes are rollouts whose actor is a person."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import gymnasium as gym
+import numpy as np
+
+from simtoreal.data_collection.coaching import Coach
+from simtoreal.data_collection.teleop_hub import InputHub
+from simtoreal.data_collection.teleop_pace import RealTimePace
+from simtoreal.data_collection.teleop_page import PageDevice
+from simtoreal.data_collection.teleop_session import (
+    FINISHED,
+    PREPARING,
+    READY,
+    RECORDING,
+    REVIEW,
+    TRANSITIONS,
+    Board,
+)
+from simtoreal.data_collection.teleop_take import TakeStore
+from simtoreal.envs.errors import RobotError, SimtorealError
+from simtoreal.envs.rollout import EpisodeResult, Listener, Observation, Step, rollout
+
+POLL_S = 0.02
+# Rate at which the page is told about a session in which nothing moves.
+IDLE_POST_S = 0.1
+
+
+class SessionEnd(Exception):
+    """The operator ends the session while something waits for them."""
+
+
+class TeleopActor:
+    """Actor of a rollout that does what the operator does, in chunks of one action.
+
+    Args:
+        hub: the operator's devices.
+        page: told when a command is handed over, for the measurement of latency.
+        pace: waits until a simulation's step is due; None where the environment itself keeps time.
+        on_change: called when the operator did something while the actor waits.
+    """
+
+    observation_steps = 1
+    execute_steps = 1
+    ensembling: float | None = None
+
+    def __init__(
+        self, hub: InputHub, page: PageDevice, pace: RealTimePace | None, on_change: Callable[[], None]
+    ) -> None:
+        self._hub, self._page, self._pace, self._on_change = hub, page, pace, on_change
+
+    def reset(self, slots: np.ndarray, seeds: Sequence[int]) -> None:
+        """Ask for a fresh press; see :class:`~simtoreal.envs.rollout.Actor`."""
+        self._hub.interrupt()
+        self._hub.gripper = 1.0
+        if self._pace is not None:
+            self._pace.restart()
+
+    def act(self, observation: Observation, instructions: Sequence[str], slots: np.ndarray) -> np.ndarray:
+        """Return the newest command ``(1, 1, 7)``, read as late as possible."""
+        if self._pace is not None:
+            self._pace.wait(self._hub, self._on_change)
+        else:
+            self._hub.poll()
+        now_ns = time.monotonic_ns()
+        action = self._hub.begin(now_ns)
+        self._page.commanded(now_ns)
+        return action[None, None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SessionOptions:
+    """How a session goes.
+
+    Attributes:
+        task: name of the task.
+        first_seed: initial condition of the first take; the others follow.
+        judge: who decides about success: the ``simulation`` (or twin), or the ``operator`` by accepting.
+        practice: the arm may be moved between takes, without a recording.
+        period_s: control period.
+        operator: name stored with the episodes until the page says another.
+    """
+
+    task: str
+    first_seed: int
+    judge: Literal["simulation", "operator"] = "simulation"
+    practice: bool = True
+    period_s: float = 0.05
+    operator: str = "operator"
+
+
+class TeleopSession(Listener):
+    """Runs takes until the operator stops. Everything but ``board`` belongs to the thread of :meth:`run`.
+
+    Args:
+        options: how it goes.
+        env_for: returns the environment whose scene moves (True) or not (False); asked before every episode.
+        hub: the operator's devices, the page among them.
+        page: the page.
+        store: where takes go.
+        board: what the page shows.
+        coach: judges takes against earlier demonstrations.
+        pace: see :class:`TeleopActor`.
+        movable: whether ``env_for(True)`` exists.
+        counters: returns more numbers to show.
+    """
+
+    def __init__(
+        self,
+        options: SessionOptions,
+        env_for: Callable[[bool], gym.Env],
+        hub: InputHub,
+        page: PageDevice,
+        store: TakeStore,
+        board: Board,
+        *,
+        coach: Coach | None = None,
+        pace: RealTimePace | None = None,
+        movable: bool = False,
+        counters: Callable[[], dict[str, float]] = dict,
+    ) -> None:
+        self.options, self.board = options, board
+        self._env_for, self._hub, self._page, self._store = env_for, hub, page, store
+        self._coach, self._pace, self._counters = coach, pace, counters
+        self._actor = TeleopActor(hub, page, pace, self._show)
+        self._seed = options.first_seed
+        self._operator, self._move, self._movable = options.operator, False, movable
+        self._state, self._decision = READY, ""
+        self._after_reset = self._waiting = False
+        self._result: EpisodeResult | None = None
+        self._steps, self._success = 0, False
+        self._verdict: dict[str, Any] | None = None
+        self._gauge: float | None = None
+        self.latest: tuple[Observation, dict[str, Any]] = ({}, {})
+        """Newest observation and info, for scripted operators in tests."""
+
+    # ---- what happens
+
+    def run(self) -> None:
+        """Run takes until the operator stops the session; a running take is discarded then."""
+        self.board.episodes = self._store.episodes()
+        try:
+            while self._state != FINISHED:
+                if self._state == REVIEW or self._waiting:
+                    self._wait_for_decision()
+                    self._decide()
+                else:
+                    self._run_episode()
+        except SessionEnd:
+            pass
+        finally:
+            self._store.discard()
+            self._state = FINISHED
+            self.board.post(state=FINISHED, active=False, note="the session has ended")
+
+    def ask(self, text: str) -> None:
+        """Show a text to the person at a real robot and return once they agree.
+
+        Raises:
+            RobotError: they do not.
+            SessionEnd: they end the session.
+        """
+        self._hub.events.clear()
+        try:
+            while True:
+                self._idle(prompt=text)
+                while self._hub.events:
+                    event = self._hub.events.popleft()
+                    if event in ("right", "accept", "record", "finish"):
+                        return
+                    if event in ("left", "discard"):
+                        raise RobotError("the operator refused; press record to try again")
+                    if event == "stop":
+                        raise SessionEnd
+        finally:
+            self.board.post(prompt="")
+
+    def _run_episode(self) -> None:
+        recording = self._state == RECORDING
+        self._apply_settings()
+        self._decision, self._result, self._verdict, self._gauge = "", None, None, None
+        self._steps, self._success = 0, False
+        self.board.post(state=PREPARING, review=None, gauge=None, seed=self._seed)
+        if recording:
+            self._store.begin(self._operator)
+        try:
+            rollout(self._env_for(self._move), self._actor, [self._seed], listeners=[self], stop=self._stopped)
+        except SimtorealError as error:
+            self._store.discard()
+            self._state, self._waiting, self._decision = READY, True, ""
+            self.board.post(state=READY, note=str(error))
+            return
+        finally:
+            self._hub.interrupt()
+        if recording and self._decision in ("", "finish"):
+            self._finish_take()
+        else:
+            self._decide()
+
+    def _stopped(self) -> bool:
+        while self._hub.events and not self._decision:
+            self._decision = TRANSITIONS.get((self._state, self._hub.events.popleft()), "")
+        return bool(self._decision)
+
+    def _finish_take(self) -> None:
+        self._state, self._decision = REVIEW, ""
+        self._hub.events.clear()
+        review, pictures, self.board.media = self._store.review(self._coach)
+        self._verdict = review
+        goal = "goal reached" if self._success else "goal not reached"
+        if self.options.judge == "operator":
+            goal = "accept if the goal was reached"
+        failed = self._result.failure if self._result and self._result.failure not in ("", "timeout") else ""
+        note = failed or goal
+        self.board.post(state=REVIEW, note=note, review={"verdict": review, "take": pictures}, active=False)
+
+    def _decide(self) -> None:
+        """Act on the operator's decision, or on the end of an episode."""
+        decision, self._decision = self._decision, ""
+        note = ""
+        self._waiting = not self.options.practice
+        if decision in ("accept", "accept_anyway"):
+            rejected = self._verdict is not None and not self._verdict["accepted"]
+            if decision == "accept" and rejected:
+                self.board.post(note="not accepted: look at the differences, then try again or accept anyway")
+                return
+            self._keep(overridden=rejected)
+            self._seed += 1
+            note = self.board.snapshot.note
+        else:
+            self._store.discard()
+        if decision == "stop":
+            self._state = FINISHED
+            return
+        if decision == "next":
+            self._seed += 1
+        again = decision in ("record", "rerecord")
+        self._state = RECORDING if again else READY
+        self._waiting = self._waiting and not again
+        self.board.post(state=self._state, review=None, note=note, seed=self._seed)
+
+    def _keep(self, *, overridden: bool) -> None:
+        success = self._success or self.options.judge == "operator"
+        failure = "" if success else "not_reached"
+        kept, message = self._store.keep(success=success, failure=failure, overridden=overridden)
+        self.board.episodes = self._store.episodes()
+        self.board.post(kept=self.board.snapshot.kept + kept, note=message, alarm="" if kept else message)
+
+    def _wait_for_decision(self) -> None:
+        while not self._decision:
+            self._idle()
+            self._stopped()
+
+    def _idle(self, **changes: Any) -> None:
+        self._apply_settings()
+        self._hub.wait(time.monotonic_ns() + round(IDLE_POST_S * 1e9), lambda changed: changed)
+        self._hub.interrupt()
+        self._show(**changes)
+
+    def _apply_settings(self) -> None:
+        changed = self._page.settings()
+        self._operator = changed.get("operator", "").strip() or self._operator
+        self._move = bool(changed.get("move", self._move)) and self._movable
+
+    # ---- what the rollout tells
+
+    def on_reset(self, slot: int, episode: int, seed: int, observation: Observation, info: dict[str, Any]) -> None:
+        """See :class:`~simtoreal.envs.rollout.Listener`."""
+        if self._state == RECORDING:
+            self._store.on_reset(slot, episode, seed, observation, info)
+        self.latest = observation, info
+        self.board.post_frames(_images(observation))
+        self._show(state=self._state, instruction=str(info.get("instruction", "")), note="")
+
+    def on_step(self, step: Step) -> None:
+        """See :class:`~simtoreal.envs.rollout.Listener`."""
+        if "executed_action" in step.info:  # the environment let the action be corrected while it was executed
+            step = dataclasses.replace(step, action=step.info["executed_action"])
+        self._steps += 1
+        self._success = self._success or bool(step.info.get("success", [False])[0])
+        if self._state == RECORDING:
+            self._store.on_step(step)
+            if self._coach is not None:
+                before = {key: value[0] for key, value in step.observation.items()}
+                self._gauge = float(self._coach.step(before, step.action[0]))
+        observation = {key: value[0] for key, value in step.next_observation.items()}
+        self.latest = observation, step.info
+        self.board.post_frames(_images(observation))
+        self._show(note=str(step.info.get("robot_fault", [""])[0]))
+
+    def on_episode(self, slot: int, result: EpisodeResult) -> None:
+        """See :class:`~simtoreal.envs.rollout.Listener`."""
+        self._result, self._success = result, result.success
+
+    def _show(self, **changes: Any) -> None:
+        counters = {"lost_devices": self._hub.losses, "rejected_messages": self._page.rejected, **self._counters()}
+        if self._pace is not None:
+            counters["missed_periods"] = self._pace.missed
+        self.board.post(
+            operator=self._operator, move=self._move if self._movable else None, active=self._hub.active,
+            needs_release=self._hub.needs_release, steps=self._steps, seconds=self._steps * self.options.period_s,
+            success=self._success, gripper_open=self._hub.gripper > 0, gauge=self._gauge, counters=counters,
+            alarm=self._store.alarm or self.board.snapshot.alarm, task=self.options.task, **changes,
+        )  # fmt: skip
+
+
+def _images(observation: Observation) -> dict[str, np.ndarray]:
+    return {key.removesuffix("_image"): value for key, value in observation.items() if key.endswith("_image")}

@@ -1,0 +1,211 @@
+"""Takes of a collection session: recorded while they run, reviewed, then kept or gone without a trace."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simtoreal.data_collection.coaching import Coach
+from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.episode import Arrays, EpisodeInfo
+from simtoreal.data_collection.recorder import Recorder
+from simtoreal.data_collection.takes import StreamTake
+from simtoreal.data_collection.teleop_pictures import strip
+from simtoreal.data_collection.teleop_session import describe_review
+from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.envs.embodiment import Embodiment
+from simtoreal.envs.errors import DatasetError
+from simtoreal.envs.rollout import EpisodeResult, Listener, Observation, Step
+
+
+class _ReviewedTake(StreamTake):
+    """A take on disk whose steps can be looked at before it is kept, and which then learns what the review said."""
+
+    def __init__(self, part: Path, store: Callable[[Arrays, EpisodeInfo], object], info: EpisodeInfo) -> None:
+        super().__init__(part, store, info)
+        self.rows: list[Arrays] = []
+        self.verdict: dict[str, Any] = {}
+
+    def append(self, row: Arrays) -> None:
+        super().append(row)
+        self.rows.append(row)
+
+    def keep(self, info: EpisodeInfo) -> None:
+        super().keep(dataclasses.replace(info, extra={**info.extra, **self.verdict}))
+
+    def arrays(self) -> Arrays:
+        """All steps so far, as in an episode file."""
+        return {name: np.stack([row[name] for row in self.rows]) for name in self.rows[0]} if self.rows else {}
+
+
+class TakeStore(Listener):
+    """Records one take at a time into a dataset.
+
+    Args:
+        writer: of the dataset.
+        task: name of the task.
+        embodiment: of the environment.
+        source: ``teleop``.
+        reference: the dataset that a coach compares with, for the pictures of its demonstrations.
+        extra: returns what every episode is to carry, e.g. the settings of a moving scene.
+    """
+
+    def __init__(
+        self,
+        writer: DatasetWriter,
+        *,
+        task: str,
+        embodiment: Embodiment,
+        source: str = "teleop",
+        reference: Dataset | None = None,
+        extra: Callable[[], Mapping[str, Any]] = dict,
+    ) -> None:
+        self._writer, self._task, self._embodiment, self._source = writer, task, embodiment, source
+        self._reference, self._extra = reference, extra
+        self._recorder: Recorder | None = None
+        self._take: _ReviewedTake | None = None
+        self._seed = 0
+        self._milestones: dict[str, bool] = {}
+        stored = Dataset.open(writer.path).episodes
+        self._known = [_row(info) for info in stored]
+        self.seeds = [info.seed for info in stored]
+        """Initial conditions in the dataset."""
+        self._number = 0
+        self.alarm = ""
+        """What the operator has to know about the recording at once (a full disk); empty when all is well."""
+
+    def episodes(self) -> tuple[dict[str, Any], ...]:
+        """Stored episodes, oldest first."""
+        return tuple(self._known)
+
+    def begin(self, operator: str) -> None:
+        """The next rollout is a take of ``operator``."""
+        self.discard()
+        self._recorder = Recorder(
+            self._open, task=self._task, embodiment=self._embodiment, source=self._source, operator=operator,
+            keep=lambda result: True, extra=dict(self._extra()),
+        )  # fmt: skip
+
+    def _open(self, info: EpisodeInfo) -> _ReviewedTake:
+        self._take = _ReviewedTake(self._writer.part_path(), self._store, info)
+        return self._take
+
+    def _store(self, arrays: Arrays, info: EpisodeInfo) -> None:
+        path = self._writer.add(arrays, info)
+        self._known.append(_row(dataclasses.replace(info, path=path, steps=len(arrays["actions"]))))
+
+    def on_reset(self, slot: int, episode: int, seed: int, observation: Observation, info: dict[str, Any]) -> None:
+        """See :class:`~simtoreal.envs.rollout.Listener`."""
+        if self._recorder is not None:
+            self._recorder.on_reset(slot, episode, seed, observation, info)
+            self._seed, self._milestones = seed, {}
+
+    def on_step(self, step: Step) -> None:
+        """See :class:`~simtoreal.envs.rollout.Listener`."""
+        if self._recorder is not None:
+            self._recorder.on_step(step)
+            for name, reached in step.info.get("milestones", {}).items():
+                self._milestones[name] = self._milestones.get(name, False) or bool(reached[0])
+
+    def review(self, coach: Coach | None) -> tuple[dict[str, Any] | None, dict[str, str], dict[str, bytes]]:
+        """Look at the finished take.
+
+        Returns:
+            The coach's verdict as the page shows it (None without a coach), ids of pictures of the take by camera,
+            and the pictures (JPEG) by id.
+        """
+        arrays = self._take.arrays() if self._take is not None else {}
+        media: dict[str, bytes] = {}
+        if not arrays:
+            return None, {}, media
+        self._number += 1
+        whole: dict[str, str] = {}
+        for camera in self._cameras(arrays):
+            whole[camera] = self._picture(media, arrays[f"obs/{camera}_image"])
+        if coach is None:
+            return None, whole, media
+        verdict = coach.review(arrays)
+        pictures: dict[str, str] = {}
+        for index, snippet in enumerate(verdict.snippets):
+            for camera in self._cameras(arrays)[:1]:
+                shown = arrays[f"obs/{camera}_image"][snippet.start : snippet.stop]
+                pictures[f"{index}/take"] = self._picture(media, shown)
+                other = self._reference_images(snippet.reference_episode, camera)
+                if other is not None:
+                    part = other[snippet.reference_start : snippet.reference_stop]
+                    pictures[f"{index}/reference"] = self._picture(media, part)
+        described = describe_review(verdict, pictures)
+        if self._take is not None:
+            score = {key: described[key] for key in ("accepted", "compatibility", "bad_steps", "tolerance")}
+            self._take.verdict = {"compatibility": score}
+        return described, whole, media
+
+    def keep(self, *, success: bool, failure: str, overridden: bool) -> tuple[bool, str]:
+        """Store the take.
+
+        Args:
+            success: whether it reached the goal.
+            failure: why not.
+            overridden: the operator keeps it although the coach rejected it.
+
+        Returns:
+            Whether it is stored, and a sentence for the operator.
+        """
+        if self._recorder is None or self._take is None or not self._take.rows:
+            self.discard()
+            return False, "the take has no steps, so there is nothing to keep"
+        steps = len(self._take.rows)
+        if "compatibility" in self._take.verdict:
+            self._take.verdict["compatibility"]["overridden"] = overridden
+        ended = EpisodeResult(
+            episode=0, seed=self._seed, success=success, steps=steps,
+            duration_s=steps * self._embodiment.control_period_s,
+            milestones=dict(self._milestones), instruction="", failure=failure,
+        )  # fmt: skip
+        try:
+            self._recorder.on_episode(0, ended)
+        except DatasetError as error:
+            return False, str(error)
+        finally:
+            self._recorder = self._take = None
+        return True, f"episode {self._known[-1]['name']} is stored"
+
+    def discard(self) -> None:
+        """Leave nothing behind of a running take."""
+        if self._recorder is not None:
+            self._recorder.discard()
+        self._recorder = self._take = None
+
+    def _cameras(self, arrays: Arrays) -> list[str]:
+        return [camera.name for camera in self._embodiment.cameras if f"obs/{camera.name}_image" in arrays]
+
+    def _picture(self, media: dict[str, bytes], images: np.ndarray) -> str:
+        """Add an animated strip of the images to ``media`` and return its id, with the number of pictures in it."""
+        data, count = strip(images)
+        name = f"{self._number}-{len(media)}-{count}"
+        media[name] = data
+        return name
+
+    def _reference_images(self, episode: str, camera: str) -> np.ndarray | None:
+        if self._reference is None:
+            return None
+        name = f"obs/{camera}_image"
+        for info in self._reference.episodes:
+            if info.name == episode:
+                return self._reference.read(info, [name]).get(name)
+        return None
+
+
+def _row(info: EpisodeInfo) -> dict[str, Any]:
+    """What the page lists of an episode."""
+    score = info.extra.get("compatibility")
+    return {
+        "name": info.name, "operator": info.operator, "source": info.source, "steps": info.steps,
+        "seconds": round(info.duration_s, 1), "success": info.success, "move": "motion" in info.extra,
+        "compatibility": score.get("compatibility") if isinstance(score, dict) else None,
+        "accepted": score.get("accepted") if isinstance(score, dict) else None,
+    }  # fmt: skip

@@ -1,0 +1,255 @@
+"""Demonstrate a task by hand: drive the arm from a page in the browser and collect takes into a dataset."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from simtoreal.envs.errors import ConfigError
+
+if TYPE_CHECKING:
+    import gymnasium as gym
+
+    from simtoreal.data_collection.teleop_loop import TeleopSession
+    from simtoreal.data_collection.teleop_page import PageDevice
+    from simtoreal.data_collection.teleop_server import TeleopServer
+    from simtoreal.envs.embodiment import Embodiment
+    from simtoreal.envs.task import TaskSpec
+
+# Real-time priority of the control loop, where the system allows it; below the gate's.
+CONTROL_PRIORITY = 10
+# Seconds after which another Python thread gets its turn. With the default of 5 ms an operator's message would wait
+# that long whenever the control loop computes.
+SWITCH_INTERVAL_S = 0.0005
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Open the printed address in a browser on this machine. Ctrl-C, or Escape on the page, ends the session; takes
+    that were accepted are stored, a running one is discarded. The same command continues the dataset."""
+
+    task: str = "pick_place"
+    """Task name or yaml file."""
+    output: Path = Path("outputs/teleop")
+    """Dataset folder; created, or continued if it holds data of the same robot."""
+    backend: Literal["sim", "ros"] = "sim"
+    """sim: the simulation, in real time, inside this process. ros: a robot on the ROS 2 graph, behind the gate."""
+    robot: Literal["twin", "ros"] = "twin"
+    """With --backend ros. twin: start the simulated robot too, in a ROS domain of its own. ros: a robot that is already
+    on the graph, with a publisher of the emergency stop topic; the page asks you to arrange the scene."""
+    operator: str = "operator"
+    """Your name, stored with every episode; can be changed on the page."""
+    device: str = ""
+    """Another input device besides the page: keyboard (this terminal), spacemouse, or one of an installed package."""
+    port: int = 8765
+    """Port of the page on this machine; 0 chooses a free one."""
+    seed: int = 0
+    """First initial condition; a dataset is continued after its last one."""
+    seconds: float = 120.0
+    """Longest take."""
+    image_size: int = 64
+    """Height and width of the camera images in pixels."""
+    randomization: Literal["none", "training", "standard", "hard"] = "none"
+    """With --backend sim: variation of masses, friction, gains, latency, colours, lights and cameras."""
+    gap: Literal["none", "standard", "hard"] = "none"
+    """With --backend ros --robot twin: how far the twin differs from the simulation."""
+    topics: str = "panda_ros2"
+    """With --backend ros: topics of the robot, a preset of configs/robot or the path of a yaml file."""
+    coach: Path | None = None
+    """Dataset of earlier demonstrations that takes should be compatible with; shows the gauge."""
+    encoder: Path | None = None
+    """Training run whose image encoder the coach uses; default: it compares states."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"--port is {self.port}, expected 0 to 65535")
+        if self.seed < 0 or self.image_size < 8:
+            raise ConfigError("--seed must not be negative, and --image-size at least 8")
+        if not self.seconds > 0:
+            raise ConfigError(f"--seconds is {self.seconds}, expected more than 0")
+        if self.encoder is not None and self.coach is None:
+            raise ConfigError("--encoder belongs to --coach: give the dataset to be compatible with")
+        if not self.operator.strip():
+            raise ConfigError("--operator is empty; give a name")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Collection:
+    """An open session."""
+
+    session: TeleopSession
+    server: TeleopServer
+    page: PageDevice
+    embodiment: Embodiment
+    task: TaskSpec
+    """The task as it runs, with the horizon of ``--seconds``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Backend:
+    """What the session needs of simulation or robot."""
+
+    env_for: Callable[[bool], gym.Env[Any, Any]]
+    paced: bool
+    """Whether the session keeps the time (simulation)."""
+    judge: Literal["simulation", "operator"]
+    counters: Callable[[], dict[str, float]]
+
+
+def main(config: Config) -> None:
+    """Serve the page and run takes until the operator stops."""
+    from rich.console import Console
+
+    from simtoreal.robot.deployment import interruptible
+
+    console = Console()
+    with interruptible(), open_collection(config) as collection:
+        console.print(
+            f"Teleoperation of {config.task}: open\n  {collection.server.url}\nin a browser on this machine "
+            "(the address is the key: whoever has it moves the arm). Ctrl-C ends the session.",
+            highlight=False,
+            soft_wrap=True,
+        )
+        with contextlib.suppress(KeyboardInterrupt):
+            collection.session.run()
+        kept, stored = collection.session.board.snapshot.kept, len(collection.session.board.episodes)
+    console.print(f"Collected {kept} episodes of {config.task} in {config.output} ({stored} in all)", highlight=False)
+
+
+@contextlib.contextmanager
+def open_collection(config: Config) -> Iterator[Collection]:
+    """Open dataset, robot and page; ``session.run()`` then runs the takes in the calling thread."""
+    import dataclasses
+    import sys
+
+    from simtoreal.data_collection.teleop_device import open_device
+    from simtoreal.data_collection.teleop_hub import InputHub
+    from simtoreal.data_collection.teleop_loop import SessionOptions, TeleopSession
+    from simtoreal.data_collection.teleop_pace import RealTimePace
+    from simtoreal.data_collection.teleop_page import PageDevice
+    from simtoreal.data_collection.teleop_session import Board
+    from simtoreal.data_collection.teleop_take import TakeStore
+    from simtoreal.data_collection.writer import DatasetWriter
+    from simtoreal.envs import load_task, panda_embodiment
+    from simtoreal.envs.errors import require
+
+    require("aiohttp", "web")
+    from simtoreal.data_collection.teleop_server import TeleopServer
+
+    written = load_task(Path(config.task) if config.task.endswith((".yaml", ".yml")) else config.task)
+    embodiment = panda_embodiment(config.image_size)
+    task = dataclasses.replace(written, horizon=max(1, round(config.seconds * embodiment.control_hz)))
+    reference, coach = _coach(config, embodiment)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    with contextlib.ExitStack() as stack:
+        stack.callback(sys.setswitchinterval, before)
+        writer = stack.enter_context(DatasetWriter(config.output, embodiment, {written.name: written.to_dict()}))
+        page, board = PageDevice(), Board()
+        others = [open_device(config.device)] if config.device else []
+        hub = InputHub([*others, page], embodiment)
+        stack.callback(hub.close)
+        asked: list[Callable[[str], None]] = []
+        backend = _open_backend(config, task, embodiment, hub, page, lambda text: asked[0](text), stack)
+        store = TakeStore(writer, task=written.name, embodiment=embodiment, reference=reference)
+        options = SessionOptions(
+            task=written.name,
+            first_seed=_first_seed(config, store.seeds),
+            judge=backend.judge,
+            practice=backend.judge == "simulation",
+            period_s=embodiment.control_period_s,
+            operator=config.operator.strip(),
+        )
+        session = TeleopSession(
+            options, backend.env_for, hub, page, store, board, coach=coach,
+            pace=RealTimePace(embodiment.control_period_s) if backend.paced else None,
+            counters=backend.counters,
+        )  # fmt: skip
+        asked.append(session.ask)
+        server = TeleopServer(board, page, config.output, port=config.port)
+        stack.callback(server.close)
+        yield Collection(session=session, server=server, page=page, embodiment=embodiment, task=task)
+
+
+def _first_seed(config: Config, used: list[int]) -> int:
+    later = [seed for seed in used if seed >= config.seed]
+    return max(later) + 1 if later else config.seed
+
+
+def _coach(config: Config, embodiment: Embodiment) -> tuple[Any, Any]:
+    """Return the reference dataset and the coach, or None twice."""
+    if config.coach is None:
+        return None, None
+    raise NotImplementedError
+
+
+def _open_backend(
+    config: Config, task: TaskSpec, embodiment: Embodiment, hub: Any, page: Any,
+    ask: Callable[[str], None], stack: contextlib.ExitStack,
+) -> _Backend:  # fmt: skip
+    if config.backend == "sim":
+        from simtoreal.envs.tabletop import TabletopEnv
+
+        randomization = None if config.randomization == "none" else config.randomization
+        env = TabletopEnv(task, embodiment=embodiment, randomization=randomization, record_state=True)
+        stack.callback(env.close)
+        return _Backend(env_for=lambda move: env, paced=True, judge="simulation", counters=dict)
+    return _open_robot(config, task, embodiment, hub, page, ask, stack)
+
+
+def _open_robot(
+    config: Config, task: TaskSpec, embodiment: Embodiment, hub: Any, page: Any,
+    ask: Callable[[str], None], stack: contextlib.ExitStack,
+) -> _Backend:  # fmt: skip
+    import functools
+
+    from simtoreal.robot.deployment import check_twin, deaf_to_signals, join_graph, running_twin
+    from simtoreal.robot.gate import SafetyGate
+    from simtoreal.robot.gate_limits import GateLimits
+    from simtoreal.robot.gate_rearm import RearmingGate
+    from simtoreal.robot.teleop_env import TeleopRos2Env
+    from simtoreal.robot.timing import realtime
+    from simtoreal.robot.topics import load_robot_config
+
+    join_graph(config.robot)
+    robot = load_robot_config(config.topics)
+    twin = config.robot == "twin"
+    check_robot: Callable[[], None] | None = None
+    leaving = stack.enter_context(deaf_to_signals())
+    if twin:
+        log = config.output / "twin.log"
+        process = stack.enter_context(
+            running_twin(config.task, embodiment, config.topics, gap=config.gap, seed=config.seed, log=log)
+        )
+        check_robot = functools.partial(check_twin, process, log)
+    gate = SafetyGate.start(
+        robot,
+        GateLimits.for_embodiment(embodiment, robot.limits),
+        embodiment,
+        require_estop=robot.require_estop and not twin,
+    )
+    stack.callback(gate.close)
+    # From here on, this thread and those of ROS: see simtoreal/commands/deploy.py.
+    stack.enter_context(realtime(CONTROL_PRIORITY))
+    env = TeleopRos2Env(
+        task,
+        embodiment=embodiment,
+        config=robot,
+        gate=RearmingGate(gate, robot) if twin else gate,
+        operator=None if twin else ask,
+        check_robot=check_robot,
+        hub=hub,
+        commanded=page.commanded,
+    )
+    stack.callback(env.close)
+    stack.callback(gate.close)
+    stack.callback(leaving)
+    return _Backend(
+        env_for=lambda move: env,
+        paced=False,
+        judge="simulation" if twin else "operator",
+        counters=lambda: {"missed_periods": env.clock.missed},
+    )
