@@ -16,7 +16,7 @@ from simtoreal.data_collection.ledger import Outcome, staged_path
 from simtoreal.data_collection.recorder import Recorder
 from simtoreal.data_collection.takes import MemoryTake
 from simtoreal.envs.errors import SimtorealError
-from simtoreal.envs.rollout import EpisodeResult, Listener, rollout
+from simtoreal.envs.rollout import TASK_FAILED, EpisodeResult, Listener, rollout
 
 if TYPE_CHECKING:
     from simtoreal.data_collection.collect import CollectionPlan, Setup
@@ -43,7 +43,7 @@ class _Reporter(Listener):
 
 def kept(result: EpisodeResult, plan: CollectionPlan) -> bool:
     """Whether the episode is stored. A failed simulation is never: its states are not those of the task."""
-    return result.success or (plan.keep_failures and result.failure == TIMEOUT)
+    return result.success or (plan.keep_failures and result.failure in (TIMEOUT, TASK_FAILED))
 
 
 def run_worker(connection: Connection, plan: CollectionPlan, setup: Setup) -> None:

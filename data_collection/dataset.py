@@ -184,9 +184,9 @@ def _check_shape(handle: h5py.File, name: str, expected: tuple[int, ...], file: 
 
 
 def split_masks(episodes: list[EpisodeInfo]) -> dict[str, list[str]]:
-    """Masks that follow from the episodes: ``success``, ``failure``, ``train``/``valid`` over the successful ones, and
-    ``static``/``move`` where some were collected with scene motion (a world model must not learn from those that things
-    move by themselves).
+    """Masks that follow from the episodes: ``all``, ``success``, ``failure``, ``train``/``valid`` over the successful
+    ones, and ``static``/``move`` where some were collected with scene motion (a world model must not learn from those
+    that things move by themselves).
 
     Every tenth success validates. Which episodes do only depends on their order, so the split of a growing dataset
     is stable.
@@ -195,7 +195,8 @@ def split_masks(episodes: list[EpisodeInfo]) -> dict[str, list[str]]:
     failures = [episode.name for episode in episodes if not episode.success]
     valid = successes[9::10] or successes[1:][-1:]
     train = [name for name in successes if name not in set(valid)]
-    masks = {"success": successes, "failure": failures, "train": train, "valid": valid}
+    everything = [episode.name for episode in episodes]
+    masks = {"all": everything, "success": successes, "failure": failures, "train": train, "valid": valid}
     moved = [episode.name for episode in episodes if "motion" in episode.extra]
     if moved:
         masks |= {"move": moved, "static": [episode.name for episode in episodes if "motion" not in episode.extra]}

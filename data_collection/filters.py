@@ -31,7 +31,7 @@ from simtoreal.envs.files import atomic_path, write_json
 
 FOLDER = "filters"
 FORMAT, FORMAT_VERSION = "simtoreal-filter", 1
-RESERVED = frozenset({"train", "valid", "success", "failure", "static", "move"})
+RESERVED = frozenset({"all", "train", "valid", "success", "failure", "static", "move"})
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 # Bytes of an npz member besides its values.
 _HEADER_BYTES = 1024

@@ -82,6 +82,8 @@ class WindowSampler:
         self._future = np.arange(horizon)
         self.keep = _join_masks(keep, lengths)
         self._windows = np.flatnonzero(self.keep)
+        # (W,) index of the episode of every window.
+        self.episode_of_window = episode[self._windows]
 
     def __len__(self) -> int:
         """Number of windows, which is the number of control steps that are kept."""

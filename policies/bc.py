@@ -15,7 +15,7 @@ from simtoreal.policies.normalization import ACTIONS, Statistics
 
 
 class BCPolicy(Policy):
-    """Multilayer perceptron on the encoded observation, trained with the L1 loss (Zhao et al. 2023, §IV) or the L2 loss."""
+    """Multilayer perceptron on the encoded observation, trained with the L1 (Zhao et al. 2023, §IV) or L2 loss."""
 
     config_type = BCConfig
     config: BCConfig

@@ -201,6 +201,7 @@ class Training:
         batches = training_batches(
             self.data.train, batch_size=config.batch_size, seed=config.seed, first_step=self.step,
             last_step=config.steps, device=processes.device, rank=processes.rank, world=processes.world,
+            probabilities=self.data.probabilities,
         )  # fmt: skip
         began, earlier = time.monotonic(), self.seconds
         mark, marked_step = began, self.step

@@ -22,9 +22,12 @@ from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import DatasetError, closest
 from simtoreal.policies.config import PolicyConfig
 from simtoreal.policies.normalization import ACTIONS, Statistics, dimension_names, fit_statistics
+from simtoreal.policies.weighting import Weighting, read_returns, window_probabilities
 
 # Above this part of the free memory the joined arrays are mapped from files instead of held.
 MEMORY_PART = 0.5
+# Keeps the draws of weighted batches apart from those of epoch orders.
+_WEIGHTED = 1
 
 
 class Windows(Protocol):
@@ -56,6 +59,7 @@ class TrainingData:
         statistics: normalisation bounds, from the training windows.
         source: where the data come from, for messages.
         seeds: initial conditions of the episodes, which an evaluation must not reuse.
+        probabilities: ``(len(train),)`` of drawing each window; None draws all of them evenly.
     """
 
     embodiment: Embodiment
@@ -65,6 +69,7 @@ class TrainingData:
     statistics: dict[str, Statistics]
     source: str
     seeds: tuple[int, ...] = ()
+    probabilities: np.ndarray | None = None
 
     def fingerprint(self) -> str:
         """Return a digest of the embodiment and of the vectors and actions, which changes when the data change."""
@@ -78,6 +83,8 @@ class TrainingData:
                 keep = getattr(windows, "keep", None)
                 if keep is not None and not keep.all():
                     digest.update(keep.tobytes())
+        if self.probabilities is not None:
+            digest.update(self.probabilities.tobytes())
         return digest.hexdigest()[:32]
 
 
@@ -103,6 +110,7 @@ def open_training_data(
     *,
     mask: str = "train",
     filter: str | None = None,
+    weighting: Weighting | None = None,
     embodiment: Embodiment | None = None,
 ) -> TrainingData:
     """Open a dataset folder for a policy.
@@ -112,10 +120,11 @@ def open_training_data(
         config: gives keys and window sizes.
         mask: episodes to learn from; those of ``valid`` are held out.
         filter: learn only from the steps that this filter of the dataset keeps (``simtoreal data filter``).
+        weighting: draw some episodes more often; by default all windows alike.
         embodiment: required of the data, if given.
 
     Raises:
-        ConfigError: the filter keeps no step of the episodes to learn from.
+        ConfigError: the weighting does not suit the data, or the filter keeps no step of the episodes to learn from.
         DatasetError: missing, damaged, or without a key that the policy reads or the filter.
         EmbodimentMismatchError: the data are of another embodiment.
     """
@@ -155,6 +164,9 @@ def open_training_data(
         return WindowSampler(dataset, episodes, keep=keep, **sizes)
 
     train = windows(chosen)
+    probabilities = None
+    if weighting is not None and weighting.method != "uniform":
+        probabilities = window_probabilities(weighting, *read_returns(dataset, chosen), train.episode_of_window)
     return TrainingData(
         embodiment=dataset.embodiment,
         task=dataset.task if len(dataset.tasks) == 1 else {},
@@ -163,15 +175,23 @@ def open_training_data(
         statistics=fit_all(train, dataset.embodiment, config),
         source=str(path),
         seeds=tuple(episode.seed for episode in (*chosen, *held_out)),
+        probabilities=probabilities,
     )
 
 
-def batch_indices(windows: int, batch_size: int, seed: int, step: int) -> np.ndarray:
+def batch_indices(
+    windows: int, batch_size: int, seed: int, step: int, cumulative: np.ndarray | None = None
+) -> np.ndarray:
     """Return the window indices ``(batch_size,)`` of one training step.
 
     Epochs follow one another without a break, each in an order of its own that depends on ``seed`` and the epoch
-    only. The step is the whole state of the sampler, so a resumed training continues with exactly the right batch.
+    only. With ``cumulative`` ``(windows,)``, the cumulative probabilities of the windows, they are drawn with
+    replacement, depending on ``seed`` and ``step`` only. The step is the whole state of the sampler, so a resumed
+    training continues with exactly the right batch.
     """
+    if cumulative is not None:
+        drawn = np.random.default_rng([seed, step, _WEIGHTED]).random(batch_size) * cumulative[-1]
+        return np.searchsorted(cumulative, drawn, side="right")
     position = step * batch_size + np.arange(batch_size)
     epochs, places = np.divmod(position, windows)
     result = np.empty(batch_size, dtype=np.int64)
@@ -211,6 +231,7 @@ def training_batches(
     device: torch.device,
     rank: int = 0,
     world: int = 1,
+    probabilities: np.ndarray | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the batches of steps ``first_step`` … ``last_step - 1``, gathering the next one in the background.
 
@@ -221,10 +242,12 @@ def training_batches(
         first_step, last_step: range of steps.
         device: where the tensors are put.
         rank, world: this process.
+        probabilities: see :class:`TrainingData`.
     """
+    cumulative = None if probabilities is None else np.cumsum(probabilities)
 
     def gather(step: int) -> dict[str, Any]:
-        indices = batch_indices(len(windows), batch_size, seed, step)[rank::world]
+        indices = batch_indices(len(windows), batch_size, seed, step, cumulative)[rank::world]
         return to_tensors(windows.batch(indices), device)
 
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -51,6 +51,11 @@ class Config:
     """Episodes to learn from (a mask of the dataset); those of ``valid`` are held out."""
     filter: str | None = None
     """Learn only from the steps that this filter keeps; ``simtoreal data filter`` makes one."""
+    weighting: Literal["uniform", "return", "advantage", "top"] = "uniform"
+    """Draw good episodes more often, by return, by what the return exceeds the expected one by, or only the best tenth;
+    for data of mixed quality, with --mask all if failures were kept."""
+    weighting_temperature: float = 0.1
+    """Of --weighting return and advantage: the best episode is drawn up to exp(1/T) times as often as the worst."""
     steps: int | None = None
     """Optimiser steps; overrides trainer.steps."""
     seed: int | None = None
@@ -88,6 +93,7 @@ def main(config: Config) -> None:
     from simtoreal.policies.observation_keys import adapt_keys, observation_shapes
     from simtoreal.policies.trainer import train
     from simtoreal.policies.training_data import open_training_data
+    from simtoreal.policies.weighting import Weighting, effective_share
 
     console = Console()
     first = os.environ.get("RANK", "0") == "0"
@@ -96,7 +102,12 @@ def main(config: Config) -> None:
     if policy != asked and first:
         lacking = ", ".join(sorted(set(asked.keys) - set(policy.keys)))
         console.print(f"the data lack {lacking}; the policy reads {', '.join(policy.keys)}", soft_wrap=True)
-    data = open_training_data(config.data, policy, mask=config.mask, filter=config.filter)
+    weighting = Weighting(method=config.weighting, temperature=config.weighting_temperature)
+    data = open_training_data(config.data, policy, mask=config.mask, filter=config.filter, weighting=weighting)
+    if first and data.probabilities is not None:
+        console.print(
+            f"weighting by {config.weighting}: as if {100 * effective_share(data.probabilities):.0f} % of the windows"
+        )
     if first:
         console.print(
             f"training [bold]{policy.type}[/bold] on {len(data.train)} windows of {config.data} "
