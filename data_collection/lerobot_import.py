@@ -247,8 +247,8 @@ class LeRobotReader:
             raise DatasetError(f"{where} names task {unknown[0]}, which meta/tasks does not have.")
         used = list(dict.fromkeys(numbers.tolist()))
         texts = tuple(self.index.tasks[number] for number in used)
-        if len(used) > 1:
-            arrays["step/instruction"] = np.array([used.index(number) for number in numbers.tolist()], dtype=np.int32)
+        # Also replaces what an export of ours stored: lerobot's tools number tasks anew.
+        arrays["step/instruction"] = np.array([used.index(number) for number in numbers.tolist()], dtype=np.int32)
         success = bool(arrays["dones"].any()) if layout.SUCCESS in self.index.features else True
         extra: dict[str, Any] = {"imported_from": self.root.name, "source_episode": entry.index}
         return EpisodeInfo(

@@ -1,0 +1,204 @@
+"""Checks an export with lerobot itself: load, DataLoader, delta timestamps, append, delete and merge.
+
+lerobot's requirements clash with ours, so it lives in an environment of its own (no GPU packages, about 2 GB)::
+
+    python tests/check_with_lerobot.py --install /tmp/lerobot-venv          # once
+    simtoreal data export DATASET --format lerobot --output /tmp/exported
+    /tmp/lerobot-venv/bin/python tests/check_with_lerobot.py /tmp/exported  # prints one line per check
+
+lerobot's own results (an appended and an edited dataset) are left beside the export, ``<export>-appended`` and so on,
+for ``simtoreal data import`` to read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+TORCH = "torch==2.13.0"  # the registry has CPU wheels for Python 3.11
+NUMPY = "numpy<2.4"  # later ones refuse float(array of one), which lerobot 0.4 does
+# Declared bounds (torch, torchvision) are narrower than what works, hence --no-deps and a list of what it imports.
+NO_DEPS = ("torchvision==0.25.0", "lerobot==0.4.4")
+PACKAGES = (
+    "datasets<5", "huggingface_hub<1", "av", "pandas", "pyarrow", "jsonlines", "draccus==0.10.0", "packaging", "einops",
+    "deepdiff", "pillow", "imageio", "opencv-python-headless", "termcolor", "tqdm", "safetensors", "diffusers",
+    "accelerate",
+)  # fmt: skip
+TOLERANCE = 1e-9
+
+
+def install(folder: Path) -> None:
+    """Make a virtual environment with lerobot in ``folder``."""
+    venv.create(folder, with_pip=True)
+    pip = [str(folder / "bin" / "pip"), "install", "-q"]
+    subprocess.run([*pip, TORCH, NUMPY], check=True)
+    subprocess.run([*pip, "--no-deps", *NO_DEPS], check=True)
+    subprocess.run([*pip, NUMPY, *PACKAGES], check=True)
+
+
+def declare_torchvision_operators() -> Any:
+    """Let torchvision's Python code load beside a torch build that its binary does not fit; returns what to keep."""
+    import torch
+
+    library = torch.library.Library("torchvision", "DEF")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library
+
+
+def open_dataset(root: Path, **options: Any) -> Any:
+    """Open ``root`` with lerobot."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    return LeRobotDataset("local/checked", root=root, video_backend="pyav", **options)
+
+
+def check_loading(root: Path) -> None:
+    """Every frame through a DataLoader, with a history and a chunk of actions."""
+    import torch
+
+    info = json.loads((root / "meta/info.json").read_text())
+    fps, features = info["fps"], info["features"]
+    cameras = [key for key, feature in features.items() if feature["dtype"] in ("video", "image")]
+    history = {key: [-1 / fps, 0.0] for key in cameras}
+    dataset = open_dataset(root, delta_timestamps={**history, "action": [i / fps for i in range(4)]})
+    assert len(dataset) == info["total_frames"], (len(dataset), info["total_frames"])
+    assert dataset.num_episodes == info["total_episodes"]
+    frames = 0
+    for batch in torch.utils.data.DataLoader(dataset, batch_size=16):
+        frames += len(batch["index"])
+        assert batch["action"].shape[1:] == (4, features["action"]["shape"][0])
+        for key in cameras:
+            height, width, channels = features[key]["shape"]
+            assert batch[key].shape[1:] == (2, channels, height, width)
+            assert 0 <= batch[key].min() <= batch[key].max() <= 1
+        assert all(isinstance(task, str) and task for task in batch["task"])
+    assert frames == info["total_frames"]
+    print(f"loaded {dataset.num_episodes} episodes, {frames} frames, cameras {cameras}")
+
+
+def check_indices(root: Path) -> None:
+    """The table re-derived from the data: contiguous indices, tiling episodes, exact times and video spans."""
+    dataset = open_dataset(root)
+    table = {key: np.array(dataset.hf_dataset[key]) for key in ("index", "episode_index", "frame_index", "timestamp")}
+    assert np.array_equal(table["index"], np.arange(len(dataset)))
+    start = 0
+    for episode in dataset.meta.episodes:
+        length = episode["length"]
+        assert (episode["dataset_from_index"], episode["dataset_to_index"]) == (start, start + length)
+        rows = slice(start, start + length)
+        assert (table["episode_index"][rows] == episode["episode_index"]).all()
+        assert np.array_equal(table["frame_index"][rows], np.arange(length))
+        assert np.array_equal(table["timestamp"][rows], (np.arange(length) / dataset.fps).astype(np.float32))
+        for key in dataset.meta.video_keys:
+            span = episode[f"videos/{key}/to_timestamp"] - episode[f"videos/{key}/from_timestamp"]
+            assert abs(span - length / dataset.fps) < TOLERANCE
+        start += length
+    print(f"indices and times of {dataset.num_episodes} episodes are exact")
+
+
+def check_statistics(root: Path) -> None:
+    """``stats.json`` against numpy over all frames, and the columns that lerobot's merge needs."""
+    import pandas
+
+    dataset = open_dataset(root)
+    for key in ("action", "observation.state", "timestamp"):
+        if key not in dataset.meta.stats:
+            continue
+        rows = np.array([np.asarray(row) for row in dataset.hf_dataset[key]], dtype=np.float64)
+        rows = rows[:, None] if rows.ndim == 1 else rows
+        for name, share in (("q01", 0.01), ("q10", 0.1), ("q50", 0.5), ("q90", 0.9), ("q99", 0.99)):
+            assert np.allclose(dataset.meta.stats[key][name], np.quantile(rows, share, axis=0), atol=1e-12), (key, name)
+        assert np.allclose(dataset.meta.stats[key]["std"], rows.std(axis=0), atol=1e-12)
+    columns = {
+        tuple(pandas.read_parquet(path).columns) for path in sorted((root / "meta/episodes").glob("*/*.parquet"))
+    }
+    assert len(columns) == 1, f"{len(columns)} different column sets in meta/episodes"
+    print(f"statistics equal np.quantile; {len(next(iter(columns)))} columns in every file of meta/episodes")
+
+
+def append_episode(root: Path, output: Path) -> None:
+    """Let lerobot record one more episode behind ours."""
+    shutil.copytree(root, output)
+    dataset = open_dataset(output)
+    resume = getattr(type(dataset), "resume", None)  # lerobot 0.6
+    if resume is not None:
+        dataset = resume("local/checked", root=output)
+    features = json.loads((root / "meta/info.json").read_text())["features"]
+    automatic = ("timestamp", "frame_index", "episode_index", "index", "task_index")
+    for step in range(7):
+        frame: dict[str, Any] = {"task": "appended by lerobot"}
+        for key, feature in features.items():
+            if key in automatic:
+                continue
+            kind = np.uint8 if feature["dtype"] in ("video", "image") else np.dtype(feature["dtype"])
+            frame[key] = np.full(feature["shape"], step % 2, dtype=kind)
+        dataset.add_frame(frame)
+    dataset.save_episode()
+    if hasattr(dataset, "finalize"):
+        dataset.finalize()
+    before, after = open_dataset(root), open_dataset(output)
+    assert after.num_episodes == before.num_episodes + 1
+    assert len(after) == len(before) + 7
+    last = after[len(after) - 1]
+    assert last["task"] == "appended by lerobot"
+    assert last["action"].shape[0] == features["action"]["shape"][0]
+    print(f"lerobot appended an episode: {after.num_episodes} episodes, {len(after)} frames")
+
+
+def delete_and_merge(root: Path, deleted: Path, merged: Path) -> None:
+    """Delete the first episode with lerobot's own tool, and merge the rest with the whole."""
+    from lerobot.datasets.dataset_tools import delete_episodes, merge_datasets
+
+    whole = open_dataset(root)
+    rest = delete_episodes(whole, episode_indices=[0], output_dir=deleted, repo_id="local/deleted")
+    assert rest.num_episodes == whole.num_episodes - 1
+    first = whole.meta.episodes[0]["length"]
+    assert len(rest) == len(whole) - first
+    assert np.array_equal(rest[0]["action"], whole[first]["action"])
+    assert len(whole[0]) == len(rest[0])
+    both = merge_datasets([whole, rest], output_repo_id="local/merged", output_dir=merged)
+    assert len(both) == len(whole) + len(rest)
+    for row in (0, len(whole), len(both) - 1):
+        assert both[row]["index"] == row
+    print(f"lerobot deleted an episode ({len(rest)} frames) and merged ({len(both)} frames)")
+
+
+def main() -> None:
+    """Install, or run every check on an export."""
+    parser = argparse.ArgumentParser(description=inspect.getdoc(sys.modules["__main__"]))
+    parser.add_argument("dataset", nargs="?", type=Path, help="export to check")
+    parser.add_argument("--install", type=Path, metavar="FOLDER", help="make the environment and stop")
+    arguments = parser.parse_args()
+    if arguments.install is not None:
+        install(arguments.install)
+        return
+    operators = declare_torchvision_operators()
+    import lerobot
+
+    root = arguments.dataset
+    outputs = {name: root.with_name(f"{root.name}-{name}") for name in ("appended", "deleted", "merged")}
+    for folder in outputs.values():
+        shutil.rmtree(folder, ignore_errors=True)
+    check_loading(root)
+    check_indices(root)
+    check_statistics(root)
+    append_episode(root, outputs["appended"])
+    delete_and_merge(root, outputs["deleted"], outputs["merged"])
+    for name in ("appended", "deleted", "merged"):
+        check_loading(outputs[name])
+    del operators
+    print(f"lerobot {lerobot.__version__}: every check passed on {root}")
+
+
+if __name__ == "__main__":
+    main()
