@@ -18,7 +18,7 @@ from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.episode import EpisodeInfo, array_names, open_episode
 from simtoreal.data_collection.exchange import Progress
 from simtoreal.data_collection.robomimic_import import SIDECAR
-from simtoreal.data_collection.writer import ROBOMIMIC_ENV_TYPE
+from simtoreal.data_collection.view import ROBOMIMIC_ENV_TYPE
 from simtoreal.envs.errors import DatasetError
 from simtoreal.envs.files import atomic_path, explained_disk_errors
 

@@ -202,7 +202,7 @@ def dataset_statistics(dataset: Dataset) -> dict[str, Any]:
     They cover all episodes; a policy computes its own over the episodes it is trained on.
 
     Raises:
-        DatasetError: an episode is damaged, or lacks an array or a dimension that the ones before it have.
+        DatasetError: an episode is damaged, or holds values that are not finite.
     """
     summary: dict[str, Any] = {
         "episodes": len(dataset.episodes),
@@ -221,15 +221,12 @@ def dataset_statistics(dataset: Dataset) -> dict[str, Any]:
                 summary["arrays"].setdefault(name, {"shape": list(shape), "dtype": str(file[name].dtype)})
                 if len(shape) == 1 and shape[0] and file[name].dtype.kind == "f":
                     part = file[name][()]
-                    if name in rows and rows[name][0].shape[1] != part.shape[1]:
-                        raise DatasetError(
-                            f"{episode.path}: '{name}' has {part.shape[1]} dimensions, {rows[name][0].shape[1]} in the "
-                            "episodes before it."
-                        )
                     if not np.isfinite(part).all():
                         raise DatasetError(f"{episode.path}: '{name}' holds values that are not finite.")
                     rows.setdefault(name, []).append(part)
     for name in list(rows):
+        if len({part.shape[1] for part in rows[name]}) > 1:
+            continue  # Of tasks with different objects: there is no dimension to describe.
         summary["values"][name] = plain_statistics(VectorStatistics.of(np.concatenate(rows.pop(name))))
     return summary
 

@@ -11,19 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import h5py
-import numpy as np
-
-from simtoreal.data_collection.dataset import EPISODES, FORMAT, FORMAT_VERSION, META, VIEW, Dataset, read_meta
+from simtoreal.data_collection.dataset import EPISODES, FORMAT, FORMAT_VERSION, META, Dataset, read_meta
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors, embodiment_digest, write_episode
 from simtoreal.data_collection.statistics import dataset_statistics
+from simtoreal.data_collection.view import write_view
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import DatasetError
-from simtoreal.envs.files import atomic_path, fsync_folder, write_json
+from simtoreal.envs.files import fsync_folder, write_json
 from simtoreal.envs.provenance import git_commit, versions
-
-# robomimic 0.3.0 knows 1 (robosuite), 2 (gym) and 3 (iGibson); ours must be none of them.
-ROBOMIMIC_ENV_TYPE = 101
 
 
 class DatasetWriter:
@@ -202,29 +197,3 @@ def rebuild(path: Path) -> Dataset:
     dataset.meta = meta
     write_view(dataset)
     return dataset
-
-
-def write_view(dataset: Dataset) -> None:
-    """Write ``dataset.hdf5``: external links in robomimic's layout, with every mask.
-
-    robomimic's ``SequenceDataset`` reads it with ``hdf5_use_swmr=False`` (its default opens the linked files for a
-    concurrent writer, which finished files do not have).
-
-    Raises:
-        DatasetError: the disk is full.
-    """
-    task = next(iter(dataset.tasks), "")
-    env_args = {"env_name": task, "type": ROBOMIMIC_ENV_TYPE, "env_kwargs": {"tasks": list(dataset.tasks)}}
-    with h5py.File("view", "w", driver="core", backing_store=False, libver="latest") as file:
-        data = file.create_group("data")
-        for episode in dataset.episodes:
-            data[f"demo_{int(episode.name)}"] = h5py.ExternalLink(f"{EPISODES}/{episode.name}.hdf5", "/")
-        data.attrs["total"] = sum(episode.steps for episode in dataset.episodes)
-        data.attrs["env_args"] = json.dumps(env_args)
-        for name, members in dataset.masks.items():
-            file[f"mask/{name}"] = np.array([f"demo_{int(member)}" for member in members], dtype="S")
-        file.flush()
-        image = file.id.get_file_image()
-    path = dataset.path / VIEW
-    with disk_errors(path), atomic_path(path) as temporary:
-        temporary.write_bytes(image)
