@@ -19,8 +19,8 @@ class ScorerConfig:
     actions are right at the same state."""
     members: int = 5
     """Networks of the ensemble."""
-    hidden: int = 256
-    """Width of the two hidden layers (the paper: 1024, sixteen times the work)."""
+    hidden: int = 128
+    """Width of the two hidden layers (the paper: 1024, sixty times the work)."""
     dropout: float = 0.5
     """Share of hidden values dropped in training; the diffusion scorer uses none."""
     learning_rate: float = 1e-3

@@ -1,0 +1,175 @@
+"""What the two compatibility benchmarks share: state-only demonstrations, arms, paired evaluation, statistics.
+
+An arm is a policy trained on part of one dataset: base data, everything (naive), everything but the candidates' bad
+steps (box), or as many random candidate steps (random). All arms of a seed share data, network, optimiser steps and
+evaluation episodes, so that outcomes are compared in pairs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simtoreal.data_collection.edit import merge
+from simtoreal.data_collection.expert import STYLES, OperatorStyle, ScriptedExpert
+from simtoreal.data_collection.filters import write_filter
+from simtoreal.data_collection.recorder import Recorder
+from simtoreal.data_collection.takes import MemoryTake
+from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.envs.files import write_json
+from simtoreal.envs.panda import panda_embodiment
+from simtoreal.envs.rollout import rollout
+from simtoreal.envs.tabletop_vector import TabletopVectorEnv
+from simtoreal.envs.task import TaskSpec
+from simtoreal.evaluation.statistics import paired_test, posterior_interval
+from simtoreal.policies.actor import PolicyActor
+from simtoreal.policies.checkpoint import load_policy
+from simtoreal.policies.compatibility_config import ScorerConfig
+from simtoreal.policies.compatibility_features import make_features
+from simtoreal.policies.compatibility_filter import filter_dataset
+from simtoreal.policies.compatibility_scorer import Scorer
+from simtoreal.policies.compatibility_store import open_scorer
+from simtoreal.policies.config import PolicyConfig, TrainerConfig
+from simtoreal.policies.trainer import train
+from simtoreal.policies.training_data import open_training_data
+
+STATE_KEYS = ("proprio", "object_state")
+BOOTSTRAPS = 10_000
+
+
+def state_env(task: str | TaskSpec, num_envs: int) -> TabletopVectorEnv:
+    """Simulations without cameras."""
+    return TabletopVectorEnv(task, num_envs, embodiment=panda_embodiment(cameras=()), observe="state")
+
+
+def demonstrate(
+    path: Path, task: str | TaskSpec, style: OperatorStyle | str, episodes: int, first_seed: int, *, num_envs: int = 20
+) -> Path:
+    """Make a dataset of ``episodes`` successful demonstrations, unless it is there."""
+    if path.exists():
+        return path
+    style = STYLES[style] if isinstance(style, str) else style
+    env = state_env(task, min(num_envs, episodes))
+    temporary = path.with_name(f".{path.name}.making")
+    shutil.rmtree(temporary, ignore_errors=True)
+    with DatasetWriter(temporary, env.embodiment, {env.task.name: env.task.to_dict()}) as writer:
+        found: list[Any] = []
+        recorder = Recorder(
+            lambda begun: MemoryTake(lambda arrays, info: found.append((arrays, info))), task=env.task.name,
+            embodiment=env.embodiment, source="expert", operator=style.name,
+        )  # fmt: skip
+        expert = ScriptedExpert(env.task, env.embodiment, style=style)
+        rollout(env, expert, range(first_seed, first_seed + episodes + max(4, episodes // 5)), listeners=[recorder])
+        found.sort(key=lambda pair: pair[1].seed)
+        if len(found) < episodes:
+            raise RuntimeError(f"{style.name}: only {len(found)} successes for {episodes} demonstrations")
+        for arrays, info in found[:episodes]:
+            writer.add(arrays, info)
+    temporary.rename(path)
+    return path
+
+
+def join(path: Path, *sources: Path) -> Path:
+    """Merge datasets by links, unless that was done."""
+    if not path.exists():
+        merge(sources, path)
+    return path
+
+
+def scorer_of(base: Path, kind: str, seed: int) -> Scorer:
+    """The scorer of base data."""
+    from simtoreal.data_collection.dataset import Dataset
+
+    dataset = Dataset.open(base)
+    return open_scorer(dataset, make_features(dataset), ScorerConfig(kind=kind, seed=seed))
+
+
+def make_filters(everything: Path, scorer: Scorer, methods: Sequence[str], prefix: str, seed: int) -> dict[str, Any]:
+    """Write one filter per method, named ``<prefix>_<method>``; return what each keeps per operator."""
+    from simtoreal.data_collection.dataset import Dataset
+
+    dataset, kept = Dataset.open(everything), {}
+    for method in methods:
+        result = filter_dataset(dataset, scorer, name=f"{prefix}_{method}", method=method, seed=seed)
+        write_filter(everything, result)
+        kept[method] = {"operators": result.operators(), "thresholds": result.thresholds}
+    return kept
+
+
+def run_arm(
+    folder: Path,
+    data: Path,
+    policy: PolicyConfig,
+    trainer: TrainerConfig,
+    seeds: Sequence[int],
+    *,
+    task: str | TaskSpec,
+    filter: str | None = None,
+    num_envs: int = 50,
+) -> list[bool]:
+    """Train, evaluate, and return the outcomes in the order of ``seeds``; what was done before is read."""
+    stored = folder / "outcomes.json"
+    if stored.is_file():
+        content = json.loads(stored.read_text())
+        if content["seeds"] == list(seeds):
+            return [bool(value) for value in content["outcomes"]]
+    shutil.rmtree(folder, ignore_errors=True)
+    windows = open_training_data(data, policy, mask="success", filter=filter)
+    train(policy, trainer, windows, folder)
+    env = state_env(task, num_envs)
+    actor = PolicyActor(load_policy(folder).policy)
+    results = rollout(env, actor, list(seeds))
+    steps = [result.steps for result in results]
+    outcomes = [bool(result.success) for result in results]
+    write_json(stored, {"seeds": list(seeds), "outcomes": outcomes, "steps": steps, "windows": len(windows.train)})
+    shutil.rmtree(folder / "checkpoints")
+    return outcomes
+
+
+def arm_row(name: str, outcomes: Sequence[Sequence[bool]], **more: Any) -> dict[str, Any]:
+    """Success over all seeds together, and of each seed.
+
+    Args:
+        name: of the arm.
+        outcomes: per training seed.
+        more: further columns.
+    """
+    flat = np.concatenate([np.asarray(one) for one in outcomes])
+    rates = [float(np.mean(one)) for one in outcomes]
+    return {
+        "name": name, "value": float(flat.mean()), "n": len(flat),
+        "interval": list(posterior_interval(int(flat.sum()), len(flat))),
+        "per_seed": rates, "seed_sd": float(np.std(rates, ddof=1)) if len(rates) > 1 else None, **more,
+    }  # fmt: skip
+
+
+def paired_difference(
+    first: Sequence[Sequence[bool]], second: Sequence[Sequence[bool]], seed: int = 0
+) -> dict[str, Any]:
+    """Second minus first: mean, 95 % interval by resampling training seeds and then episodes, exact paired p-value.
+
+    The p-value takes the training runs as given; the interval does not.
+    """
+    differences = [np.asarray(b, dtype=float) - np.asarray(a, dtype=float) for a, b in zip(first, second, strict=True)]
+    rng = np.random.default_rng(seed)
+    draws = np.empty(BOOTSTRAPS)
+    for index in range(BOOTSTRAPS):
+        chosen = rng.integers(len(differences), size=len(differences))
+        draws[index] = np.mean([rng.choice(differences[i], len(differences[i])).mean() for i in chosen])
+    test = paired_test(np.concatenate(first).tolist(), np.concatenate(second).tolist())
+    return {
+        "difference": float(np.mean([one.mean() for one in differences])),
+        "interval": [float(value) for value in np.quantile(draws, [0.025, 0.975])],
+        "p_value": test.p_value,
+        "n": sum(len(one) for one in differences),
+    }
+
+
+def comparisons(outcomes: Mapping[str, Sequence[Sequence[bool]]], ours: str, others: Sequence[str]) -> dict[str, Any]:
+    """``ours`` against each of ``others``."""
+    return {f"{ours} - {other}": paired_difference(outcomes[other], outcomes[ours]) for other in others}
