@@ -17,7 +17,7 @@ from gymnasium.vector.utils import batch_space
 
 from simtoreal.envs.action import check_action
 from simtoreal.envs.embodiment import Embodiment
-from simtoreal.envs.env_observations import ObservationMap
+from simtoreal.envs.env_observations import RENDER, ObservationMap
 from simtoreal.envs.errors import ConfigError, closest
 from simtoreal.envs.registration import find_spec
 
@@ -60,7 +60,7 @@ class GymnasiumVectorEnv(VectorEnv):  # type: ignore[misc]
             ``SUCCESS_KEYS`` that there is, and ``terminated`` if there is none.
         horizon: control steps per episode; by default what the environment's registration says.
         instruction: what to do, in words.
-        drawn: make the environments able to draw pictures, for :meth:`picture`.
+        drawn: how many copies can draw, for :meth:`picture`: a software renderer may take 400 MB per copy.
 
     Raises:
         ConfigError: unknown id, no horizon, an action space that is not a vector of the right size, or an observation
@@ -80,7 +80,7 @@ class GymnasiumVectorEnv(VectorEnv):  # type: ignore[misc]
         success_key: str = "",
         horizon: int | None = None,
         instruction: str = "",
-        drawn: bool = False,
+        drawn: int = 0,
     ) -> None:
         spec = find_spec(env_id)
         horizon = horizon or spec.max_episode_steps
@@ -88,19 +88,18 @@ class GymnasiumVectorEnv(VectorEnv):  # type: ignore[misc]
             raise ConfigError(f"'{env_id}' says no maximal episode length; give one with --horizon")
         self.embodiment, self.num_envs, self.success_key = embodiment, num_envs, success_key
         self.task = ForeignTask(name=spec.id, horizon=int(horizon), instruction=instruction or f"solve {spec.id}")
-        needs_picture = any(source == "render" for source in (sources or {}).values())
-        probe = gym.make(spec, max_episode_steps=self.task.horizon)
-        self.can_draw = "rgb_array" in probe.metadata.get("render_modes", ())
-        mode = "rgb_array" if self.can_draw and (drawn or needs_picture) else None
+        if any(source == RENDER for source in (sources or {}).values()):
+            drawn = num_envs
+        options = {"max_episode_steps": self.task.horizon}
+        probe = gym.make(spec, **options)
+        self.drawn = min(drawn, num_envs) if "rgb_array" in probe.metadata.get("render_modes", ()) else 0
         probe.close()
-        self.envs = [
-            gym.make(spec, max_episode_steps=self.task.horizon, render_mode=mode) for _ in range(num_envs)
-        ]  # fmt: skip
-        self.can_draw = mode is not None
+        modes = ["rgb_array"] * self.drawn + [None] * (num_envs - self.drawn)
+        self.envs = [gym.make(spec, render_mode=mode, **options) for mode in modes]
         try:
             self._bounds = self._action_bounds(self.envs[0].action_space)
             self.observation_map = ObservationMap(
-                self.envs[0].observation_space, keys, sources or {}, env_id, drawable=self.can_draw
+                self.envs[0].observation_space, keys, sources or {}, env_id, drawable=self.drawn > 0
             )
         except ConfigError:
             self.close()
@@ -214,9 +213,9 @@ class GymnasiumVectorEnv(VectorEnv):  # type: ignore[misc]
         """Return what a copy looks like now, uint8 ``(height, width, 3)``.
 
         Raises:
-            ConfigError: the environment cannot draw, or was not made to.
+            ConfigError: the environment cannot draw, or this copy was not made to.
         """
-        frame = self.envs[slot].render() if self.can_draw else None
+        frame = self.envs[slot].render() if slot < self.drawn else None
         if not isinstance(frame, np.ndarray) or frame.ndim != 3:
             raise ConfigError(f"'{self.task.name}' draws no pictures (render mode 'rgb_array'); use --videos 0")
         return frame.astype(np.uint8)

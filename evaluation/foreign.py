@@ -17,6 +17,7 @@ from simtoreal.policies.checkpoint import LoadedPolicy
 _VIDEO_HZ = 30.0
 # Episodes drawn per video wanted: a rare kind must not keep every episode being drawn.
 _TRIES = 4
+DRAWN_COPIES = 2
 
 
 def environment_of(loaded: LoadedPolicy, env_id: str | None) -> str:
@@ -58,7 +59,7 @@ def make_foreign_env(
     success_key: str = "",
     horizon: int | None = None,
     sources: Mapping[str, str] | None = None,
-    drawn: bool = False,
+    drawn: int = 0,
 ) -> GymnasiumVectorEnv:
     """Return copies of a Gymnasium environment that offer what the policy reads.
 
@@ -109,7 +110,7 @@ class DrawnVideos(EpisodeVideos):
     def __init__(self, env: GymnasiumVectorEnv, folder: Path, limit: int) -> None:
         self.env = env
         self.stride = max(1, round(env.embodiment.control_hz / _VIDEO_HZ))
-        super().__init__(folder, (), env.embodiment.control_hz / self.stride, limit if env.can_draw else 0)
+        super().__init__(folder, (), env.embodiment.control_hz / self.stride, limit)
         self.tries = 2 * _TRIES * self.limit
         self.steps: dict[int, int] = {}
 
@@ -117,7 +118,7 @@ class DrawnVideos(EpisodeVideos):
         """Begin to keep the pictures of a slot, if videos are still wanted."""
         self.steps[slot] = 0
         self.clips.pop(slot, None)
-        if self.tries > 0:
+        if self.tries > 0 and slot < self.env.drawn:
             self.tries -= 1
             super().on_reset(slot, episode, seed, observation, info)
 

@@ -230,7 +230,7 @@ def _prepare(config: Config) -> tuple[TabletopVectorEnv | GymnasiumVectorEnv, Ac
         settings = {"task": task.name, "label": "expert", "policy": None, "horizon": task.horizon, **shared}
         return env, expert, settings, set()  # type: ignore[return-value]
 
-    from simtoreal.evaluation.foreign import environment_of, make_foreign_env, parse_observations
+    from simtoreal.evaluation.foreign import DRAWN_COPIES, environment_of, make_foreign_env, parse_observations
     from simtoreal.evaluation.policies import checkpoint_digest, load_actor, training_seeds
 
     loaded, actor = load_actor(
@@ -250,7 +250,7 @@ def _prepare(config: Config) -> tuple[TabletopVectorEnv | GymnasiumVectorEnv, Ac
         sources = parse_observations(config.observations)
         foreign = make_foreign_env(
             loaded, env_id, num_envs, success_key=config.success_key, horizon=config.horizon, sources=sources,
-            drawn=config.videos > 0,
+            drawn=DRAWN_COPIES if config.videos else 0,
         )  # fmt: skip
         choices = {"success_key": config.success_key, "observations": sources, "horizon": foreign.task.horizon}
         settings = {"task": foreign.task.name, **identity, **shared, **choices, "backend": "gymnasium"}
