@@ -1,0 +1,239 @@
+"""Does recording lose anything when its process is killed with SIGKILL at a random instant?
+
+    python benchmarks/recorder_kills.py                # 1,000 kills, about 10 minutes
+
+Every kill hits a process that records, keeps, discards and repeats takes, rebuilds a dataset, or recovers it from the
+kill before. It says over a pipe what it has done; what it said is compared, byte by byte, with what is on disk after
+``simtoreal data recover``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from interleaved import RESULTS, write_benchmark
+from recorder_sessions import content, plan
+
+from simtoreal.data_collection.dataset import EPISODES, META, Dataset
+from simtoreal.data_collection.edit import recover
+from simtoreal.data_collection.episode import read_episode
+from simtoreal.envs.errors import DatasetError
+from simtoreal.evaluation.statistics import posterior_interval
+
+SESSIONS = Path(__file__).with_name("recorder_sessions.py")
+SESSION_S, RECOVERY_S = 0.25, 0.03
+KILLS_PER_FOLDER = 20
+
+
+@dataclass
+class Said:
+    """What a killed process had said.
+
+    Attributes:
+        phase: what it was doing.
+        take: number of the take it was at; -1 before the first.
+        appended: calls of ``on_step`` begun in that take.
+        flushed: steps it knew to be in the journal.
+        ending: ``on_episode`` of that take was begun.
+        kept: takes whose ``on_episode`` returned and that were to be kept.
+    """
+
+    session: int
+    phase: str = "opening"
+    take: int = -1
+    appended: int = 0
+    flushed: int = 0
+    ending: bool = False
+    kept: list[int] = field(default_factory=list)
+
+    def hear(self, words: list[str]) -> None:
+        kind, take = words[0], int(words[1])
+        if kind == "step":
+            self.take, self.appended, self.flushed, self.ending = take, int(words[2]) + 1, int(words[3]), False
+            self.phase = "recording"
+        elif kind == "ending":
+            self.phase = "keeping" if plan(self.session, take).keep else "discarding"
+            self.flushed, self.ending = int(words[3]), True
+        elif kind == "ended":
+            self.phase, self.take, self.appended, self.flushed = "between takes", -1, 0, 0
+            if plan(self.session, take).keep:
+                self.kept.append(take)
+        else:
+            self.phase = {"rebuilding": "rebuilding", "recovering": "recovering"}.get(kind, "between takes")
+
+
+class Killer:
+    """Starts processes and kills them."""
+
+    def __init__(self) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+        self._server = subprocess.Popen(
+            [sys.executable, str(SESSIONS)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env=environment,
+        )  # fmt: skip
+
+    def kill(self, job: str, folder: Path, session: int, after_s: float) -> Said:
+        """Run ``job`` on ``folder``, kill it after ``after_s`` seconds and return what it had said."""
+        assert self._server.stdin is not None
+        request = {"job": job, "folder": str(folder), "session": session}
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        said, early = Said(session), []
+        for words in self._lines():
+            if words[0] == "pid":
+                time.sleep(after_s)
+                os.kill(int(words[1]), signal.SIGKILL)
+            elif words[0] == "end":
+                break
+            else:
+                early.append(words)
+        for words in early:
+            if words[0] == "failed":
+                raise DatasetError(f"the killed process failed by itself: {' '.join(words[1:])}")
+            said.hear(words)
+        return said
+
+    def _lines(self) -> Iterator[list[str]]:
+        assert self._server.stdout is not None
+        while line := self._server.stdout.readline():
+            yield line.split()
+        raise DatasetError("the server of the killed processes has ended")
+
+    def close(self) -> None:
+        """End the server."""
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait()
+
+
+class Losses(DatasetError):
+    """Something that was acknowledged is missing or wrong."""
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """Content of every episode file."""
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in (folder / EPISODES).glob("*.hdf5")}
+
+
+def judge(folder: Path, said: Said, before: dict[str, str]) -> int:
+    """Recover ``folder`` and compare it with what the process said; return the number of steps compared.
+
+    Raises:
+        Losses: something acknowledged is missing, differs, is there twice, or was to be discarded.
+    """
+    if (folder / META).exists():
+        recover(folder)
+    elif said.phase != "opening":
+        raise Losses(f"{folder}: has no description")
+    else:
+        return 0
+    after = hashes(folder)
+    if changed := [name for name, digest in before.items() if after.get(name) != digest]:
+        raise Losses(f"finished episodes changed: {changed}")
+    leftovers = [file.name for file in folder.rglob("*") if file.suffix in (".part", ".tmp")]
+    if leftovers or (folder / "damaged").exists():
+        raise Losses(f"left behind: {leftovers}, or damaged files")
+    stored: dict[int, int] = {}
+    for episode in Dataset.open(folder).episodes:
+        assert episode.path is not None
+        if episode.path.name in before:
+            continue
+        arrays = read_episode(episode.path)[1]
+        session, take = (int(value) for value in arrays["states"][0, :2])
+        if session != said.session or take in stored:
+            raise Losses(f"{episode.path}: take {take} of session {session} is there twice or not its own")
+        stored[take] = episode.steps
+        for name, expected in content(session, take).items():
+            if not np.array_equal(arrays[name], expected[: episode.steps]):
+                raise Losses(f"{episode.path}: '{name}' differs from what was recorded")
+    for take in said.kept:
+        if stored.pop(take, 0) != plan(said.session, take).steps:
+            raise Losses(f"take {take}, which was kept, is missing or incomplete")
+    _judge_running(said, stored.pop(said.take, 0))
+    if stored:
+        raise Losses(f"takes {sorted(stored)} were discarded and are there")
+    return sum(plan(said.session, take).steps for take in said.kept) + said.flushed
+
+
+def _judge_running(said: Said, found: int) -> None:
+    """The take that was interrupted: all that was flushed, and nothing that was not appended."""
+    least = 0 if said.phase == "discarding" else said.flushed
+    if not least <= found <= said.appended:
+        raise Losses(f"the running take has {found} steps; {least} were flushed and {said.appended} appended")
+
+
+def run_kills(
+    killer: Killer, root: Path, kills: int, seed: int, progress: Callable[[int], None] = lambda done: None
+) -> dict[str, Any]:
+    """Kill ``kills`` processes that write below ``root`` and return counts.
+
+    Raises:
+        Losses: at the first loss; the folder is left for inspection.
+    """
+    rng = random.Random(seed)
+    phases: Counter[str] = Counter()
+    steps = done = 0
+    while done < kills:
+        folder = root / str(done // KILLS_PER_FOLDER)
+        folder.mkdir(parents=True, exist_ok=True)
+        before = hashes(folder)
+        said = killer.kill("record", folder, seed * 100_000 + done, rng.uniform(0, SESSION_S))
+        phases[said.phase] += 1
+        done += 1
+        if rng.random() < 0.2 and done < kills and (folder / META).exists():
+            again = killer.kill("recover", folder, said.session, rng.uniform(0, RECOVERY_S))
+            phases["recovering" if again.phase == "recovering" else "recovered"] += 1
+            done += 1
+        steps += judge(folder, said, before)
+        progress(done)
+    return {"kills": done, "steps": steps, "phases": dict(phases)}
+
+
+def main() -> None:
+    """Run and store the measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    begin, killer = time.perf_counter(), Killer()
+    try:
+        with tempfile.TemporaryDirectory(prefix="recorder_kills_") as root:
+            counts = run_kills(killer, Path(root), options.kills, options.seed, lambda done: print(done, end="\r"))
+    finally:
+        killer.close()
+    interval = list(posterior_interval(0, counts["kills"]))
+    headline = {
+        "metric": "share of kills that lost a flushed step or a finished episode", "ours": 0.0, "baseline": None,
+        "baseline_name": None, "ratio": None, "difference": None, "interval": interval, "n": counts["kills"],
+        "p_value": None,
+    }  # fmt: skip
+    arms = [{"name": "kills with a loss", "value": 0.0, "interval": interval, "n": counts["kills"], **counts}]
+    notes = (
+        f"{counts['steps']} acknowledged steps were compared byte by byte; kills by phase: {counts['phases']}. The "
+        "first loss ends the run with an error, so a stored result has none. SIGKILL, not a power cut: the running "
+        "episode is not synced to the medium."
+    )
+    write_benchmark(
+        "recorder_kills", "Does recording lose anything when its process is killed at a random instant?", headline,
+        arms, seconds=time.perf_counter() - begin, notes=notes, seeds=[options.seed],
+    )  # fmt: skip
+    print(f"{RESULTS / 'recorder_kills.json'}: {counts}, no loss")
+
+
+if __name__ == "__main__":
+    main()
