@@ -306,7 +306,11 @@ function showGauge(next, before) {
   });
 }
 
+let countersShown = 0;
+
 function showCounters(counters) {
+  if (performance.now() - countersShown < 500) return;
+  countersShown = performance.now();
   const rows = Object.entries(counters).flatMap(([name, value]) => {
     const shown = Number.isInteger(value) ? String(value) : value.toFixed(1);
     return [make("dt", "", COUNTERS[name] || name.replaceAll("_", " ")), make("dd", value > 0 && name !== "dropped_frames" ? "attention" : "", shown)];

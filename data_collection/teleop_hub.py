@@ -53,7 +53,10 @@ class InputHub:
     @property
     def needs_release(self) -> bool:
         """Whether somebody holds a dead-man that does not count, because it was interrupted."""
-        return any(shaper.engaged and shaper.needs_release for _, shaper in self._devices)
+        return any(
+            (shaper.engaged and shaper.needs_release) or getattr(device, "needs_release", False)
+            for device, shaper in self._devices
+        )
 
     @property
     def losses(self) -> int:

@@ -160,6 +160,11 @@ class TeleopSession(Listener):
             self._state = FINISHED
             self.board.post(state=FINISHED, active=False, note="the session has ended")
 
+    def end(self) -> None:
+        """End the session soon, as if the operator had; for other threads."""
+        self._hub.events.append("stop")
+        self._hub.wake.set()
+
     def ask(self, text: str) -> None:
         """Show a text to the person at a real robot and return once they agree.
 

@@ -112,6 +112,8 @@ class PageDevice:
         self._clutch: tuple[int, np.ndarray] = (-1, np.zeros(6))
         self._released = False
         self._heard_ns = 0
+        self.needs_release = False
+        """Whether the page holds a dead-man that does not count, because messages stayed away meanwhile."""
         self._stamps: list[int] = []
         self._read_stamps: list[int] = []
         self._settings: dict[str, Any] = {}
@@ -128,7 +130,7 @@ class PageDevice:
     def disconnect(self) -> None:
         """The page has gone: the dead-man is released."""
         with self._lock:
-            self._released = False
+            self._released = self.needs_release = False
             self._add(OperatorInput(motion=np.zeros(6), received_ns=time.monotonic_ns()))
         self.wake.set()
 
@@ -157,6 +159,7 @@ class PageDevice:
         elif now_ns - self._heard_ns > SILENCE_NS:
             self._released = False
         self._heard_ns = now_ns
+        self.needs_release = message["engaged"] and not self._released
         displacement = None
         if message.get("drag") is not None:
             clutch, total = message["drag"][0], np.array(message["drag"][1], dtype=np.float64)

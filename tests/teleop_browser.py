@@ -1,0 +1,151 @@
+"""A person at the teleoperation page: real Chromium, real keys, pointers and gamepads (not a test)."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from playwright.sync_api import Page, sync_playwright
+
+from simtoreal.commands.teleop import Collection, Config, open_collection
+from simtoreal.data_collection.expert import OperatorStyle, ScriptedExpert
+
+PATIENCE_S = 30.0
+ARGUMENTS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update",
+]  # fmt: skip
+# A gamepad as the browser would report it; `window.pad` is what its user's hands do.
+GAMEPAD = """
+window.pad = { axes: [0, 0, 0, 0], buttons: new Array(17).fill(0) };
+navigator.getGamepads = () => [{ connected: true, id: "test", index: 0, mapping: "standard", axes: window.pad.axes,
+  buttons: window.pad.buttons.map((value) => ({ value, pressed: value > 0.5 })) }];
+"""
+TRIGGER, BUTTON_A = 7, 0
+# Somebody who sees and acts a tenth of a second late must not correct as eagerly as the expert inside the loop.
+HUMAN = OperatorStyle(name="human", speed=0.6, gain=0.12)
+DEAD_ZONE = 0.12
+
+
+def chromium() -> str:
+    found = shutil.which("chromium") or shutil.which("chromium-browser")
+    assert found, "the browser tests need Chromium: apt-get install -y --no-install-recommends chromium"
+    return found
+
+
+def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_S) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"waited {seconds:g} s for: {what}"
+        time.sleep(0.01)
+    return found
+
+
+@contextlib.contextmanager
+def browser_context(profile: Path, **options: Any) -> Iterator[Any]:
+    with sync_playwright() as playwright:
+        context = playwright.chromium.launch_persistent_context(
+            str(profile), executable_path=chromium(), args=ARGUMENTS, **options
+        )
+        yield context
+        with contextlib.suppress(Exception):
+            context.close()
+
+
+@contextlib.contextmanager
+def running(config: Config) -> Iterator[Collection]:
+    """A session whose control loop runs in another thread; ends when the context does."""
+    opened: list[Any] = []
+    ready, stop = threading.Event(), threading.Event()
+
+    def control() -> None:
+        try:
+            with open_collection(config) as collection:
+                opened.append(collection)
+                ready.set()
+                collection.session.run()
+                stop.wait(PATIENCE_S)
+        except BaseException as error:
+            opened.append(error)
+            ready.set()
+            raise
+
+    thread = threading.Thread(target=control, name="control")
+    thread.start()
+    assert ready.wait(60)
+    if isinstance(opened[0], BaseException):
+        raise opened[0]
+    try:
+        yield opened[0]
+    finally:
+        opened[0].session.end()
+        stop.set()
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
+
+
+def open_page(context: Any, collection: Collection, *, gamepad: bool = False) -> Page:
+    page = context.new_page()
+    if gamepad:
+        page.add_init_script(GAMEPAD)
+    page.goto(collection.server.url)
+    wait_for(lambda: page.evaluate("window.teleop.shown > 0"), "live images")
+    return page
+
+
+def state(collection: Collection) -> str:
+    return collection.session.board.snapshot.state
+
+
+def start_recording(page: Page, collection: Collection) -> None:
+    wait_for(lambda: state(collection) == "ready", "ready")
+    page.keyboard.press("ArrowRight")
+    wait_for(lambda: state(collection) == "recording", "recording")
+
+
+class GamepadOperator:
+    """Demonstrates with both sticks and the trigger, looking at the scene as a person would, about 30 times a second.
+
+    The browser's dead zone and the page's speed slider (100 %) are known to it, as they are to hands.
+    """
+
+    def __init__(self, page: Page, collection: Collection, style: OperatorStyle | None = None) -> None:
+        self.page, self.collection = page, collection
+        self.expert = ScriptedExpert(collection.task, collection.embodiment, style=style or HUMAN)
+        page.evaluate("document.getElementById('speed').value = 100")
+
+    def pad(self, axes: list[float], buttons: dict[int, float]) -> None:
+        full = [float(buttons.get(index, 0)) for index in range(17)]
+        self.page.evaluate("([axes, buttons]) => { window.pad = { axes, buttons }; }", [axes, full])
+
+    def demonstrate(self, until: Callable[[], bool] = lambda: False, seconds: float = PATIENCE_S) -> None:
+        session = self.collection.session
+        self.pad([0.0] * 4, {})
+        wait_for(lambda: not session.board.snapshot.needs_release, "released trigger")
+        self.expert.reset(np.array([0]), [session.board.snapshot.seed])
+        deadline = time.monotonic() + seconds
+        while state(self.collection) == "recording" and not until():
+            assert time.monotonic() < deadline, f"no end of the demonstration: {session.board.snapshot}"
+            if session.board.snapshot.needs_release:  # contact was lost for a moment: press again, as a person would
+                self.pad([0.0] * 4, {})
+                time.sleep(0.06)
+            observation = {key: value[None, None] for key, value in session.latest[0].items()}
+            # It looks at the hand again instead of trusting that its earlier actions were executed.
+            self.expert.memories[0].quaternion = None
+            action = self.expert.act(observation, [""], np.array([0]))[0, 0]
+            is_open = session.board.snapshot.gripper_open
+            # The other rotation axes are hardly needed: the stick turns about the vertical one.
+            x, y, z, turn = (float(action[index]) for index in (0, 1, 2, 5))
+            axes = [float(np.sign(v) * (abs(v) * (1 - DEAD_ZONE) + DEAD_ZONE) if v else 0.0) for v in (-y, -x, -turn, -z)]
+            self.pad(axes, {TRIGGER: 1, BUTTON_A: float((action[6] > 0) != is_open)})
+            time.sleep(0.03)
+            if (action[6] > 0) != is_open:
+                self.pad(axes, {TRIGGER: 1})
+                time.sleep(0.03)
+        self.pad([0.0] * 4, {})
