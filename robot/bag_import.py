@@ -7,6 +7,7 @@ tick. Actions are what moves one target to the next.
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Iterator
@@ -60,12 +61,16 @@ class Description:
 
 @dataclass
 class _Episode:
-    """What the marks say about an episode; times by the system clock of the recorder."""
+    """What the marks say about an episode; times by the system clock of the recorder.
+
+    ``described`` is all that was known about an episode that an export wrote (:mod:`simtoreal.robot.bag_export`).
+    """
 
     number: int
     seed: int
     begin_ns: int
     end_ns: int = 0
+    described: dict[str, Any] | None = None
     instructions: list[tuple[int, str]] = field(default_factory=list)
     success: bool = False
     failure: str = ABORTED
@@ -141,6 +146,16 @@ def import_recording(path: Path, output: Path, description: Description, *, succ
 def _describe(episode: _Episode, description: Description, path: Path, arrays: Arrays) -> EpisodeInfo:
     begun = datetime.datetime.fromtimestamp(episode.begin_ns * 1e-9, tz=datetime.UTC)
     texts = tuple(text for _, text in episode.instructions)
+    extra = {"recording": path.name, "recorded_episode": episode.number}
+    if episode.described is not None:
+        info = EpisodeInfo.from_json(json.dumps(episode.described), path=path, steps=len(arrays["actions"]))
+        return dataclasses.replace(
+            info,
+            embodiment=embodiment_digest(description.embodiment),
+            instructions=texts,
+            columns={name: columns for name, columns in info.columns.items() if f"step/{name}" in arrays},
+            extra={**info.extra, **extra},
+        )
     return EpisodeInfo(
         task=str(description.task["name"]),
         seed=episode.seed,
@@ -156,7 +171,7 @@ def _describe(episode: _Episode, description: Description, path: Path, arrays: A
         duration_s=len(arrays["actions"]) * description.embodiment.control_period_s,
         commit=str(description.provenance.get("commit", "")),
         versions=dict(description.provenance.get("versions", {})),
-        extra={"recording": path.name, "recorded_episode": episode.number},
+        extra=extra,
     )
 
 
@@ -201,6 +216,7 @@ class _Rebuilder:
                     self._forget_before(message.arrived_ns - HISTORY_NS)
                     running = _Episode(int(mark["episode"]), int(mark["seed"]), message.arrived_ns)
                     running.instructions.append((message.arrived_ns, str(mark["instruction"])))
+                    running.described = mark.get("described")
                     marked = True
                 elif running is not None and not running.end_ns:
                     _apply(mark, message.arrived_ns, running)
@@ -283,7 +299,7 @@ class _Rebuilder:
             raise DatasetError("it is shorter than one control step")
         ticks = episode.begin_ns + period_ns * np.arange(steps + 1)
         limits = self.robot.staleness
-        arm = self.joints.interpolate(ticks, limits.joint_states_s)
+        arm = self.joints.interpolate(ticks[:-1], limits.joint_states_s, limits.joint_states_s)
         joints, openings = arm[:, :-1], arm[:, -1]
         forward = [self.kinematics.forward(row) for row in joints]
         positions = np.stack([position for position, _ in forward])
@@ -291,7 +307,7 @@ class _Rebuilder:
         targets = self._targets(ticks, np.concatenate([positions[0], quaternions[0]]))
         delta = self.embodiment.action.mode == "ee_delta"
         actions = action_towards(targets[:-1], targets[1:], self.embodiment) if delta else targets[1:]
-        proprio = build_proprio(positions, rotation.to_matrix(quaternions), targets[:, :3], openings, joints)
+        proprio = build_proprio(positions, rotation.to_matrix(quaternions), targets[:-1, :3], openings, joints)
         last = np.arange(steps) == steps - 1
         starts = [start for start, _ in episode.instructions[1:]]
         arrays: Arrays = {
@@ -299,7 +315,7 @@ class _Rebuilder:
             "rewards": (last & episode.success).astype(np.float32),
             "dones": (last & episode.success).astype(np.int8),
             "states": np.empty((steps, 0)),
-            "obs/proprio": proprio[:-1],
+            "obs/proprio": proprio,
             "step/target": targets[1:],
             "step/timestamp_ns": ticks[:-1],
             "step/instruction": np.searchsorted(starts, ticks[:-1], side="right").astype(np.int32),
@@ -315,15 +331,19 @@ class _Rebuilder:
     def _targets(self, ticks: np.ndarray, home: np.ndarray) -> np.ndarray:
         """Commanded targets ``(len(ticks), 10)``; until the first command of the episode the target is at ``home``."""
         commands, grippers = Track(self.poses.name), Track(self.grippers.name)
-        commands.add(int(ticks[0]), int(ticks[0]), home)
-        grippers.add(int(ticks[0]), int(ticks[0]), 1.0)
-        for own, recorded in ((commands, self.poses), (grippers, self.grippers)):
-            for time_ns, value in zip(recorded.times().tolist(), recorded.values, strict=True):
-                own.add(time_ns, time_ns, value)
-        if len(commands.values) > 1 and home[3:] @ commands.values[1][3:] < 0:
-            commands.values[0] = np.concatenate([home[:3], -home[3:]])
-        # The gate repeats the last pose while it holds; a longer silence means that nothing was commanded.
-        poses = commands.interpolate(ticks, np.inf)
+        start = int(ticks[0])
+        for own, recorded, initial in ((commands, self.poses, home), (grippers, self.grippers, 1.0)):
+            times = recorded.times().tolist()
+            if start not in times:
+                own.add(start, start, initial)
+            for time_ns, value in zip(times, recorded.values, strict=True):
+                if time_ns >= start:  # a command before belongs to the previous episode
+                    own.add(time_ns, time_ns, value)
+        if len(commands.values) > 1 and commands.values[0][3:] @ commands.values[1][3:] < 0:
+            commands.values[0] = np.concatenate([commands.values[0][:3], -commands.values[0][3:]])
+        # Commands may be as far apart as control steps; a longer silence means that the target stayed where it was.
+        gap_s = max(self.robot.staleness.joint_states_s, 1.5 * self.embodiment.control_period_s)
+        poses = commands.interpolate(ticks, np.inf, gap_s)
         openings = np.array(grippers.newest(ticks, np.inf))[:, None]
         return np.concatenate([normalized_pose(poses), openings], axis=1)
 

@@ -66,24 +66,28 @@ class Track:
         self._check_ages(ticks_ns - times[rows], max_age_s)
         return [self.values[row] for row in rows]
 
-    def interpolate(self, ticks_ns: np.ndarray, max_age_s: float) -> np.ndarray:
+    def interpolate(self, ticks_ns: np.ndarray, max_age_s: float, max_gap_s: float) -> np.ndarray:
         """Return the values, arrays ``(D,)``, interpolated linearly at the ticks: ``(len(ticks), D)`` float64.
 
-        Before the first and after the last stamp the nearest value is held.
+        Between values further apart than ``max_gap_s`` seconds nothing is known, so the older one is held. Before the
+        first and after the last stamp the nearest value is held.
 
         Raises:
-            DatasetError: there is none, or the nearest is further than ``max_age_s`` seconds from a tick.
+            DatasetError: there is none, or what is used is further than ``max_age_s`` seconds from a tick.
         """
         times = self.times()
         if not len(times):
             raise DatasetError(f"nothing was recorded on {self.name}")
         after = np.clip(np.searchsorted(times, ticks_ns), 0, len(times) - 1)
-        before = np.maximum(after - 1, 0)
+        before = np.where(times[after] > ticks_ns, np.maximum(after - 1, 0), after)
+        gap = (times[after] - times[before]) * 1e-9 > max_gap_s
+        after = np.where(gap, before, after)
         nearest = np.minimum(np.abs(times[after] - ticks_ns), np.abs(times[before] - ticks_ns))
         self._check_ages(nearest, max_age_s)
         values = np.stack(self.values).astype(np.float64)
-        seconds, grid = (times - ticks_ns[0]) * 1e-9, (ticks_ns - ticks_ns[0]) * 1e-9
-        return np.stack([np.interp(grid, seconds, column) for column in values.T], axis=-1)
+        span = times[after] - times[before]
+        share = np.where(span > 0, (ticks_ns - times[before]) / np.maximum(span, 1), 0.0)[:, None]
+        return values[before] + share * (values[after] - values[before])
 
     def _check_ages(self, ages_ns: np.ndarray, max_age_s: float) -> None:
         oldest_s = float(ages_ns.max(initial=0)) * 1e-9

@@ -337,7 +337,7 @@ def test_messages_without_sense_are_counted_and_left_out(tmp_path):
 def test_track_of_a_silent_sender_says_which():
     track = Track("/joint_states")
     with pytest.raises(DatasetError, match="nothing was recorded on /joint_states"):
-        track.interpolate(np.array([0, 1]), 1.0)
+        track.interpolate(np.array([0, 1]), 1.0, 1.0)
     with pytest.raises(DatasetError, match="/joint_states is silent at the beginning"):
         track.newest(np.array([0, 1]), 1.0)
 
