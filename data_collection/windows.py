@@ -36,6 +36,9 @@ class WindowSampler:
         keys: observation keys without ``obs/``, e.g. ``("front_image", "wrist_image", "proprio")``.
         actions: array used as the action, e.g. ``"step/target"`` for absolute targets.
         keep: one (T,) bool array per episode, False at steps not to learn from; None keeps all.
+        displacement: one (T, A) array per episode: how far the scene moved by itself during each step, in units of the
+            actions. Windows then hold actions relative to the scene at time t; see
+            :mod:`simtoreal.data_collection.scene_frame`.
         memory_map: keep the joined arrays in files below the dataset instead of in memory, for datasets larger
             than it; the operating system then caches what is used.
 
@@ -54,6 +57,7 @@ class WindowSampler:
         *,
         actions: str = "actions",
         keep: Sequence[np.ndarray] | None = None,
+        displacement: Sequence[np.ndarray] | None = None,
         memory_map: bool = False,
     ) -> None:
         if observation_steps < 1 or horizon < 1:
@@ -81,6 +85,7 @@ class WindowSampler:
         self._history = np.arange(1 - observation_steps, 1)
         self._future = np.arange(horizon)
         self.keep = _join_masks(keep, lengths)
+        self.displacement = None if displacement is None else np.concatenate(displacement)
         self._windows = np.flatnonzero(self.keep)
         # (W,) index of the episode of every window.
         self.episode_of_window = episode[self._windows]
@@ -111,9 +116,13 @@ class WindowSampler:
         last = self._last[rows][:, None]
         future = rows[:, None] + self._future
         clipped = np.minimum(future, last)
+        taken = self.actions.take(clipped, axis=0)
+        if self.displacement is not None:
+            # An action answers to what moved until the step before it; the first one to nothing yet.
+            taken[:, 1:] -= self.displacement.take(clipped[:, :-1], axis=0)
         return {
             "observation": {key: array.take(past, axis=0) for key, array in self.observations.items()},
-            "actions": self.actions.take(clipped, axis=0),
+            "actions": taken,
             "action_mask": (future <= last) & self.keep[clipped],
             "instruction": [self.instructions[row] for row in self._instruction[rows]],
         }

@@ -17,6 +17,7 @@ import torch
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.episode import EpisodeInfo
 from simtoreal.data_collection.filters import kept_steps
+from simtoreal.data_collection.scene_frame import scene_displacements
 from simtoreal.data_collection.windows import WindowSampler
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import DatasetError, closest
@@ -83,6 +84,9 @@ class TrainingData:
                 keep = getattr(windows, "keep", None)
                 if keep is not None and not keep.all():
                     digest.update(keep.tobytes())
+                displacement = getattr(windows, "displacement", None)
+                if displacement is not None:
+                    digest.update(displacement.tobytes())
         if self.probabilities is not None:
             digest.update(self.probabilities.tobytes())
         return digest.hexdigest()[:32]
@@ -111,6 +115,7 @@ def open_training_data(
     mask: str = "train",
     filter: str | None = None,
     weighting: Weighting | None = None,
+    scene_frame: bool = True,
     embodiment: Embodiment | None = None,
 ) -> TrainingData:
     """Open a dataset folder for a policy.
@@ -121,6 +126,8 @@ def open_training_data(
         mask: episodes to learn from; those of ``valid`` are held out.
         filter: learn only from the steps that this filter of the dataset keeps (``simtoreal data filter``).
         weighting: draw some episodes more often; by default all windows alike.
+        scene_frame: relate the actions of demonstrations in a moving scene to the scene; see
+            :mod:`simtoreal.data_collection.scene_frame`.
         embodiment: required of the data, if given.
 
     Raises:
@@ -161,7 +168,8 @@ def open_training_data(
 
     def windows(episodes: list[EpisodeInfo]) -> WindowSampler:
         keep = None if kept is None else [kept[episode.name] for episode in episodes]
-        return WindowSampler(dataset, episodes, keep=keep, **sizes)
+        displacement = scene_displacements(episodes, dataset.embodiment) if scene_frame else None
+        return WindowSampler(dataset, episodes, keep=keep, displacement=displacement, **sizes)
 
     train = windows(chosen)
     probabilities = None

@@ -31,9 +31,9 @@ class Twin:
     """MuJoCo node that speaks the topics of ``config``.
 
     Requests for episodes come as JSON text ``{"request", "episode", "seed", "task"}`` on ``twin_command``, optionally
-    with ``"motion"`` (fields of :class:`~simtoreal.envs.scene_motion.SceneMotion`), and are acknowledged by the same ``request`` in the truth, which is published once per control period as JSON text:
-    ``request, error, episode, seed, task, time_s, skipped_s, success, milestones, contacts, object_state,
-    scene_motion, fault``
+    with ``"motion"`` (fields of :class:`~simtoreal.envs.scene_motion.SceneMotion`). They are acknowledged by the same
+    ``request`` in the truth, which is published once per control period as JSON text: ``request, error, episode, seed,
+    task, time_s, skipped_s, success, milestones, contacts, object_state, scene_motion, fault``
     (``skipped_s``: real time of this episode that was not simulated because the machine was too slow). The Trigger
     service ``twin_reset`` begins an episode with the next seed.
 

@@ -56,6 +56,9 @@ class Config:
     for data of mixed quality, with --mask all if failures were kept."""
     weighting_temperature: float = 0.1
     """Of --weighting return and advantage: the best episode is drawn up to exp(1/T) times as often as the worst."""
+    scene_frame: bool = True
+    """Learn from demonstrations in a moving scene (MOVE) as seen from the scene: a chunk is what would have been done
+    had everything stopped when it began. Without, policies aim at where things will be. No effect on other data."""
     steps: int | None = None
     """Optimiser steps; overrides trainer.steps."""
     seed: int | None = None
@@ -103,7 +106,9 @@ def main(config: Config) -> None:
         lacking = ", ".join(sorted(set(asked.keys) - set(policy.keys)))
         console.print(f"the data lack {lacking}; the policy reads {', '.join(policy.keys)}", soft_wrap=True)
     weighting = Weighting(method=config.weighting, temperature=config.weighting_temperature)
-    data = open_training_data(config.data, policy, mask=config.mask, filter=config.filter, weighting=weighting)
+    data = open_training_data(
+        config.data, policy, mask=config.mask, filter=config.filter, weighting=weighting, scene_frame=config.scene_frame
+    )
     if first and data.probabilities is not None:
         console.print(
             f"weighting by {config.weighting}: as if {100 * effective_share(data.probabilities):.0f} % of the windows"

@@ -1,0 +1,324 @@
+"""Scene motion (MOVE): what moves when, how far, and that demonstrations under it are sound."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from simtoreal.data_collection.collect import CollectionPlan, collect
+from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.expert import ScriptedExpert
+from simtoreal.data_collection.windows import WindowSampler
+from simtoreal.envs import load_task, make_vector_env
+from simtoreal.envs.errors import ConfigError
+from simtoreal.envs.rollout import Listener, Step, rollout
+from simtoreal.envs.scene_motion import SCENE_MOTIONS, SceneMotion, displace_camera, load_motion
+from simtoreal.policies.config import BCConfig
+from simtoreal.policies.training_data import open_training_data
+from simtoreal.robot.twin_world import TICK_S, TwinWorld
+
+FAST = dataclasses.replace(SCENE_MOTIONS["move"], object_speed_m_s=1.0, target_speed_m_s=1.0, object_turn_deg_s=90.0)
+IDLE = np.zeros((8, 7), np.float32)
+
+
+class _Watch(Listener):
+    """Collects the log of the motion, contacts and object states of slot 0 ... N by episode seed."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, np.ndarray]] = []
+
+    def on_step(self, step: Step) -> None:
+        entries = {name: value.copy() for name, value in step.info["scene_motion"].items()}
+        touched = step.info["contacts"]["cube"]
+        self.rows.append(
+            {
+                **entries,
+                "seed": step.info["init_id"],
+                "touched": touched,
+                "before": step.observation["object_state"],
+                "after": step.next_observation["object_state"],
+            }
+        )
+
+    def of(self, seed: int) -> dict[str, np.ndarray]:
+        """Everything of one episode in order, ``(T, ...)`` by name."""
+        return {
+            name: np.stack([row[name][list(row["seed"]).index(seed)] for row in self.rows if seed in row["seed"]])
+            for name in self.rows[0]
+        }
+
+
+@pytest.fixture(scope="module")
+def demonstrated() -> tuple[_Watch, list]:
+    env = make_vector_env("pick_place", 20, observe="state", motion=FAST)
+    watch = _Watch()
+    results = rollout(env, ScriptedExpert(env.task, env.embodiment), range(40), listeners=[watch])
+    return watch, results
+
+
+def test_expert_demonstrates_in_a_moving_scene(demonstrated: tuple[_Watch, list]) -> None:
+    watch, results = demonstrated
+    assert sum(result.success for result in results) >= 38
+    speeds = [np.abs(watch.of(seed)["cube_vx_m_s"]).max() for seed in range(40)]
+    assert np.median(speeds) > 0.02
+
+
+def test_one_speed_factor_per_episode_from_the_beta_distribution(demonstrated: tuple[_Watch, list]) -> None:
+    watch, _ = demonstrated
+    for seed in range(40):
+        assert len(set(watch.of(seed)["speed_factor"])) == 1
+    env = make_vector_env("pick_place", 400, observe="state", motion="move")
+    env.reset(seed=0)
+    _, _, _, _, info = env.step(np.zeros((400, 7), np.float32))
+    factors = info["scene_motion"]["speed_factor"]
+    # Beta(2, 5): mean 0.286, standard deviation 0.160; the mean of 400 has a standard error of 0.008.
+    assert abs(factors.mean() - 2 / 7) < 0.03
+    assert abs(factors.std() - 0.16) < 0.02
+
+
+def test_speed_stays_below_its_cap_and_inside_the_box(demonstrated: tuple[_Watch, list]) -> None:
+    watch, _ = demonstrated
+    spec = load_task("pick_place").initial["cube"]
+    for seed in range(40):
+        rows = watch.of(seed)
+        bound = rows["speed_factor"] * FAST.object_speed_m_s + 1e-9
+        for axis in "xy":
+            assert (np.abs(rows[f"cube_v{axis}_m_s"]) <= bound).all()
+        moving = np.hypot(rows["cube_vx_m_s"], rows["cube_vy_m_s"]) > 0
+        inside = rows["after"][moving, 0:2]
+        assert (inside >= [spec.x_m[0] - 2e-3, spec.y_m[0] - 2e-3]).all()
+        assert (inside <= [spec.x_m[1] + 2e-3, spec.y_m[1] + 2e-3]).all()
+
+
+def test_only_the_object_moves_before_the_grasp_and_only_the_target_after(demonstrated: tuple[_Watch, list]) -> None:
+    watch, _ = demonstrated
+    moved_after = 0
+    for seed in range(40):
+        rows = watch.of(seed)
+        first = int(np.argmax(rows["touched"]))
+        assert not np.any(rows["plate_vx_m_s"][:first])
+        # The log of a step belongs to the motion before its contact is seen.
+        assert not np.any(rows["cube_vx_m_s"][first + 1 :])
+        moved_after += bool(np.any(rows["plate_vx_m_s"][first:]))
+    assert moved_after > 30
+
+
+def test_motion_gives_no_impulse() -> None:
+    """Kinematic motion ends at the contact margin: what is set down has no velocity, and nothing is kicked."""
+    env = make_vector_env("pick_place", 20, observe="state", motion=FAST)
+    expert = ScriptedExpert(env.task, env.embodiment)
+
+    class Speed(Listener):
+        worst = 0.0
+
+        def on_step(self, step: Step) -> None:
+            speed = np.linalg.norm(env.fields["qvel"][step.slots][:, 9:12], axis=-1)
+            free = ~step.info["contacts"]["cube"]
+            self.worst = max(self.worst, float(speed[free].max(initial=0.0)))
+
+    listener = Speed()
+    rollout(env, expert, range(100, 140), listeners=[listener])
+    # A cube that falls out of the hand onto the plate reaches 0.4 m/s; an overlap pushed apart would give metres/s.
+    assert listener.worst < 1.0
+
+
+def test_seed_means_the_same_placement_with_and_without_motion() -> None:
+    still, moving = (make_vector_env("pick_place", 8, observe="state", motion=motion) for motion in (None, FAST))
+    a, b = still.reset(seed=50)[0], moving.reset(seed=50)[0]
+    assert np.array_equal(a["object_state"], b["object_state"])
+    assert np.array_equal(still.step(IDLE)[0]["object_state"][:, 7:], moving.step(IDLE)[0]["object_state"][:, 7:])
+
+
+def test_motion_depends_on_the_seed_only() -> None:
+    wide, narrow = (make_vector_env("pick_place", count, observe="state", motion="move_views") for count in (8, 1))
+    wide.reset(seed=50)
+    narrow.reset(seed=[53])
+    for _ in range(10):
+        one, two = wide.step(IDLE), narrow.step(IDLE[:1])
+        assert np.array_equal(one[0]["object_state"][3], two[0]["object_state"][0])
+        for name, values in one[4]["scene_motion"].items():
+            if not name.startswith("front"):
+                assert values[3] == two[4]["scene_motion"][name][0]
+
+
+def test_decorrelated_channels_have_factors_of_their_own() -> None:
+    env = make_vector_env("pick_place", 4, observe="state", motion=dataclasses.replace(FAST, correlated=False))
+    env.reset(seed=0)
+    assert len(np.unique(env._mover.factors)) == 12
+    assert np.allclose(np.linalg.norm(env._mover.directions, axis=-1), 1.0)
+
+
+def test_stops_within_the_margin_of_the_gripper() -> None:
+    env = make_vector_env("reach", 8, observe="state", motion=dataclasses.replace(FAST, object_moves_s=60.0))
+    rollout_env = ScriptedExpert(env.task, env.embodiment)
+    rows: list[tuple[np.ndarray, np.ndarray]] = []
+
+    class Gap(Listener):
+        def on_step(self, step: Step) -> None:
+            distance = np.linalg.norm(
+                step.observation["object_state"][:, :2] - step.observation["proprio"][:, :2], axis=1
+            )
+            height = step.observation["proprio"][:, 2] - step.observation["object_state"][:, 2]
+            gap = np.maximum(distance - 0.02, height)
+            rows.append((gap, np.hypot(*(step.info["scene_motion"][f"goal_v{axis}_m_s"] for axis in "xy"))))
+
+    rollout(env, rollout_env, range(30), listeners=[Gap()])
+    gaps, speeds = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    assert (speeds[gaps < FAST.margin_m - 1e-6] == 0).all()
+    assert (speeds[gaps > FAST.margin_m + 0.02] > 0).mean() > 0.9
+
+
+def test_displaced_camera_keeps_looking_at_the_same_point_of_the_table() -> None:
+    env = make_vector_env("pick_place", 1, image_size=32)
+    env.reset(seed=0)
+    index = env.model.camera("front").id
+    position, matrix = env.fields["cam_xpos"][0, index], env.fields["cam_xmat"][0, index].reshape(3, 3)
+    centre = position - matrix[:, 2] * (position[2] / -matrix[2, 2]) * -1.0
+    assert abs(centre[2]) < 1e-9
+    for offsets in ((0.0, 0.0, 0.0), (25.0, 0.0, 0.0), (-30.0, 0.1, -0.1), (10.0, -0.08, 0.1)):
+        moved, turned = displace_camera(position, matrix, np.array(offsets))
+        assert np.allclose(turned.T @ turned, np.eye(3))
+        seen = turned.T @ (centre - moved)
+        assert np.allclose(seen[:2], 0.0, atol=1e-9)
+        assert seen[2] < 0
+        radius = np.hypot(*(position - centre)[:2])
+        assert np.isclose(np.hypot(*(moved - centre)[:2]), radius + offsets[1])
+        assert np.isclose(moved[2], position[2] + offsets[2])
+    same = displace_camera(position, matrix, np.zeros(3))
+    assert np.allclose(same[0], position)
+    assert np.allclose(same[1], matrix)
+
+
+def test_moving_cameras_change_the_image_and_are_logged() -> None:
+    env = make_vector_env("pick_place", 2, image_size=32, motion="move_views")
+    first = env.reset(seed=3)[0]["front_image"]
+    images, azimuths, logged = [first], [], []
+    for _ in range(12):
+        observation, *_, info = env.step(IDLE[:2])
+        images.append(observation["front_image"])
+        azimuths.append(info["scene_motion"]["camera_azimuth_deg"])
+        logged.append([info["scene_motion"][f"front_{letter}_m"] for letter in "xyz"])
+    low, high = SCENE_MOTIONS["move_views"].camera_azimuth_deg
+    assert np.min(azimuths) >= low
+    assert np.max(azimuths) <= high
+    assert np.ptp(azimuths, axis=0).min() > 0.5
+    assert np.ptp(np.array(logged), axis=0).max(axis=0).min() > 1e-3
+    assert all(not np.array_equal(a, b) for a, b in zip(images, images[1:], strict=False))
+
+
+def test_views_differ_between_episodes_and_rest_within_one() -> None:
+    env = make_vector_env("pick_place", 4, image_size=32, motion="views")
+    env.reset(seed=0)
+    logs = [env.step(IDLE[:4])[4]["scene_motion"]["camera_azimuth_deg"] for _ in range(3)]
+    assert np.array_equal(logs[0], logs[2])
+    assert len(np.unique(logs[0])) == 4
+
+
+def test_bad_settings_name_what_is_wrong() -> None:
+    with pytest.raises(ConfigError, match="marks nothing that may move"):
+        make_vector_env("drawer_open", 1, observe="state", motion="move")
+    with pytest.raises(ConfigError, match="unknown scene motion 'mve'.*move"):
+        load_motion("mve")
+    with pytest.raises(ConfigError, match="object_speed_m_s"):
+        SceneMotion(object_speed_m_s=float("nan"))
+    with pytest.raises(ConfigError, match="camera_azimuth_deg"):
+        SceneMotion(camera_azimuth_deg=(10.0, -10.0))
+    with pytest.raises(ConfigError, match="has no 'speed'"):
+        load_motion({"speed": 1.0})
+
+
+def test_motion_survives_json_and_yaml(tmp_path: Path) -> None:
+    import json
+
+    import yaml
+
+    motion = SCENE_MOTIONS["move_views"]
+    assert load_motion(json.loads(json.dumps(motion.to_dict()))) == motion
+    file = tmp_path / "motion.yaml"
+    file.write_text(yaml.safe_dump(motion.to_dict()))
+    assert load_motion(str(file)) == motion
+
+
+def test_collection_ends_with_its_budget_of_steps(tmp_path: Path) -> None:
+    plan = CollectionPlan(
+        output=tmp_path / "a", task="pick_place", steps=300, image_size=16, cameras=("front",), workers=1, num_envs=4,
+        motion=SCENE_MOTIONS["move_views"],
+    )  # fmt: skip
+    result = collect(plan)
+    spent = [outcome.steps for outcome in result.outcomes]
+    assert sum(spent) >= 300 > sum(spent[:-1])
+    dataset = Dataset.open(tmp_path / "a")
+    assert dataset.masks["move"] == [episode.name for episode in dataset.episodes]
+    assert load_motion(dataset.episodes[0].extra["motion"]) == SCENE_MOTIONS["move_views"]
+    arrays = dataset.read(dataset.episodes[0])
+    columns = dataset.episodes[0].columns["scene_motion"]
+    assert arrays["step/scene_motion"].shape == (dataset.episodes[0].steps, len(columns))
+    # The plate is only moved once the cube is held: the recorded velocity is that of the recorded positions.
+    moved = np.diff(arrays["obs/object_state"][:, 0], append=np.nan)[:-1]
+    velocity = arrays["step/scene_motion"][:-1, columns.index("cube_vx_m_s")]
+    kinematic = velocity != 0
+    assert kinematic.any()
+    assert np.allclose(moved[kinematic], velocity[kinematic] * 0.05, atol=2e-3)
+    assert collect(plan).session == 0
+    with pytest.raises(ConfigError, match="motion"):
+        collect(dataclasses.replace(plan, motion=SceneMotion()))
+    with pytest.raises(ConfigError, match="one of the two"):
+        dataclasses.replace(plan, episodes=3)
+
+
+def test_twin_moves_its_scene_the_same_way_once_the_arm_is_driven() -> None:
+    env = make_vector_env("pick_place", 1, observe="state", motion="move")
+    world = TwinWorld(env.task, env.embodiment, "none", "move")
+    env.reset(seed=[7])
+    world.begin(7)
+    before = world.truth()["object_state"]
+    for _ in range(20):
+        world.tick()
+    assert np.allclose(world.truth()["object_state"], before, atol=1e-4)
+    pose = world._position[0].copy(), world._quaternion[0].copy()
+    for _ in range(10):
+        for _ in range(round(0.05 / TICK_S)):
+            world.command_pose(*pose)
+            world.tick()
+        moved = env.step(IDLE[:1])[0]["object_state"][0]
+    assert np.linalg.norm(moved[:2] - np.array(before)[:2]) > 0.005
+    assert np.allclose(np.array(world.truth()["object_state"])[:2], moved[:2], atol=2e-3)
+    assert world.truth()["scene_motion"]["speed_factor"] > 0
+
+
+def test_labels_relative_to_the_scene_are_those_of_a_scene_at_rest() -> None:
+    """A hand that follows a moving object, one step behind, has nothing left to do once the object stops."""
+    velocity = np.array([0.4, -0.2, 0.0, 0.0, 0.0, 0.0, 0.0], np.float32)
+    actions = np.repeat(velocity[None], 10, axis=0)
+    displacement = np.repeat(velocity[None], 10, axis=0)
+    displacement[6:] = 0.0  # The object stops; one step later, so does the hand.
+    actions[7:] = 0.0
+    arrays = [{"actions": actions, "obs/proprio": np.zeros((10, 2), np.float32)}]
+    windows = WindowSampler(arrays, horizon=4, keys=("proprio",), displacement=[displacement])
+    batch = windows.batch(np.array([0, 4, 8]))
+    # The first action answers what was seen; those after it only followed.
+    assert np.allclose(batch["actions"][0], [velocity, *np.zeros((3, 7))])
+    assert np.allclose(batch["actions"][1], [velocity, *np.zeros((3, 7))])
+    assert np.allclose(batch["actions"][2], 0.0)
+    plain = WindowSampler(arrays, horizon=4, keys=("proprio",)).batch(np.array([0]))["actions"][0]
+    assert np.allclose(plain, velocity)
+
+
+def test_training_data_relate_actions_to_the_scene(tmp_path: Path) -> None:
+    plan = CollectionPlan(
+        output=tmp_path / "a", task="pick_place", episodes=3, image_size=16, cameras=("front",), workers=1, num_envs=3,
+        motion=FAST,
+    )  # fmt: skip
+    collect(plan)
+    config = BCConfig(image_keys=(), horizon=8)
+    related, plain = (open_training_data(plan.output, config, scene_frame=flag) for flag in (True, False))
+    assert related.fingerprint() != plain.fingerprint()
+    indices = np.arange(len(plain.train))
+    a, b = related.train.batch(indices)["actions"], plain.train.batch(indices)["actions"]
+    assert np.array_equal(a[:, 0], b[:, 0])
+    changed = np.abs(a - b).max(axis=(0, 1))
+    assert (changed[[0, 1, 5]] > 0.05).all()
+    assert (changed[[2, 3, 4, 6]] == 0).all()
