@@ -20,7 +20,7 @@ from simtoreal.data_collection import lerobot_layout as layout
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors
 from simtoreal.data_collection.exchange import Progress
-from simtoreal.data_collection.lerobot_statistics import ImageStatistics, Statistics, Summary, ValueStatistics, to_json
+from simtoreal.data_collection.lerobot_statistics import FeatureStatistics, Summary, to_json
 from simtoreal.data_collection.lerobot_tables import (
     episode_columns,
     frame_column,
@@ -82,7 +82,7 @@ class _Export:
         self.fps = dataset.embodiment.control_hz
         self.tasks: dict[str, int] = {}
         self.steps = 0
-        self.statistics: dict[str, Statistics] = {}
+        self.statistics: dict[str, FeatureStatistics] = {}
 
     def run(self, chosen: Sequence[EpisodeInfo], progress: Progress | None) -> int:
         done = self._resume(chosen)
@@ -185,12 +185,11 @@ class _Export:
         """Statistics of one episode, which are added to those of the dataset."""
         summaries: dict[str, Summary] = {}
         for feature, rows in frames.items():
-            kind = ImageStatistics if feature.startswith(layout.CAMERAS) else ValueStatistics
-            own = kind()
+            image = feature.startswith(layout.CAMERAS)
+            own = FeatureStatistics(image)
             own.update(rows)
             summaries[feature] = own.summary()
-            total: Any = self.statistics.setdefault(feature, kind())
-            total.merge(own)
+            self.statistics.setdefault(feature, FeatureStatistics(image)).merge(own)
         return summaries
 
     def _write_episode(
