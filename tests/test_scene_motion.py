@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from simtoreal.data_collection.collect import CollectionPlan, collect
 from simtoreal.data_collection.dataset import Dataset
@@ -206,7 +209,7 @@ def test_moving_cameras_change_the_image_and_are_logged() -> None:
     assert np.max(azimuths) <= high
     assert np.ptp(azimuths, axis=0).min() > 0.5
     assert np.ptp(np.array(logged), axis=0).max(axis=0).min() > 1e-3
-    assert all(not np.array_equal(a, b) for a, b in zip(images, images[1:], strict=False))
+    assert all(not np.array_equal(a, b) for a, b in itertools.pairwise(images))
 
 
 def test_views_differ_between_episodes_and_rest_within_one() -> None:
@@ -220,7 +223,7 @@ def test_views_differ_between_episodes_and_rest_within_one() -> None:
 def test_bad_settings_name_what_is_wrong() -> None:
     with pytest.raises(ConfigError, match="marks nothing that may move"):
         make_vector_env("drawer_open", 1, observe="state", motion="move")
-    with pytest.raises(ConfigError, match="unknown scene motion 'mve'.*move"):
+    with pytest.raises(ConfigError, match=r"unknown scene motion 'mve'.*move"):
         load_motion("mve")
     with pytest.raises(ConfigError, match="object_speed_m_s"):
         SceneMotion(object_speed_m_s=float("nan"))
@@ -231,10 +234,6 @@ def test_bad_settings_name_what_is_wrong() -> None:
 
 
 def test_motion_survives_json_and_yaml(tmp_path: Path) -> None:
-    import json
-
-    import yaml
-
     motion = SCENE_MOTIONS["move_views"]
     assert load_motion(json.loads(json.dumps(motion.to_dict()))) == motion
     file = tmp_path / "motion.yaml"
