@@ -57,7 +57,7 @@ def episode_findings(episode: dict[str, Any], embodiment: Embodiment) -> Iterato
             )
             yield Finding(kind="frozen", text=text, weight=3)
     if timing is not None and timing["gaps"]:
-        text = f"{timing['gaps']} gaps in time, the longest step took {timing['longest_interval_ms']:.0f} ms"
+        text = f"{_count(timing['gaps'], 'gap')} in time, the longest step took {timing['longest_interval_ms']:.0f} ms"
         yield Finding(kind="gaps", text=text)
     if stamps is not None:
         limit_ms = MUCH_SKEW_PERIODS * 1000 * embodiment.control_period_s
@@ -97,6 +97,10 @@ def episode_findings(episode: dict[str, Any], embodiment: Embodiment) -> Iterato
         yield Finding(kind="aborted", text="was cut off while it was recorded", weight=1)
 
 
+def _count(number: int, one: str, many: str = "") -> str:
+    return f"{number} {one if number == 1 else many or f'{one}s'}"
+
+
 def dataset_findings(summary: dict[str, Any], episodes: list[dict[str, Any]], embodiment: Embodiment) -> list[Finding]:
     """Return what is worth knowing about the dataset as a whole, most serious first."""
     found = [*_content_findings(summary, episodes), *_sensor_findings(episodes, embodiment)]
@@ -108,13 +112,16 @@ def _content_findings(summary: dict[str, Any], episodes: list[dict[str, Any]]) -
     exact = sum(pair["kind"] == "exact" for pair in summary["duplicates"])
     near = len(summary["duplicates"]) - exact
     if exact:
-        text = f"{exact} episodes are exact copies of others: they count twice, and may be held out and trained on"
+        text = (
+            f"{_count(exact, 'exact copy', 'exact copies')} of other episodes: they count twice, and may be held out "
+        )
+        text += "and trained on at once"
         yield Finding(kind="duplicates", text=text, remedy="data edit --remove", weight=3)
     if near:
-        yield Finding(kind="duplicates", text=f"{near} pairs of episodes are nearly the same motion")
+        yield Finding(kind="duplicates", text=f"{_count(near, 'pair')} of episodes with nearly the same motion")
     uneven = sum(bool(episode["layout"]) for episode in episodes)
     if uneven:
-        yield Finding(kind="layout", text=f"{uneven} episodes have other arrays than the first one", weight=3)
+        yield Finding(kind="layout", text=f"{_count(uneven, 'episode')} with other arrays than the first one", weight=3)
     for entry in summary["drift"][:5]:
         text = f"{entry['name']} drifts from {entry['first']:.3g} to {entry['last']:.3g} over the episodes"
         yield Finding(kind="drift", text=f"{text} (rank correlation {entry['correlation']:+.2f})")
@@ -122,6 +129,10 @@ def _content_findings(summary: dict[str, Any], episodes: list[dict[str, Any]]) -
         failed = count - summary["successes"]
         text = f"{failed} of {count} episodes failed; policies learn from the mask 'train', which leaves them out"
         yield Finding(kind="failures", text=text, weight=1)
+    assumed = sum(episode["success_assumed"] for episode in episodes)
+    if assumed:
+        text = f"{_count(assumed, 'imported episode')} said nothing about success and count as successful"
+        yield Finding(kind="success", text=text, weight=1)
     moved = sum(episode["collected_with_motion"] for episode in episodes)
     if 0 < moved < count:
         text = f"{moved} of {count} episodes were collected while the scene moved (MOVE); masks 'move' and 'static'"
@@ -145,11 +156,11 @@ def _content_findings(summary: dict[str, Any], episodes: list[dict[str, Any]]) -
 def _sensor_findings(episodes: list[dict[str, Any]], embodiment: Embodiment) -> Iterator[Finding]:
     frozen = sum(any(c["frozen_share"] > MUCH_FROZEN for c in episode["cameras"].values()) for episode in episodes)
     if frozen:
-        yield Finding(kind="frozen", text=f"{frozen} episodes have frozen images", weight=3)
+        yield Finding(kind="frozen", text=f"{_count(frozen, 'episode')} with frozen images", weight=3)
     timed = [episode["timing"] for episode in episodes if episode["timing"] is not None]
     gaps = sum(timing["gaps"] for timing in timed)
     if gaps:
-        yield Finding(kind="gaps", text=f"{gaps} gaps in time over {len(timed)} episodes")
+        yield Finding(kind="gaps", text=f"{_count(gaps, 'gap')} in time over {_count(len(timed), 'episode')}")
     rate = float(np.median([timing["rate_hz"] for timing in timed])) if timed else embodiment.control_hz
     if abs(rate - embodiment.control_hz) > 0.02 * embodiment.control_hz:
         text = f"steps come at {rate:.2f} Hz (median), the embodiment says {embodiment.control_hz:g} Hz"

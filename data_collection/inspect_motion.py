@@ -186,8 +186,8 @@ def describe_motion(arrays: Arrays, scale: MotionScale) -> dict[str, Any]:
         "idle_start_steps": int(moving[0]) if len(moving) else len(idle),
         "idle_end_steps": int(len(idle) - 1 - moving[-1]) if len(moving) else 0,
         "saturation": saturation(arrays["actions"], scale).tolist(),
-        # Of the commands, in ranges per s³: comparable between any two episodes of one dataset.
-        "action_jerk": root_mean_square_jerk(relative, rate),
+        # Of the commands, in ranges per step³: comparable between any two episodes of one dataset.
+        "action_jerk": root_mean_square_jerk(relative, 1.0),
     }
     for name, path in positions(arrays, scale.embodiment).items():
         result[f"{name}_jerk_m_s3"] = root_mean_square_jerk(path, rate)

@@ -63,7 +63,7 @@ def episodes_plot(episodes: Sequence[Mapping[str, Any]], period_s: float) -> Fig
     panels = {
         "duration [s]": [episode["steps"] * period_s for episode in episodes],
         "idle [% of steps]": [100 * episode["motion"]["idle_share"] for episode in episodes],
-        "jerk of commands [ranges/s³]": [max(episode["motion"]["action_jerk"], 1e-9) for episode in episodes],
+        "jerk of commands [ranges/step³]": [max(episode["motion"]["action_jerk"], 1e-9) for episode in episodes],
     }
     for ax, (title, values) in zip(axes, panels.items(), strict=True):
         for operator, color in colors.items():
@@ -80,7 +80,7 @@ def episodes_plot(episodes: Sequence[Mapping[str, Any]], period_s: float) -> Fig
         if "jerk" in title:
             ax.set_yscale("log")
         else:
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, max(1.08 * max(values), 5.0 if "idle" in title else 0.0))
         _label(ax, "episode", title)
     if len(colors) > 1:
         axes[0].legend(fontsize=8, frameon=False, loc="best")

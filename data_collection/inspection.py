@@ -141,6 +141,7 @@ def describe_episode(
         "instruction": info.instruction,
         "success": info.success,
         "failure": info.failure,
+        "success_assumed": bool(info.extra.get("success_assumed", False)),
         "seed": info.seed,
         "steps": info.steps,
         "timing": describe_timing(arrays, period),
