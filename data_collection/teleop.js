@@ -12,8 +12,10 @@ const PADS = { // pad -> [axis, metres or radians per pixel] of a drag to the ri
   xy: [[1, -0.001], [0, 0.001]], z: [[5, -0.01], [2, 0.001]], tilt: [[3, -0.01], [4, -0.01]],
 };
 const SIGN_OF_LIFE_MS = 20, PING_MS = 500, RETRY_MS = 500, DEAD_ZONE = 0.12, GRIPPER_MS = 400;
-const COUNTERS = { missed_periods: "late steps", lost_devices: "lost contact", dropped_frames: "frames skipped",
-  rejected_messages: "messages refused" };
+const COUNTERS = { missed_periods: "late steps", lost_devices: "lost contact", skipped_frames: "pictures skipped",
+  rejected_messages: "messages refused", unwritten_steps: "steps not on disk yet", sensor_skew_ms: "sensor skew (ms)",
+  late_images: "late sensor readings", dropped_images: "lost sensor readings" };
+const UNREMARKABLE = ["skipped_frames", "sensor_skew_ms", "unwritten_steps"];
 
 let socket = null, number = 0, refused = false;
 let status = { state: "preparing", counters: {}, gripper_open: true };
@@ -313,7 +315,7 @@ function showCounters(counters) {
   countersShown = performance.now();
   const rows = Object.entries(counters).flatMap(([name, value]) => {
     const shown = Number.isInteger(value) ? String(value) : value.toFixed(1);
-    return [make("dt", "", COUNTERS[name] || name.replaceAll("_", " ")), make("dd", value > 0 && name !== "dropped_frames" ? "attention" : "", shown)];
+    return [make("dt", "", COUNTERS[name] || name.replaceAll("_", " ")), make("dd", value > 0 && !UNREMARKABLE.includes(name) ? "attention" : "", shown)];
   });
   if (clock.best < Infinity) rows.push(make("dt", "", "round trip"), make("dd", "", `${clock.best.toFixed(1)} ms`));
   $("counters").replaceChildren(...rows);

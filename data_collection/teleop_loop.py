@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -86,6 +86,7 @@ class SessionOptions:
         practice: the arm may be moved between takes, without a recording.
         period_s: control period.
         operator: name stored with the episodes until the page says another.
+        move: whether the scene moves until the page says otherwise.
     """
 
     task: str
@@ -94,6 +95,7 @@ class SessionOptions:
     practice: bool = True
     period_s: float = 0.05
     operator: str = "operator"
+    move: bool = False
 
 
 class TeleopSession(Listener):
@@ -101,43 +103,47 @@ class TeleopSession(Listener):
 
     Args:
         options: how it goes.
-        env_for: returns the environment whose scene moves (True) or not (False); asked before every episode.
+        env: simulation or robot.
         hub: the operator's devices, the page among them.
         page: the page.
         store: where takes go.
         board: what the page shows.
-        coach: judges takes against earlier demonstrations.
+        coaches: judges of takes with a scene at rest (False) and in motion (True), as far as there are any.
         pace: see :class:`TeleopActor`.
-        movable: whether ``env_for(True)`` exists.
+        set_motion: lets the scene move in the next episodes, or not; None where it cannot.
+        view: shows the scene as it is now; None to show the images that are recorded.
         counters: returns more numbers to show.
     """
 
     def __init__(
         self,
         options: SessionOptions,
-        env_for: Callable[[bool], gym.Env],
+        env: gym.Env[Any, Any],
         hub: InputHub,
         page: PageDevice,
         store: TakeStore,
         board: Board,
         *,
-        coach: Coach | None = None,
+        coaches: Mapping[bool, Coach] | None = None,
         pace: RealTimePace | None = None,
-        movable: bool = False,
+        set_motion: Callable[[bool], None] | None = None,
+        view: Callable[[], None] | None = None,
         counters: Callable[[], dict[str, float]] = dict,
     ) -> None:
         self.options, self.board = options, board
-        self._env_for, self._hub, self._page, self._store = env_for, hub, page, store
-        self._coach, self._pace, self._counters = coach, pace, counters
+        self._env, self._hub, self._page, self._store = env, hub, page, store
+        self._coaches, self._pace, self._counters = dict(coaches or {}), pace, counters
+        self._set_motion, self._view = set_motion, view
         self._actor = TeleopActor(hub, page, pace, self._show)
         self._seed = options.first_seed
-        self._operator, self._move, self._movable = options.operator, False, movable
+        self._operator, self._move = options.operator, options.move and set_motion is not None
         self._state, self._decision = READY, ""
         self._after_reset = self._waiting = False
         self._result: EpisodeResult | None = None
         self._steps, self._success = 0, False
         self._verdict: dict[str, Any] | None = None
         self._gauge: float | None = None
+        self._coach: Coach | None = None
         self.latest: tuple[Observation, dict[str, Any]] = ({}, {})
         """Newest observation and info, for scripted operators in tests."""
 
@@ -193,10 +199,15 @@ class TeleopSession(Listener):
         self._decision, self._result, self._verdict, self._gauge = "", None, None, None
         self._steps, self._success = 0, False
         self.board.post(state=PREPARING, review=None, gauge=None, seed=self._seed)
+        if self._set_motion is not None:
+            self._set_motion(self._move)
+        self._coach = self._coaches.get(self._move)
         if recording:
-            self._store.begin(self._operator)
+            self._store.begin(self._operator, move=self._move)
+            if self._coach is not None:
+                self._coach.reset()
         try:
-            rollout(self._env_for(self._move), self._actor, [self._seed], listeners=[self], stop=self._stopped)
+            rollout(self._env, self._actor, [self._seed], listeners=[self], stop=self._stopped)
         except SimtorealError as error:
             self._store.discard()
             self._state, self._waiting, self._decision = READY, True, ""
@@ -256,7 +267,7 @@ class TeleopSession(Listener):
         failure = "" if success else "not_reached"
         kept, message = self._store.keep(success=success, failure=failure, overridden=overridden)
         self.board.episodes = self._store.episodes()
-        self.board.post(kept=self.board.snapshot.kept + kept, note=message, alarm="" if kept else message)
+        self.board.post(kept=self.board.snapshot.kept + kept, note=message, alarm=self._store.alarm)
 
     def _wait_for_decision(self) -> None:
         while not self._decision:
@@ -272,7 +283,7 @@ class TeleopSession(Listener):
     def _apply_settings(self) -> None:
         changed = self._page.settings()
         self._operator = changed.get("operator", "").strip() or self._operator
-        self._move = bool(changed.get("move", self._move)) and self._movable
+        self._move = bool(changed.get("move", self._move)) and self._set_motion is not None
 
     # ---- what the rollout tells
 
@@ -281,7 +292,7 @@ class TeleopSession(Listener):
         if self._state == RECORDING:
             self._store.on_reset(slot, episode, seed, observation, info)
         self.latest = observation, info
-        self.board.post_frames(_images(observation))
+        self._show_scene(observation)
         self._show(state=self._state, instruction=str(info.get("instruction", "")), note="")
 
     def on_step(self, step: Step) -> None:
@@ -297,24 +308,28 @@ class TeleopSession(Listener):
                 self._gauge = float(self._coach.step(before, step.action[0]))
         observation = {key: value[0] for key, value in step.next_observation.items()}
         self.latest = observation, step.info
-        self.board.post_frames(_images(observation))
+        self._show_scene(observation)
         self._show(note=str(step.info.get("robot_fault", [""])[0]))
 
     def on_episode(self, slot: int, result: EpisodeResult) -> None:
         """See :class:`~simtoreal.envs.rollout.Listener`."""
         self._result, self._success = result, result.success
 
+    def _show_scene(self, observation: Observation) -> None:
+        if self._view is not None:
+            self._view()
+            return
+        images = {key.removesuffix("_image"): value for key, value in observation.items() if key.endswith("_image")}
+        self.board.post_frames(images)
+
     def _show(self, **changes: Any) -> None:
-        counters = {"lost_devices": self._hub.losses, "rejected_messages": self._page.rejected, **self._counters()}
+        counters = {"lost_devices": self._hub.losses, "rejected_messages": self._page.rejected}
+        counters |= {**self._store.counters(), **self._counters()}
         if self._pace is not None:
             counters["missed_periods"] = self._pace.missed
         self.board.post(
-            operator=self._operator, move=self._move if self._movable else None, active=self._hub.active,
+            operator=self._operator, move=self._move if self._set_motion else None, active=self._hub.active,
             needs_release=self._hub.needs_release, steps=self._steps, seconds=self._steps * self.options.period_s,
             success=self._success, gripper_open=self._hub.gripper > 0, gauge=self._gauge, counters=counters,
-            alarm=self._store.alarm or self.board.snapshot.alarm, task=self.options.task, **changes,
+            alarm=self._store.alarm, task=self.options.task, **changes,
         )  # fmt: skip
-
-
-def _images(observation: Observation) -> dict[str, np.ndarray]:
-    return {key.removesuffix("_image"): value for key, value in observation.items() if key.endswith("_image")}

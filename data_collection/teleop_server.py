@@ -249,7 +249,7 @@ class _Connection:
                 snapshot, told_at = self._board.snapshot, now
                 told = snapshot.version
                 content = snapshot.to_dict()
-                content["counters"] = {**content["counters"], "dropped_frames": self._server.frames_dropped}
+                content["counters"] = {**content["counters"], "skipped_frames": self._server.frames_dropped}
                 await self._post({"type": "status", **content})
             if self._board.episodes is not listed:
                 listed = self._board.episodes

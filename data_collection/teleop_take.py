@@ -51,7 +51,7 @@ class TakeStore(Listener):
         embodiment: of the environment.
         source: ``teleop``.
         reference: the dataset that a coach compares with, for the pictures of its demonstrations.
-        extra: returns what every episode is to carry, e.g. the settings of a moving scene.
+        motion: settings of the scene's motion, stored with the takes in which it moves.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class TakeStore(Listener):
         embodiment: Embodiment,
         source: str = "teleop",
         reference: Dataset | None = None,
-        extra: Callable[[], Mapping[str, Any]] = dict,
+        motion: Mapping[str, Any] | None = None,
     ) -> None:
         self._writer, self._task, self._embodiment, self._source = writer, task, embodiment, source
-        self._reference, self._extra = reference, extra
+        self._reference, self._motion = reference, dict(motion or {})
         self._recorder: Recorder | None = None
         self._take: _ReviewedTake | None = None
         self._seed = 0
@@ -82,13 +82,31 @@ class TakeStore(Listener):
         """Stored episodes, oldest first."""
         return tuple(self._known)
 
-    def begin(self, operator: str) -> None:
-        """The next rollout is a take of ``operator``."""
+    def begin(self, operator: str, *, move: bool = False) -> None:
+        """The next rollout is a take of ``operator``, with the scene in motion or at rest."""
         self.discard()
+        self.alarm = ""
         self._recorder = Recorder(
             self._open, task=self._task, embodiment=self._embodiment, source=self._source, operator=operator,
-            keep=lambda result: True, extra=dict(self._extra()),
+            keep=lambda result: True, extra={"motion": self._motion} if move else {}, on_alarm=self._raise,
         )  # fmt: skip
+
+    def _raise(self, text: str) -> None:
+        self.alarm = text
+
+    def counters(self) -> dict[str, float]:
+        """Numbers about the recording and its sensors to show."""
+        if self._recorder is None:
+            return {}
+        health = self._recorder.health
+        found: dict[str, float] = {"unwritten_steps": health["waiting"]}
+        sensors = list(health["sensors"].values())
+        if sensors:
+            ages = [sensor["age_ms"] for sensor in sensors]
+            found["sensor_skew_ms"] = max(ages) - min(ages)
+            found["late_images"] = sum(sensor["late_steps"] for sensor in sensors)
+            found["dropped_images"] = sum(sensor["dropped"] for sensor in sensors)
+        return found
 
     def _open(self, info: EpisodeInfo) -> _ReviewedTake:
         self._take = _ReviewedTake(self._writer.part_path(), self._store, info)
@@ -166,13 +184,16 @@ class TakeStore(Listener):
             duration_s=steps * self._embodiment.control_period_s,
             milestones=dict(self._milestones), instruction="", failure=failure,
         )  # fmt: skip
+        before = len(self._known)
         try:
             self._recorder.on_episode(0, ended)
         except DatasetError as error:
             return False, str(error)
         finally:
             self._recorder = self._take = None
-        return True, f"episode {self._known[-1]['name']} is stored"
+        if len(self._known) == before:
+            return False, self.alarm or "nothing of the take could be stored"
+        return True, self.alarm or f"episode {self._known[-1]['name']} is stored"
 
     def discard(self) -> None:
         """Leave nothing behind of a running take."""

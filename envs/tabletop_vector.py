@@ -446,16 +446,21 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         observation["object_state"] = object_state(self.fields, self.task, self.objects)
         return observation
 
+    def drawn_scene(self, drawn: np.ndarray) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Fields and looks as ``BatchRenderer.render`` takes them for the simulations ``drawn``."""
+        fields = dict(self.fields)
+        if self._mover is not None:
+            ids = {camera.name: self.model.camera(camera.name).id for camera in self._mover.cameras}
+            fields |= self._mover.displace_cameras(self.fields, ids, drawn)
+        return fields, dict(self._varied.looks) if self._varied else {}
+
     def _draw(self, drawn: np.ndarray) -> dict[str, np.ndarray]:
         if self._renderer is None:
             self._renderer = BatchRenderer(self.model, self.embodiment, self.num_envs)
             spaces = self.observation_space.spaces
             self._images = {key: np.zeros(spaces[key].shape, np.uint8) for key in self.embodiment.image_keys}
-        fields = dict(self.fields)
-        if self._mover is not None:
-            ids = {camera.name: self.model.camera(camera.name).id for camera in self._mover.cameras}
-            fields |= self._mover.displace_cameras(self.fields, ids, drawn)
-        images = self._renderer.render(fields, drawn, self._varied.looks if self._varied else {})
+        fields, looks = self.drawn_scene(drawn)
+        images = self._renderer.render(fields, drawn, looks)
         for key, new in zip(self.embodiment.image_keys, images, strict=True):
             for row, slot in enumerate(drawn):
                 if self._image_noise[slot]:

@@ -118,7 +118,8 @@ class GamepadOperator:
     def __init__(self, page: Page, collection: Collection, style: OperatorStyle | None = None) -> None:
         self.page, self.collection = page, collection
         self.expert = ScriptedExpert(collection.task, collection.embodiment, style=style or HUMAN)
-        page.evaluate("document.getElementById('speed').value = 100")
+        page.locator("#speed").fill("100")
+        page.locator("#view").select_option("1")
 
     def pad(self, axes: list[float], buttons: dict[int, float]) -> None:
         full = [float(buttons.get(index, 0)) for index in range(17)]

@@ -51,7 +51,13 @@ class Config:
     seconds: float = 120.0
     """Longest take."""
     image_size: int = 64
-    """Height and width of the camera images in pixels."""
+    """Height and width of the recorded images in pixels."""
+    view_size: int = 256
+    """With --backend sim: height in pixels at which the page shows the cameras; 0 shows the recorded images."""
+    motion: str = "move"
+    """How the scene moves when the page's MOVE switch is on: a name or a yaml file (see simtoreal collect)."""
+    move: bool = False
+    """Begin with the MOVE switch on."""
     randomization: Literal["none", "training", "standard", "hard"] = "none"
     """With --backend sim: variation of masses, friction, gains, latency, colours, lights and cameras."""
     gap: Literal["none", "standard", "hard"] = "none"
@@ -66,8 +72,8 @@ class Config:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"--port is {self.port}, expected 0 to 65535")
-        if self.seed < 0 or self.image_size < 8:
-            raise ConfigError("--seed must not be negative, and --image-size at least 8")
+        if self.seed < 0 or self.image_size < 8 or self.view_size < 0:
+            raise ConfigError("--seed and --view-size must not be negative, and --image-size at least 8")
         if not self.seconds > 0:
             raise ConfigError(f"--seconds is {self.seconds}, expected more than 0")
         if self.encoder is not None and self.coach is None:
@@ -92,11 +98,13 @@ class Collection:
 class _Backend:
     """What the session needs of simulation or robot."""
 
-    env_for: Callable[[bool], gym.Env[Any, Any]]
+    env: gym.Env[Any, Any]
     paced: bool
     """Whether the session keeps the time (simulation)."""
-    judge: Literal["simulation", "operator"]
-    counters: Callable[[], dict[str, float]]
+    judge: Literal["simulation", "operator"] = "simulation"
+    set_motion: Callable[[Any], None] | None = None
+    view: Callable[[], None] | None = None
+    counters: Callable[[], dict[str, float]] = dict
 
 
 def main(config: Config) -> None:
@@ -135,6 +143,7 @@ def open_collection(config: Config) -> Iterator[Collection]:
     from simtoreal.data_collection.writer import DatasetWriter
     from simtoreal.envs import load_task, panda_embodiment
     from simtoreal.envs.errors import require
+    from simtoreal.envs.scene_motion import load_motion
 
     require("aiohttp", "web")
     from simtoreal.data_collection.teleop_server import TeleopServer
@@ -142,7 +151,8 @@ def open_collection(config: Config) -> Iterator[Collection]:
     written = load_task(Path(config.task) if config.task.endswith((".yaml", ".yml")) else config.task)
     embodiment = panda_embodiment(config.image_size)
     task = dataclasses.replace(written, horizon=max(1, round(config.seconds * embodiment.control_hz)))
-    reference, coach = _coach(config, embodiment)
+    motion = load_motion(config.motion)
+    reference, coaches = _coaches(config, embodiment)
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with contextlib.ExitStack() as stack:
@@ -153,8 +163,13 @@ def open_collection(config: Config) -> Iterator[Collection]:
         hub = InputHub([*others, page], embodiment)
         stack.callback(hub.close)
         asked: list[Callable[[str], None]] = []
-        backend = _open_backend(config, task, embodiment, hub, page, lambda text: asked[0](text), stack)
-        store = TakeStore(writer, task=written.name, embodiment=embodiment, reference=reference)
+        backend = _open_backend(config, task, embodiment, hub, page, board, lambda text: asked[0](text), stack)
+        movable = _movable(backend, motion)
+        if config.move and not movable:
+            raise ConfigError(f"--move: nothing of task '{written.name}' moves with --motion {config.motion} here")
+        store = TakeStore(
+            writer, task=written.name, embodiment=embodiment, reference=reference, motion=motion.to_dict()
+        )
         options = SessionOptions(
             task=written.name,
             first_seed=_first_seed(config, store.seeds),
@@ -162,11 +177,13 @@ def open_collection(config: Config) -> Iterator[Collection]:
             practice=backend.judge == "simulation",
             period_s=embodiment.control_period_s,
             operator=config.operator.strip(),
+            move=config.move,
         )
         session = TeleopSession(
-            options, backend.env_for, hub, page, store, board, coach=coach,
+            options, backend.env, hub, page, store, board, coaches=coaches,
             pace=RealTimePace(embodiment.control_period_s) if backend.paced else None,
-            counters=backend.counters,
+            set_motion=(lambda move: backend.set_motion(motion if move else None)) if movable else None,
+            view=backend.view, counters=backend.counters,
         )  # fmt: skip
         asked.append(session.ask)
         server = TeleopServer(board, page, config.output, port=config.port)
@@ -179,24 +196,61 @@ def _first_seed(config: Config, used: list[int]) -> int:
     return max(later) + 1 if later else config.seed
 
 
-def _coach(config: Config, embodiment: Embodiment) -> tuple[Any, Any]:
-    """Return the reference dataset and the coach, or None twice."""
+def _movable(backend: _Backend, motion: Any) -> bool:
+    """Whether the scene can move: there is a simulation or a twin, and the task marks something that may."""
+    if backend.set_motion is None or not motion.active:
+        return False
+    try:
+        backend.set_motion(motion)
+    except ConfigError:
+        return False
+    backend.set_motion(None)
+    return True
+
+
+def _coaches(config: Config, embodiment: Embodiment) -> tuple[Any, dict[bool, Any]]:
+    """Return the reference dataset, and its coaches for a scene at rest (False) and in motion (True)."""
     if config.coach is None:
-        return None, None
-    raise NotImplementedError
+        return None, {}
+    from rich.console import Console
+
+    from simtoreal.data_collection.compatibility import MOVING, STATIC
+    from simtoreal.data_collection.dataset import Dataset
+    from simtoreal.envs.errors import DatasetError
+    from simtoreal.policies.compatibility_coach import CompatibilityCoach
+
+    reference = Dataset.open(config.coach, embodiment=embodiment)
+    # On the robot there is no scene truth to compare.
+    keys = ("proprio",) if config.backend == "ros" and config.encoder is None else ()
+    coaches: dict[bool, Any] = {}
+    problem: DatasetError | None = None
+    with Console().status("training the coach, or reading it"):
+        for move, mode in ((False, STATIC), (True, MOVING)):
+            try:
+                coaches[move] = CompatibilityCoach.open(config.coach, encoder=config.encoder, keys=keys, mode=mode)
+            except DatasetError as error:  # the base data need not have both
+                problem = error
+    if not coaches and problem is not None:
+        raise problem
+    return reference, coaches
 
 
 def _open_backend(
-    config: Config, task: TaskSpec, embodiment: Embodiment, hub: Any, page: Any,
+    config: Config, task: TaskSpec, embodiment: Embodiment, hub: Any, page: Any, board: Any,
     ask: Callable[[str], None], stack: contextlib.ExitStack,
 ) -> _Backend:  # fmt: skip
     if config.backend == "sim":
+        from simtoreal.data_collection.teleop_view import EnlargedView
         from simtoreal.envs.tabletop import TabletopEnv
 
         randomization = None if config.randomization == "none" else config.randomization
         env = TabletopEnv(task, embodiment=embodiment, randomization=randomization, record_state=True)
         stack.callback(env.close)
-        return _Backend(env_for=lambda move: env, paced=True, judge="simulation", counters=dict)
+        if not config.view_size:
+            return _Backend(env=env, paced=True, set_motion=env.set_motion)
+        view = EnlargedView(env, config.view_size, board)
+        stack.callback(view.close)
+        return _Backend(env=env, paced=True, set_motion=env.set_motion, view=view.show)
     return _open_robot(config, task, embodiment, hub, page, ask, stack)
 
 
@@ -248,8 +302,9 @@ def _open_robot(
     stack.callback(gate.close)
     stack.callback(leaving)
     return _Backend(
-        env_for=lambda move: env,
+        env=env,
         paced=False,
         judge="simulation" if twin else "operator",
+        set_motion=env.set_motion if twin else None,
         counters=lambda: {"missed_periods": env.clock.missed},
     )
