@@ -42,15 +42,46 @@ STATE_KEYS = ("proprio", "object_state")
 BOOTSTRAPS = 10_000
 
 
-def state_env(task: str | TaskSpec, num_envs: int) -> TabletopVectorEnv:
-    """Simulations without cameras."""
-    return TabletopVectorEnv(task, num_envs, embodiment=panda_embodiment(cameras=()), observe="state")
+class PositionEnv(TabletopVectorEnv):
+    """Tells the learner where the end effector is and nothing else about the arm.
+
+    The commanded target runs ahead of the end effector, which gives away the previous action and with it the operator:
+    a policy that sees it need not average.
+    """
+
+    def _observe(self, drawn: np.ndarray) -> dict[str, np.ndarray]:
+        observation = super()._observe(drawn)
+        observation["proprio"] = position_only(observation["proprio"])
+        return observation
+
+
+def position_only(proprio: np.ndarray) -> np.ndarray:
+    """``proprio`` (N, 20) with zeros for everything but the position of the end effector."""
+    reduced = np.zeros_like(proprio)
+    reduced[:, :3] = proprio[:, :3]
+    return reduced
+
+
+def state_env(task: str | TaskSpec, num_envs: int, *, position: bool = False) -> TabletopVectorEnv:
+    """Simulations without cameras, with all of the proprio vector or the position only."""
+    kind = PositionEnv if position else TabletopVectorEnv
+    return kind(task, num_envs, embodiment=panda_embodiment(cameras=()), observe="state")
 
 
 def demonstrate(
-    path: Path, task: str | TaskSpec, style: OperatorStyle | str, episodes: int, first_seed: int, *, num_envs: int = 20
+    path: Path,
+    task: str | TaskSpec,
+    style: OperatorStyle | str,
+    episodes: int,
+    first_seed: int,
+    *,
+    position: bool = False,
+    num_envs: int = 20,
 ) -> Path:
-    """Make a dataset of ``episodes`` successful demonstrations, unless it is there."""
+    """Make a dataset of ``episodes`` successful demonstrations, unless it is there.
+
+    The operator sees everything; ``position`` reduces what is recorded.
+    """
     if path.exists():
         return path
     style = STYLES[style] if isinstance(style, str) else style
@@ -69,6 +100,8 @@ def demonstrate(
         if len(found) < episodes:
             raise RuntimeError(f"{style.name}: only {len(found)} successes for {episodes} demonstrations")
         for arrays, info in found[:episodes]:
+            if position:
+                arrays["obs/proprio"] = position_only(arrays["obs/proprio"])
             writer.add(arrays, info)
     temporary.rename(path)
     return path
@@ -110,6 +143,7 @@ def run_arm(
     *,
     task: str | TaskSpec,
     filter: str | None = None,
+    position: bool = False,
     num_envs: int = 50,
 ) -> list[bool]:
     """Train, evaluate, and return the outcomes in the order of ``seeds``; what was done before is read."""
@@ -121,7 +155,7 @@ def run_arm(
     shutil.rmtree(folder, ignore_errors=True)
     windows = open_training_data(data, policy, mask="success", filter=filter)
     train(policy, trainer, windows, folder)
-    env = state_env(task, num_envs)
+    env = state_env(task, num_envs, position=position)
     actor = PolicyActor(load_policy(folder).policy)
     results = rollout(env, actor, list(seeds))
     steps = [result.steps for result in results]

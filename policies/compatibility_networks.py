@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from simtoreal.policies.compatibility_config import ScorerConfig
 
-# Noise levels at which the diffusion scorer measures how far denoising moves an action: below them any action is
-# reconstructed, above them the network answers with the mean over all modes.
-NOISE_LEVELS = (0.3, 0.5, 0.7)
+# Noise levels at which the diffusion scorer measures how far denoising moves an action. Above them the network answers
+# with the mean over all modes (at 0.5 an action between two modes already looks as likely as the modes).
+NOISE_LEVELS = (0.1, 0.2, 0.3)
 NOISE_DRAWS = 4
 TIME_FEATURES = 8
 

@@ -36,6 +36,8 @@ class Config:
     """Width of its two hidden layers (the paper: 1024)."""
     epochs: int = ScorerConfig.epochs
     """Passes over the base data."""
+    minimum_steps: int = ScorerConfig.minimum_steps
+    """Optimiser steps on base data so small that the passes would be fewer."""
     keys: tuple[str, ...] = ()
     """Vector observations to compare; by default proprio and, where recorded, object_state."""
     encoder: Path | None = None
@@ -101,10 +103,11 @@ def scorer_config(config: Config) -> ScorerConfig:
 
     try:
         return ScorerConfig(
-            kind=config.scorer, members=config.members, hidden=config.hidden, epochs=config.epochs
+            kind=config.scorer, members=config.members, hidden=config.hidden, epochs=config.epochs,
+            minimum_steps=config.minimum_steps,
         )  # fmt: skip
     except ValueError as error:
-        raise ConfigError(f"--members, --hidden, --epochs: {error}") from error
+        raise ConfigError(f"--members, --hidden, --epochs, --minimum-steps: {error}") from error
 
 
 def _entropies(dataset: Dataset, result: Filter) -> dict[str, Any] | None:
