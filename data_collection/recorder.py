@@ -145,7 +145,8 @@ class Recorder(Listener):
         """
         for row, number in enumerate(step.slots):
             slot = self._slots[int(number)]
-            arrays, described = self._row(slot, step, row), slot.info
+            described = slot.info
+            arrays = self._row(slot, step, row)
             slot.step += 1
             if described is not slot.info and not slot.partial:
                 slot.take.describe(slot.info)

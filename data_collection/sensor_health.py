@@ -11,10 +11,13 @@ A robot that holds repeats its last observation; the stamps repeat with it, so t
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 
+from simtoreal.data_collection.episode import EpisodeInfo
+from simtoreal.envs.errors import DatasetError
 from simtoreal.envs.rollout import EpisodeResult, Listener, Observation, Step
 
 # Gaps from which a sensor's own period is estimated.
@@ -155,6 +158,35 @@ class SensorHealth(Listener):
     def snapshot(self) -> dict[str, dict[str, Any]]:
         """See :attr:`SensorTrack.sensors`."""
         return self.track.sensors
+
+
+def over_episodes(episodes: Iterable[EpisodeInfo]) -> dict[str, dict[str, Any]]:
+    """Join ``extra["sensors"]`` of episodes: the largest of every time, the sum of every count, by sensor.
+
+    Episodes without it (simulation, imported data) are left out.
+
+    Raises:
+        DatasetError: what an episode holds there is not what a recorder writes.
+    """
+    joined: dict[str, dict[str, Any]] = {}
+    for episode in episodes:
+        try:
+            for name, sensor in episode.extra.get("sensors", {}).items():
+                times = {
+                    "age_median_ms": sensor["age_ms"]["median"], "age_p99_ms": sensor["age_ms"]["p99"],
+                    "age_max_ms": sensor["age_ms"]["max"], "skew_max_ms": sensor["skew_ms"]["max"],
+                }  # fmt: skip
+                counts = {key: int(sensor[key]) for key in ("received", "dropped", "repeated", "late")}
+                row = joined.setdefault(name, {"episodes": 0, **dict.fromkeys(times, 0.0), **dict.fromkeys(counts, 0)})
+                row["episodes"] += 1
+                row.update({key: max(row[key], float(value)) for key, value in times.items()})
+                row.update({key: row[key] + value for key, value in counts.items()})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DatasetError(
+                f"{episode.path}: extra 'sensors' is not what a recorder writes ({error!r}). Record it again, or "
+                "import the dataset without it."
+            ) from error
+    return joined
 
 
 _STAMPS = ("timestamp_ns", "capture_ns", "receive_ns", "received_frames", "dropped_frames")

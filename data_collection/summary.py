@@ -10,6 +10,7 @@ import numpy as np
 
 from simtoreal.data_collection.dataset import EPISODES, Dataset
 from simtoreal.data_collection.episode import array_names, open_episode
+from simtoreal.data_collection.sensor_health import over_episodes
 
 
 def summarize(path: str | Path) -> dict[str, Any]:
@@ -49,4 +50,5 @@ def summarize(path: str | Path) -> dict[str, Any]:
         "action": f"{embodiment.action.mode}: {' '.join(embodiment.action.names)}",
         "unfinished": sum(1 for _ in (Path(path) / EPISODES).glob("*.part")),
         "arrays": arrays,
+        "sensors": over_episodes(episodes),
     }

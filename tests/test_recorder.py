@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from point_world import HORIZON, PointExpert, PointVectorEnv, fails
 
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.recorder import NewTake, Recorder, memory_takes, stream_takes
+from simtoreal.data_collection.sensor_health import SensorHealth
+from simtoreal.data_collection.summary import summarize
 from simtoreal.data_collection.writer import DatasetWriter
 from simtoreal.envs.errors import DatasetError
 from simtoreal.envs.rollout import EpisodeResult, Listener, Step, rollout
@@ -136,3 +139,114 @@ def test_values_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         with pytest.raises(DatasetError, match="'step/target' is not finite at step 0"):
             rollout(env, PointExpert(), [0], listeners=[recorder])
     assert Dataset.open(tmp_path).episodes == []
+
+
+class StampedEnv(PointVectorEnv):
+    """Reports what a robot with two sensors and a moving scene reports; the camera repeats every third frame."""
+
+    at = 0
+
+    def _info(self, success):
+        info = super()._info(success)
+        observed = 10**12 + self.at * 50_000_000
+        frame = self.at - self.at % 3 // 2  # 0 1 1 3 4 4 6 ...
+        count = self.num_envs
+        info["timestamp_ns"] = np.full(count, observed)
+        info["capture_ns"] = {
+            "arm": np.full(count, observed - 2_000_000),
+            "camera": np.full(count, 10**12 + frame * 50_000_000 - 30_000_000),
+        }
+        info["receive_ns"] = {"arm": np.full(count, observed - 1_000_000), "camera": info["capture_ns"]["camera"] + 5}
+        info["scene_motion"] = {"u": np.full(count, 0.25), "vx": np.arange(count) + self.at}
+        self.at += 1
+        return info
+
+
+def record_stamped(path: Path, env: PointVectorEnv) -> Dataset:
+    with DatasetWriter(path, env.embodiment, {"point": {}}) as writer:
+        rollout(env, PointExpert(), [0], listeners=[make_recorder(memory_takes(writer), env)])
+    return Dataset.open(path)
+
+
+def test_stamps_of_every_sensor_and_the_motion_of_the_scene(tmp_path: Path) -> None:
+    dataset = record_stamped(tmp_path, StampedEnv(1))
+    (episode,) = dataset.episodes
+    arrays, steps = dataset.read(episode), np.arange(episode.steps)
+    assert episode.columns["capture_ns"] == episode.columns["receive_ns"] == ("arm", "camera")
+    assert episode.columns["scene_motion"] == ("u", "vx")
+    # The stamps are those of the observation before the action; the motion is that of the step.
+    np.testing.assert_array_equal(arrays["step/timestamp_ns"], 10**12 + steps * 50_000_000)
+    frames = steps - steps % 3 // 2
+    np.testing.assert_array_equal(arrays["step/capture_ns"][:, 1], 10**12 + frames * 50_000_000 - 30_000_000)
+    np.testing.assert_array_equal(arrays["step/receive_ns"][:, 0], arrays["step/timestamp_ns"] - 1_000_000)
+    assert arrays["step/scene_motion"].dtype == np.float64
+    np.testing.assert_array_equal(arrays["step/scene_motion"][:, 1], steps + 1)
+    sensors = episode.extra["sensors"]
+    assert sensors["arm"]["age_ms"] == pytest.approx({"median": 2.0, "p99": 2.0, "max": 2.0})
+    assert sensors["arm"]["delay_ms"]["max"] == pytest.approx(1.0)
+    assert (sensors["arm"]["repeated"], sensors["arm"]["late"], sensors["arm"]["dropped"]) == (0, 0, 0)
+    camera = sensors["camera"]
+    observed = np.arange(episode.steps + 1)
+    repeats = int((observed % 3 == 2).sum())
+    assert camera["repeated"] == camera["late"] == repeats
+    assert camera["age_ms"]["max"] == pytest.approx(80.0)
+    assert camera["skew_ms"]["max"] == pytest.approx(78.0), "against the newest sensor of the same observation"
+    assert camera["received"] == len(observed) - repeats
+    assert camera["dropped"] == int((observed[1:] - 1)[observed[1:] % 3 == 0].size)
+
+
+def test_frames_that_the_environment_counts_are_stored(tmp_path: Path) -> None:
+    class Counting(StampedEnv):
+        def _info(self, success):
+            info = super()._info(success)
+            info["received_frames"] = {"arm": np.array([70]), "camera": np.array([7])}
+            info["dropped_frames"] = {"arm": np.array([2]), "camera": np.array([0])}
+            return info
+
+    sensors = record_stamped(tmp_path, Counting(1)).episodes[0].extra["sensors"]
+    assert [(sensor["received"], sensor["dropped"]) for sensor in sensors.values()] == [(70, 2), (7, 0)]
+    summary = summarize(tmp_path)["sensors"]
+    assert summary["arm"]["dropped"] == 2
+    assert summary["camera"]["age_max_ms"] == pytest.approx(80.0)
+
+
+def test_health_while_recording(tmp_path: Path) -> None:
+    env, seen = StampedEnv(1), []
+
+    class Display(Listener):
+        def on_step(self, step: Step) -> None:
+            seen.append(json.loads(json.dumps([recorder.health, health.snapshot])))
+
+    with DatasetWriter(tmp_path, env.embodiment, {"point": {}}) as writer:
+        recorder, health = make_recorder(stream_takes(writer), env), SensorHealth(0.05)
+        assert recorder.health["recording"] is False
+        rollout(env, PointExpert(), [0], listeners=[health, recorder, Display()])
+    shown, sensors = seen[2]
+    assert (shown["recording"], shown["steps"], shown["partial"], shown["alarm"]) == (True, 3, False, "")
+    assert shown["flushed"] + shown["waiting"] == 3
+    assert shown["sensors"] == sensors
+    assert sensors["camera"]["age_ms"] == pytest.approx(30.0)
+    assert (sensors["camera"]["late"], sensors["camera"]["late_steps"]) == (False, 1)
+    assert seen[1][0]["sensors"]["camera"]["late"] is True
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda info: info["scene_motion"].pop("vx"), "columns of step/scene_motion"),
+        (lambda info: info.pop("scene_motion"), "step/scene_motion"),
+        (lambda info: info.pop("capture_ns"), "step/capture_ns"),
+        (lambda info: info.update(contacts={"floor": info["contacts"]["wall"]}), "columns of step/contacts"),
+        (lambda info: info.pop("timestamp_ns"), "at the reset or at the steps only"),
+    ],
+)
+def test_steps_that_report_something_else_are_refused(tmp_path: Path, change, message: str) -> None:
+    class Changing(StampedEnv):
+        def _info(self, success):
+            info = super()._info(success)
+            if self.at == 4:
+                change(info)
+            return info
+
+    with pytest.raises(DatasetError, match=message):
+        record_stamped(tmp_path, Changing(1))

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import tyro
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +56,23 @@ def main(config: Config) -> None:
     for name, array in summary["arrays"].items():
         arrays.add_row(name, " x ".join(map(str, array["shape"])) or "scalar", array["dtype"], _size(array["bytes"]))
     console.print(arrays)
+    if summary["sensors"]:
+        console.print(_sensors(summary["sensors"], summary["steps"]))
     console.print(f"{config.dataset}: {summary['episodes']} episodes, {summary['steps']} steps, all readable")
+
+
+def _sensors(sensors: dict[str, dict[str, Any]], steps: int) -> Table:
+    from rich.table import Table
+
+    table = Table(title=f"sensors (worst episode; counts of all {steps} steps)")
+    columns = ("sensor", "age median", "p99", "max", "skew max", "received", "dropped", "repeated", "late")
+    for name in columns:
+        table.add_column(name, justify="left" if name == "sensor" else "right")
+    for name, sensor in sensors.items():
+        times = (sensor[key] for key in ("age_median_ms", "age_p99_ms", "age_max_ms", "skew_max_ms"))
+        counts = (sensor[key] for key in ("received", "dropped", "repeated", "late"))
+        table.add_row(name, *(f"{value:.1f} ms" for value in times), *map(str, counts))
+    return table
 
 
 def _size(count: int) -> str:
