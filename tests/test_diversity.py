@@ -1,0 +1,269 @@
+"""Behavioural diversity: the tasks avoid and align, labels from poses, entropies, repeated rollouts."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.diversity import (
+    behaviors,
+    composite_score,
+    conditional_entropy,
+    dataset_diversity,
+    label_behavior,
+    unconditional_entropy,
+)
+from simtoreal.data_collection.expert import ScriptedExpert
+from simtoreal.data_collection.recorder import Recorder, memory_takes
+from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.envs import Listener, make_vector_env, rollout
+from simtoreal.envs.errors import ConfigError, TaskError
+from simtoreal.envs.predicates import SceneView, parse_predicate
+from simtoreal.envs.rollout import TASK_FAILED
+from simtoreal.envs.task_file import load_task, parse_task
+from simtoreal.evaluation.diversity import RepeatedActor, evaluate_diversity, pinned_counts, read_rollouts
+from simtoreal.evaluation.results import EvaluationError
+
+SETTINGS = {"task": "avoid", "label": "expert"}
+
+
+def expert(env) -> ScriptedExpert:
+    return ScriptedExpert(env.task, env.embodiment)
+
+
+# --- entropies (card: D3IL) ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [2, 24])
+def test_entropy_is_one_for_all_alike_and_zero_for_one_or_none(count):
+    assert unconditional_entropy([5] * count) == pytest.approx(1.0)
+    assert unconditional_entropy([7] + [0] * (count - 1)) == 0.0
+    assert unconditional_entropy([0] * count) == 0.0
+    assert conditional_entropy(np.full((3, count), 2), 2 * count) == pytest.approx(1.0)
+    assert conditional_entropy(np.eye(count, dtype=int)[[0, 1]] * 4, 4) == pytest.approx(0.0, abs=1e-9)
+    assert conditional_entropy(np.zeros((3, count), int), 8) == 0.0
+
+
+def test_entropies_by_hand():
+    # A quarter and three quarters of two ways.
+    expected = -(0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))
+    assert unconditional_entropy([1, 3]) == pytest.approx(expected)
+    # The same split among 24 ways is much less of what is possible.
+    assert unconditional_entropy([1, 3] + [0] * 22) == pytest.approx(expected * math.log(2) / math.log(24))
+    # Contexts that always take one way each: diverse together, not from any one of them.
+    counts = np.array([[4, 0], [0, 4]])
+    assert unconditional_entropy(counts.sum(0)) == pytest.approx(1.0)
+    assert conditional_entropy(counts, 4) < 1e-9
+    # A context without a success counts as 0; failures elsewhere do not touch the shares of the successes.
+    assert conditional_entropy(np.array([[2, 2], [1, 1], [0, 0]]), 8) == pytest.approx(2 / 3)
+
+
+def test_miller_madow_adds_what_small_samples_lose():
+    rng = np.random.default_rng(0)
+    draws = [np.bincount(rng.integers(4, size=20), minlength=4) for _ in range(400)]
+    plain = np.mean([unconditional_entropy(counts) for counts in draws])
+    corrected = np.mean([unconditional_entropy([*counts, 0, 0], miller_madow=True) for counts in draws])
+    assert plain == pytest.approx(1 - 3 / (2 * 20) / math.log(4), abs=0.01)
+    assert corrected == pytest.approx(math.log(4) / math.log(6), abs=0.006)
+    assert unconditional_entropy([3, 1], miller_madow=True) == pytest.approx(
+        unconditional_entropy([3, 1]) + 1 / 8 / math.log(2)
+    )
+    assert unconditional_entropy([0, 0], miller_madow=True) == 0.0
+
+
+def test_score_selects_as_the_benchmark_does():
+    assert composite_score("avoid", 0.5, 1.0) == pytest.approx(0.6)
+    assert composite_score("align", 0.5, 1.0) == pytest.approx(0.75)
+    assert (pinned_counts("avoid"), pinned_counts("align")) == ((1, 100), (60, 8))
+    assert pinned_counts("avoid", 3, 2) == (3, 2)
+
+
+# --- task language ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c.update(failure="not released(pots_1)"), "failure: .*Did you mean 'post_1'"),
+        (
+            lambda c: c["behaviors"].update(row_1={"left": "past(tcp, post_1)"}),
+            "behaviors.row_1' must be .* two labels",
+        ),
+        (lambda c: c["behaviors"]["row_1"].update(left=3), "behaviors.row_1.left' must be a predicate"),
+        (
+            lambda c: c["behaviors"]["row_1"].update(left="released(post_1)"),
+            "released cannot be told from logged poses",
+        ),
+        (lambda c: c["behaviors"]["row_1"].update(left="pasd(tcp, post_1)"), "Did you mean 'past'"),
+    ],
+)
+def test_mistakes_in_failure_and_behaviors_name_the_key(edit, message):
+    content = load_task("avoid").to_dict()
+    edit(content)
+    with pytest.raises(TaskError, match=message):
+        parse_task(content, "mine.yaml")
+
+
+def test_aligned_needs_position_and_rotation():
+    objects = load_task("align").objects
+    aligned = parse_predicate("aligned(frame, mark, 0.018, 8.64)", objects)
+    half = np.deg2rad([0.0, 8.0, 9.0, 0.0]) / 2
+    turned = np.stack([np.cos(half), 0 * half, 0 * half, np.sin(half)], axis=-1)
+    places = np.zeros((4, 3))
+    places[3, 0] = 0.02
+    straight = np.tile([-1.0, 0.0, 0.0, 0.0], (4, 1))  # The same rotation as (1, 0, 0, 0).
+    scene = SceneView({"frame": places, "mark": np.zeros((4, 3))}, {"frame": turned, "mark": straight}, {}, {}, {}, 0)
+    assert aligned(scene).tolist() == [True, True, False, False]
+    with pytest.raises(TaskError, match="expects a number in degrees"):
+        parse_predicate("aligned(frame, mark, 0.018, wide)", objects)
+
+
+def test_touching_a_post_ends_the_episode_as_a_failure():
+    class Straight:
+        """Down before the first row, then straight into its only post."""
+
+        observation_steps, execute_steps, ensembling = 1, 1, None
+
+        def reset(self, slots, seeds) -> None:
+            pass
+
+        def act(self, observation, instructions, slots) -> np.ndarray:
+            tcp = observation["proprio"][:, -1, :3]
+            goal = np.where(tcp[:, 2:] > 0.03, [[0.34, 0.0, 0.02]], [[0.7, 0.0, 0.02]])
+            away = goal - tcp
+            away[:, 2] = np.where(np.abs(tcp[:, 0] - 0.34) > 0.05, np.maximum(away[:, 2], 0.1 - tcp[:, 2]), away[:, 2])
+            actions = np.zeros((len(slots), 1, 7), np.float32)
+            low = tcp[:, 2] < 0.03
+            actions[:, 0, :3] = np.clip(np.where(low[:, None], [[0.03, 0, 0]], away) / 0.02, -1, 1)
+            actions[:, 0, 6] = -1
+            return actions
+
+    class Rewards(Listener):
+        total, ended = 0.0, False
+
+        def on_step(self, step) -> None:
+            self.total += step.reward.sum()
+            self.ended |= bool(step.terminated.any())
+
+    env, rewards = make_vector_env("avoid", 1, observe="state"), Rewards()
+    [result] = rollout(env, Straight(), [3], listeners=[rewards])
+    assert (result.success, result.failure) == (False, TASK_FAILED)
+    assert result.steps < env.task.horizon
+    assert (rewards.total, rewards.ended) == (0.0, True)
+
+
+def test_passing_above_the_posts_is_a_failure():
+    env = make_vector_env("avoid", 1, observe="state")
+    env.reset(seed=0)
+    forward = np.zeros((1, 7), np.float32)
+    forward[0, 0] = 1
+    for _ in range(12):
+        _, reward, terminated, _, info = env.step(forward)
+        if terminated[0]:
+            break
+    assert terminated[0]
+    assert info["task_failed"][0]
+    assert reward[0] == 0
+
+
+# --- labels and repeated rollouts ------------------------------------------------------------------------------------
+
+
+def test_expert_covers_all_24_passages_and_the_labels_name_them(tmp_path):
+    env = make_vector_env("avoid", 24, observe="state")
+    results = evaluate_diversity(env, expert(env), range(24), 1, tmp_path, SETTINGS)
+    assert (results["successes"], results["unlabelled"]) == (24, 0)
+    assert len(results["behaviors"]) == 24
+    assert results["entropy"] == pytest.approx(1.0)
+    assert results["conditional_entropy"] < 1e-9  # One rollout from each start has no diversity.
+    # The expert reads its gaps from the seed: left to right, the first row turning fastest.
+    rows = {row["context"]: row["behavior"] for row in read_rollouts(tmp_path)}
+    assert rows[0] == "left/left/far_left"
+    assert rows[1] == "right/left/far_left"
+    assert rows[23] == "right/right/far_right"
+
+
+def test_align_is_labelled_by_the_side_it_is_pushed_from(tmp_path):
+    env = make_vector_env("align", 8, observe="state")
+    evaluate_diversity(env, expert(env), range(8), 1, tmp_path, {"task": "align"})
+    for row in read_rollouts(tmp_path):
+        assert row["behavior"] == (None if not row["success"] else "outside" if row["context"] % 2 else "inside")
+    assert sum(row["success"] for row in read_rollouts(tmp_path)) >= 7
+
+
+def test_repetitions_begin_in_the_same_state_with_other_noise():
+    class States(Listener):
+        def __init__(self) -> None:
+            self.states, self.actions = [], []
+
+        def on_reset(self, slot, episode, seed, observation, info) -> None:
+            self.states.append((seed, info["sim_state"].copy()))
+
+    env = make_vector_env("align", 2, observe="state", record_state=True)
+    seeds, numbers = [5, 5, 5, 6, 6, 6], [0, 1, 2, 0, 1, 2]
+    inner, seen = expert(env), []
+    reset = inner.reset
+    inner.reset = lambda slots, given: (seen.extend(given), reset(slots, given))
+    states = States()
+    rollout(env, RepeatedActor(inner, seeds, numbers), seeds, listeners=[states], stop=lambda: len(seen) == 6)
+    by_seed = {seed: [state for other, state in states.states if other == seed] for seed in (5, 6)}
+    assert [len(found) for found in by_seed.values()] == [3, 3]
+    for found in by_seed.values():
+        assert all(np.array_equal(found[0], state) for state in found)
+    assert not np.array_equal(by_seed[5][0], by_seed[6][0])
+    assert (seen[0], seen[3]) == (5, 6)  # The first repetition is the plain episode.
+    assert len(set(seen)) == 6
+
+
+def test_neither_the_number_of_environments_nor_an_interruption_changes_the_rollouts(tmp_path):
+    tables = []
+    for count in (2, 5):
+        env = make_vector_env("avoid", count, observe="state")
+        evaluate_diversity(env, expert(env), [40, 41], 3, tmp_path / str(count), SETTINGS)
+        tables.append(read_rollouts(tmp_path / str(count)))
+    assert tables[0] == tables[1]
+    assert [(row["context"], row["rollout"]) for row in tables[0]] == [(c, r) for c in (40, 41) for r in range(3)]
+    file = tmp_path / "2" / "rollouts.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:3]) + lines[3][:20])
+    env = make_vector_env("avoid", 4, observe="state")
+    evaluate_diversity(env, expert(env), [40, 41], 3, tmp_path / "2", SETTINGS)
+    assert read_rollouts(tmp_path / "2") == tables[0]
+    with pytest.raises(EvaluationError, match="rollouts: 3 there, 4 now"):
+        evaluate_diversity(env, expert(env), [40, 41], 4, tmp_path / "2", SETTINGS)
+
+
+def test_tasks_without_behaviours_are_refused(tmp_path):
+    env = make_vector_env("reach", 1, observe="state")
+    with pytest.raises(ConfigError, match="task 'reach' says nothing about behaviours; add 'behaviors'"):
+        evaluate_diversity(env, expert(env), [0], 1, tmp_path, {"task": "reach"})
+    assert not list(tmp_path.iterdir())
+
+
+def test_entropy_of_a_dataset_falls_when_a_filter_deletes_a_way(tmp_path):
+    env = make_vector_env("align", 6, observe="state")
+    with DatasetWriter(tmp_path, env.embodiment, {"align": env.task.to_dict()}) as writer:
+        recorder = Recorder(
+            memory_takes(writer), task="align", embodiment=env.embodiment, source="expert", operator="expert"
+        )
+        rollout(env, expert(env), range(6), listeners=[recorder])
+    dataset = Dataset.open(tmp_path)
+    whole = dataset_diversity(dataset)
+    assert whole["entropy"] > 0.8
+    assert (whole["seen"], whole["behaviors"]) == (2, 2)
+    outside = [episode.name for episode in dataset.episodes if episode.seed % 2]
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    (tmp_path / "meta.json").write_text(json.dumps({**meta, "masks": {"outside": outside}}))
+    filtered = dataset_diversity(Dataset.open(tmp_path), "outside")
+    assert (filtered["entropy"], filtered["counts"]) == (0.0, {"outside": len(outside)})
+
+
+def test_a_choice_that_was_never_made_leaves_no_label():
+    env = make_vector_env("avoid", 1, observe="state")
+    observation, _ = env.reset(seed=0)
+    assert label_behavior(env.task, observation["proprio"], observation["object_state"]) is None
+    assert len(behaviors(env.task)) == 24
