@@ -7,7 +7,8 @@ lerobot's requirements clash with ours, so it lives in an environment of its own
     /tmp/lerobot-venv/bin/python tests/check_with_lerobot.py /tmp/exported  # prints one line per check
 
 lerobot's own results (an appended and an edited dataset) are left beside the export, ``<export>-appended`` and so on,
-for ``simtoreal data import`` to read.
+for ``simtoreal data import`` to read. ``--golden FOLDER`` makes the dataset of ``tests/data/lerobot_golden``, which
+``tests/test_exchange_lerobot.py`` reads.
 """
 
 from __future__ import annotations
@@ -173,14 +174,61 @@ def delete_and_merge(root: Path, deleted: Path, merged: Path) -> None:
     print(f"lerobot deleted an episode ({len(rest)} frames) and merged ({len(both)} frames)")
 
 
+def golden_frame(episode: int, step: int) -> dict[str, Any]:
+    """What the golden dataset holds at a step; numbers that a reader can recompute."""
+    picture = np.zeros((64, 64, 3), dtype=np.uint8)
+    picture[:, :, 0] = 40 + 20 * step
+    picture[:, 32:, 1] = 60 + 100 * episode
+    return {
+        "observation.images.front": picture,
+        "observation.image": np.ascontiguousarray(picture[:16, 24:40]),
+        "observation.state": np.array([episode, step, episode + step / 10], dtype=np.float32),
+        "observation.velocity": np.array([step / 4], dtype=np.float32),
+        "observation.matrix": np.arange(4, dtype=np.float32).reshape(2, 2) + step,
+        "action": np.array([step / 10, -episode], dtype=np.float32),
+        "next.success": np.array([episode == 0 and step == 5]),
+        "note": f"step {step}",
+        "task": "push the block" if step < 3 or episode else "pull it back",
+    }
+
+
+def make_golden(output: Path) -> None:
+    """Write two episodes of six and four steps with lerobot: both in one parquet file and one AV1 video."""
+    from lerobot.datasets.lerobot_dataset import LeRobotDataset
+
+    picture = {"names": ["height", "width", "channels"]}
+    features = {
+        "observation.images.front": {"dtype": "video", "shape": (64, 64, 3), **picture},
+        "observation.image": {"dtype": "image", "shape": (16, 16, 3), **picture},
+        "observation.state": {"dtype": "float32", "shape": (3,), "names": {"motors": ["a", "b", "c"]}},
+        "observation.velocity": {"dtype": "float32", "shape": (1,), "names": None},
+        "observation.matrix": {"dtype": "float32", "shape": (2, 2), "names": None},
+        "action": {"dtype": "float32", "shape": (2,), "names": ["a", "b"]},
+        "next.success": {"dtype": "bool", "shape": (1,), "names": None},
+        "note": {"dtype": "string", "shape": (1,), "names": None},
+    }
+    dataset = LeRobotDataset.create("local/golden", 10, features, root=output, robot_type="toy", video_backend="pyav")
+    for episode, steps in enumerate((6, 4)):
+        for step in range(steps):
+            dataset.add_frame(golden_frame(episode, step))
+        dataset.save_episode()
+    dataset.finalize()
+    shutil.rmtree(output / "images", ignore_errors=True)
+
+
 def main() -> None:
     """Install, or run every check on an export."""
     parser = argparse.ArgumentParser(description=inspect.getdoc(sys.modules["__main__"]))
     parser.add_argument("dataset", nargs="?", type=Path, help="export to check")
     parser.add_argument("--install", type=Path, metavar="FOLDER", help="make the environment and stop")
+    parser.add_argument("--golden", type=Path, metavar="FOLDER", help="write the golden dataset and stop")
     arguments = parser.parse_args()
     if arguments.install is not None:
         install(arguments.install)
+        return
+    if arguments.golden is not None:
+        operators = declare_torchvision_operators()
+        make_golden(arguments.golden)
         return
     operators = declare_torchvision_operators()
     import lerobot
