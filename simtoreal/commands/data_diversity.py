@@ -1,0 +1,47 @@
+"""Show which of the ways to do its task a dataset holds, and how evenly, also for a mask or filter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Entropy of the behaviours of the successful episodes: 0 for one way only, 1 for all alike (D3IL)."""
+
+    dataset: tyro.conf.Positional[Path]
+    """Dataset folder of one task whose file names behaviors, such as avoid or align."""
+    mask: tuple[str, ...] = ()
+    """Masks or filters to show beside the whole dataset, e.g. --mask compatible."""
+
+
+def main(config: Config) -> None:
+    """Print one column per mask."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from simtoreal.data_collection.dataset import Dataset
+    from simtoreal.data_collection.diversity import dataset_diversity
+
+    console = Console()
+    dataset = Dataset.open(config.dataset)
+    columns = {"all": dataset_diversity(dataset)}
+    columns |= {mask: dataset_diversity(dataset, mask) for mask in config.mask}
+    table = Table(title=str(config.dataset))
+    table.add_column("behaviour")
+    for name in columns:
+        table.add_column(name, justify="right")
+    for behavior in columns["all"]["counts"]:
+        table.add_row(behavior, *(str(column["counts"].get(behavior, 0)) for column in columns.values()))
+    table.add_section()
+    for label, key in (("successes", "successes"), ("of episodes", "episodes"), ("without a label", "unlabelled")):
+        table.add_row(label, *(str(column[key]) for column in columns.values()))
+    table.add_row("ways seen", *(f"{column['seen']} of {column['behaviors']}" for column in columns.values()))
+    table.add_row("entropy", *(f"{column['entropy']:.3f}" for column in columns.values()))
+    table.add_row("entropy, Miller-Madow", *(f"{column['entropy_miller_madow']:.3f}" for column in columns.values()))
+    console.print(table)
+    parts = [f"{name} {column['entropy']:.3f}" for name, column in columns.items()]
+    console.print(f"{config.dataset}: entropy of its behaviours: {', '.join(parts)}", highlight=False, soft_wrap=True)
