@@ -1,6 +1,6 @@
 """Does recording lose anything when its process is killed with SIGKILL at a random instant?
 
-    python benchmarks/recorder_kills.py                # 1,000 kills, about 10 minutes
+    python benchmarks/recorder_kills.py                # 1,000 kills, about 10 minutes; resumable
 
 Every kill hits a process that records, keeps, discards and repeats takes, rebuilds a dataset, or recovers it from the
 kill before. It says over a pipe what it has done; what it said is compared, byte by byte, with what is on disk after
@@ -14,16 +14,15 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from interleaved import RESULTS, write_benchmark
@@ -33,6 +32,7 @@ from simtoreal.data_collection.dataset import EPISODES, META, Dataset
 from simtoreal.data_collection.edit import recover
 from simtoreal.data_collection.episode import read_episode
 from simtoreal.envs.errors import DatasetError
+from simtoreal.envs.files import write_json
 from simtoreal.evaluation.statistics import posterior_interval
 
 SESSIONS = Path(__file__).with_name("recorder_sessions.py")
@@ -177,31 +177,47 @@ def _judge_running(said: Said, found: int) -> None:
         raise Losses(f"the running take has {found} steps; {least} were flushed and {said.appended} appended")
 
 
+@dataclass
+class Counts:
+    """Outcome so far: kills, acknowledged steps that were compared, and what the killed processes were doing."""
+
+    kills: int = 0
+    steps: int = 0
+    phases: dict[str, int] = field(default_factory=dict)
+
+    def add(self, phase: str) -> None:
+        """Count a kill."""
+        self.kills += 1
+        self.phases[phase] = self.phases.get(phase, 0) + 1
+
+
 def run_kills(
-    killer: Killer, root: Path, kills: int, seed: int, progress: Callable[[int], None] = lambda done: None
-) -> dict[str, Any]:
-    """Kill ``kills`` processes that write below ``root`` and return counts.
+    killer: Killer,
+    root: Path,
+    kills: int,
+    seed: int,
+    counts: Counts | None = None,
+    progress: Callable[[Counts], None] = lambda counts: None,
+) -> Counts:
+    """Kill processes that write below ``root`` until there are ``kills`` in ``counts`` (none to begin with).
 
     Raises:
-        Losses: at the first loss; the folder is left for inspection.
+        Losses: at the first loss.
     """
-    rng = random.Random(seed)
-    phases: Counter[str] = Counter()
-    steps = done = 0
-    while done < kills:
-        folder = root / str(done // KILLS_PER_FOLDER)
+    counts = Counts() if counts is None else counts
+    while counts.kills < kills:
+        folder = root / str(counts.kills // KILLS_PER_FOLDER)
         folder.mkdir(parents=True, exist_ok=True)
         before = hashes(folder)
-        said = killer.kill("record", folder, seed * 100_000 + done, rng.uniform(0, SESSION_S))
-        phases[said.phase] += 1
-        done += 1
-        if rng.random() < 0.2 and done < kills and (folder / META).exists():
+        rng = random.Random(f"{seed}/{counts.kills}")
+        said = killer.kill("record", folder, seed * 100_000 + counts.kills, rng.uniform(0, SESSION_S))
+        counts.add(said.phase)
+        if rng.random() < 0.2 and counts.kills < kills and (folder / META).exists():
             again = killer.kill("recover", folder, said.session, rng.uniform(0, RECOVERY_S))
-            phases["recovering" if again.phase == "recovering" else "recovered"] += 1
-            done += 1
-        steps += judge(folder, said, before)
-        progress(done)
-    return {"kills": done, "steps": steps, "phases": dict(phases)}
+            counts.add("recovering" if again.phase == "recovering" else "recovered")
+        counts.steps += judge(folder, said, before)
+        progress(counts)
+    return counts
 
 
 def main() -> None:
@@ -209,22 +225,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_recorder_kills"), help="to resume from")
     options = parser.parse_args()
-    begin, killer = time.perf_counter(), Killer()
+    options.output.mkdir(parents=True, exist_ok=True)
+    progress = options.output / f"seed_{options.seed}.json"
+    state = json.loads(progress.read_text()) if progress.exists() else {"seconds": 0.0, "counts": {}}
+    counts, begin = Counts(**state["counts"]), time.perf_counter() - state["seconds"]
+
+    def note(counts: Counts) -> None:
+        write_json(progress, {"seconds": time.perf_counter() - begin, "counts": asdict(counts)})
+        print(counts.kills, end="\r", flush=True)
+
+    killer, root = Killer(), Path(tempfile.mkdtemp(prefix="recorder_kills_"))
     try:
-        with tempfile.TemporaryDirectory(prefix="recorder_kills_") as root:
-            counts = run_kills(killer, Path(root), options.kills, options.seed, lambda done: print(done, end="\r"))
+        run_kills(killer, root, options.kills, options.seed, counts, note)
+    except Losses as error:
+        raise SystemExit(f"{error}; the datasets are left in {root}") from error
     finally:
         killer.close()
-    interval = list(posterior_interval(0, counts["kills"]))
+    shutil.rmtree(root)
+    interval = list(posterior_interval(0, counts.kills))
     headline = {
         "metric": "share of kills that lost a flushed step or a finished episode", "ours": 0.0, "baseline": None,
-        "baseline_name": None, "ratio": None, "difference": None, "interval": interval, "n": counts["kills"],
+        "baseline_name": None, "ratio": None, "difference": None, "interval": interval, "n": counts.kills,
         "p_value": None,
     }  # fmt: skip
-    arms = [{"name": "kills with a loss", "value": 0.0, "interval": interval, "n": counts["kills"], **counts}]
+    arms = [{"name": "kills with a loss", "value": 0.0, "interval": interval, "n": counts.kills, **asdict(counts)}]
     notes = (
-        f"{counts['steps']} acknowledged steps were compared byte by byte; kills by phase: {counts['phases']}. The "
+        f"{counts.steps} acknowledged steps were compared byte by byte; kills by phase: {counts.phases}. The "
         "first loss ends the run with an error, so a stored result has none. SIGKILL, not a power cut: the running "
         "episode is not synced to the medium."
     )

@@ -10,6 +10,9 @@ Layout of an episode of T control steps (paths inside the file):
 ``obs/<key>``         (T, ...)            observation before action t; images uint8 (T, H, W, 3) RGB
 ``step/target``       (T, 10) float64     absolute end-effector target after action t (``TARGET_NAMES``)
 ``step/timestamp_ns`` (T,) int64          monotonic (hardware) or simulated time of observation t
+``step/capture_ns``   (T, S) int64        when each sensor measured what observation t shows (robots; monotonic)
+``step/receive_ns``   (T, S) int64        when that arrived at this computer (robots; monotonic)
+``step/scene_motion`` (T, K) float64      how the scene moved during step t (MOVE), by ``columns["scene_motion"]``
 ``step/<other>``      (T, ...)            contacts, milestones, instruction index, ...
 ====================  ==================  =======================================================
 
@@ -64,7 +67,7 @@ class EpisodeInfo:
         task: name of the task.
         seed: seed of the reset, which is also the id of the initial condition.
         success: whether the goal was reached (on hardware: judged by the operator).
-        failure: empty on success; ``"timeout"``, ``"sim_fault"``, ``"aborted"`` (writer was killed), ...
+        failure: empty on success; ``"timeout"``, ``"sim_fault"``, ``"aborted"`` (writer was killed), ``"disk_full"``, ...
         operator: who acted, e.g. ``"expert"`` or a person's name.
         source: ``expert``, ``teleop``, ``policy``, ``twin`` or ``robot``.
         instruction: language instruction at the end of the episode.
@@ -75,7 +78,8 @@ class EpisodeInfo:
         started: UTC wall-clock time of the reset, ISO 8601.
         duration_s: simulated or real duration.
         commit, versions: what recorded it.
-        extra: anything a method attaches (MOVE parameters, compatibility scores, ...), JSON-compatible.
+        extra: anything a method attaches (MOVE parameters, compatibility scores, ...), JSON-compatible; ``"sensors"``
+            as in :mod:`~simtoreal.data_collection.sensor_health`, ``"lost_steps"`` of a partial episode.
         path: file it was read from; not stored.
         steps: number of control steps T; not stored here but as ``num_samples``.
     """

@@ -197,6 +197,8 @@ class StreamTake:
     def keep(self, info: EpisodeInfo) -> None:
         """See :class:`Take`; the journal stays if the episode cannot be stored."""
         self._journal.close()
+        if not self.flushed:
+            raise DatasetError(f"{self._part}: the episode holds no steps; it needs at least one.")
         _, arrays = read_part(self._part)
         self._store(arrays, info)
         self._part.unlink()

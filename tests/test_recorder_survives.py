@@ -113,8 +113,8 @@ def test_kills_at_random_instants_lose_nothing(tmp_path: Path) -> None:
         counts = recorder_kills.run_kills(killer, tmp_path, kills=16, seed=5)
     finally:
         killer.close()
-    assert counts["kills"] >= 16
-    assert counts["steps"] > 0
+    assert counts.kills >= 16
+    assert counts.steps > 0
 
 
 def test_the_judge_of_the_kills_notices_losses(tmp_path: Path) -> None:
