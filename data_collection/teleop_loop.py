@@ -178,7 +178,7 @@ class TeleopSession(Listener):
             RobotError: they do not.
             SessionEnd: they end the session.
         """
-        self._hub.events.clear()
+        self._forget_events()
         try:
             while True:
                 self._idle(prompt=text)
@@ -225,9 +225,16 @@ class TeleopSession(Listener):
             self._decision = TRANSITIONS.get((self._state, self._hub.events.popleft()), "")
         return bool(self._decision)
 
+    def _forget_events(self) -> None:
+        """What was asked for before the operator saw the present state was meant for another one; a stop stays."""
+        stopping = "stop" in self._hub.events
+        self._hub.events.clear()
+        if stopping:
+            self._hub.events.append("stop")
+
     def _finish_take(self) -> None:
         self._state, self._decision = REVIEW, ""
-        self._hub.events.clear()
+        self._forget_events()
         review, pictures, self.board.media = self._store.review(self._coach)
         self._verdict = review
         goal = "goal reached" if self._success else "goal not reached"
@@ -289,6 +296,7 @@ class TeleopSession(Listener):
 
     def on_reset(self, slot: int, episode: int, seed: int, observation: Observation, info: dict[str, Any]) -> None:
         """See :class:`~simtoreal.envs.rollout.Listener`."""
+        self._forget_events()
         if self._state == RECORDING:
             self._store.on_reset(slot, episode, seed, observation, info)
         self.latest = observation, info

@@ -125,6 +125,14 @@ class GamepadOperator:
         full = [float(buttons.get(index, 0)) for index in range(17)]
         self.page.evaluate("([axes, buttons]) => { window.pad = { axes, buttons }; }", [axes, full])
 
+    def see(self) -> dict[str, np.ndarray]:
+        """The newest observation; what a camera shows a person of the twin's scene is read from its truth."""
+        session = self.collection.session
+        observation = dict(session.latest[0])
+        if "object_state" not in observation:
+            observation["object_state"] = np.array(session._env._twin.truth()["object_state"], dtype=np.float32)
+        return observation
+
     def demonstrate(self, until: Callable[[], bool] = lambda: False, seconds: float = PATIENCE_S) -> None:
         session = self.collection.session
         self.pad([0.0] * 4, {})
@@ -136,14 +144,16 @@ class GamepadOperator:
             if session.board.snapshot.needs_release:  # contact was lost for a moment: press again, as a person would
                 self.pad([0.0] * 4, {})
                 time.sleep(0.06)
-            observation = {key: value[None, None] for key, value in session.latest[0].items()}
+            observation = {key: value[None, None] for key, value in self.see().items()}
             # It looks at the hand again instead of trusting that its earlier actions were executed.
             self.expert.memories[0].quaternion = None
             action = self.expert.act(observation, [""], np.array([0]))[0, 0]
             is_open = session.board.snapshot.gripper_open
             # The other rotation axes are hardly needed: the stick turns about the vertical one.
             x, y, z, turn = (float(action[index]) for index in (0, 1, 2, 5))
-            axes = [float(np.sign(v) * (abs(v) * (1 - DEAD_ZONE) + DEAD_ZONE) if v else 0.0) for v in (-y, -x, -turn, -z)]
+            axes = [
+                float(np.sign(v) * (abs(v) * (1 - DEAD_ZONE) + DEAD_ZONE) if v else 0.0) for v in (-y, -x, -turn, -z)
+            ]
             self.pad(axes, {TRIGGER: 1, BUTTON_A: float((action[6] > 0) != is_open)})
             time.sleep(0.03)
             if (action[6] > 0) != is_open:

@@ -111,10 +111,10 @@ def main(config: Config) -> None:
     """Serve the page and run takes until the operator stops."""
     from rich.console import Console
 
-    from simtoreal.robot.deployment import interruptible
+    from simtoreal.robot.deployment import deaf_to_signals, interruptible
 
     console = Console()
-    with interruptible(), open_collection(config) as collection:
+    with interruptible(), deaf_to_signals() as leaving, open_collection(config, leaving) as collection:
         console.print(
             f"Teleoperation of {config.task}: open\n  {collection.server.url}\nin a browser on this machine "
             "(the address is the key: whoever has it moves the arm). Ctrl-C ends the session.",
@@ -128,8 +128,13 @@ def main(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def open_collection(config: Config) -> Iterator[Collection]:
-    """Open dataset, robot and page; ``session.run()`` then runs the takes in the calling thread."""
+def open_collection(config: Config, leaving: Callable[[], None] = lambda: None) -> Iterator[Collection]:
+    """Open dataset, robot and page; ``session.run()`` then runs the takes in the calling thread.
+
+    Args:
+        config: the flags.
+        leaving: called first when the context is left, before the arm is brought to rest.
+    """
     import dataclasses
     import sys
 
@@ -188,6 +193,7 @@ def open_collection(config: Config) -> Iterator[Collection]:
         asked.append(session.ask)
         server = TeleopServer(board, page, config.output, port=config.port)
         stack.callback(server.close)
+        stack.callback(leaving)
         yield Collection(session=session, server=server, page=page, embodiment=embodiment, task=task)
 
 
@@ -260,7 +266,7 @@ def _open_robot(
 ) -> _Backend:  # fmt: skip
     import functools
 
-    from simtoreal.robot.deployment import check_twin, deaf_to_signals, join_graph, running_twin
+    from simtoreal.robot.deployment import check_twin, join_graph, running_twin
     from simtoreal.robot.gate import SafetyGate
     from simtoreal.robot.gate_limits import GateLimits
     from simtoreal.robot.gate_rearm import RearmingGate
@@ -272,7 +278,6 @@ def _open_robot(
     robot = load_robot_config(config.topics)
     twin = config.robot == "twin"
     check_robot: Callable[[], None] | None = None
-    leaving = stack.enter_context(deaf_to_signals())
     if twin:
         log = config.output / "twin.log"
         process = stack.enter_context(
@@ -300,7 +305,6 @@ def _open_robot(
     )
     stack.callback(env.close)
     stack.callback(gate.close)
-    stack.callback(leaving)
     return _Backend(
         env=env,
         paced=False,
