@@ -110,7 +110,7 @@ def _carry_masks(members: Sequence[Member], names: Sequence[str]) -> dict[str, l
     """Masks that somebody set; those that follow from the episodes or from filters follow again."""
     kept = sorted({mask for source in _sources(members) for mask in source.meta.get("masks", {})})
     resolved = {id(source): source.masks for source in _sources(members)}
-    return {
+    masks = {
         mask: [
             name
             for name, member in zip(names, members, strict=True)
@@ -118,6 +118,7 @@ def _carry_masks(members: Sequence[Member], names: Sequence[str]) -> dict[str, l
         ]
         for mask in kept
     }
+    return {mask: chosen for mask, chosen in masks.items() if chosen}
 
 
 def _carry_filters(members: Sequence[Member], names: Sequence[str], output: Path) -> list[str]:

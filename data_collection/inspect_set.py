@@ -127,14 +127,19 @@ def find_drift(values: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda entry: -abs(entry["correlation"]))
 
 
-def outliers(values: Sequence[float]) -> np.ndarray:
-    """Return ``(N,)`` signed deviations from the median in scaled median absolute deviations; 0 for few episodes."""
+def outliers(values: Sequence[float], smallest: float) -> np.ndarray:
+    """Return ``(N,)`` signed deviations from the median in scaled median absolute deviations; 0 for few episodes.
+
+    Args:
+        values: one per episode.
+        smallest: deviation that is never taken for less, so that nearly equal values have no outliers.
+    """
     numbers = np.asarray(values, dtype=np.float64)
     if len(numbers) < OUTLIER_EPISODES:
         return np.zeros(len(numbers))
     apart = numbers - np.median(numbers)
-    # 1.4826 makes it the standard deviation of a normal distribution; 5 % of the median keeps equal values apart.
-    width = max(1.4826 * float(np.median(np.abs(apart))), 0.05 * abs(float(np.median(numbers))), 1e-12)
+    # 1.4826 makes it the standard deviation of a normal distribution.
+    width = max(1.4826 * float(np.median(np.abs(apart))), smallest)
     result: np.ndarray = apart / width
     return result
 

@@ -33,6 +33,8 @@ from simtoreal.envs.errors import DatasetError, SimtorealError
 
 # Paths of the first observation that may drift are listed by name only up to this many dimensions per array.
 _DRIFT_DIMENSIONS = 64
+# Of logarithms: an outlier differs by a factor of two at least.
+_LOG_DEVIATION = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +175,7 @@ def mark_outliers(episodes: list[dict[str, Any]]) -> None:
             "jerk": [float(np.log(episode["motion"]["action_jerk"] + 1e-9)) for episode in members],
         }
         for name, values in series.items():
-            for episode, deviation in zip(members, outliers(values), strict=True):
+            for episode, deviation in zip(members, outliers(values, _LOG_DEVIATION), strict=True):
                 episode["outlier"][name] = float(deviation)
 
 
