@@ -252,7 +252,7 @@ def _compatibility(dataset: Dataset, episodes: list[dict[str, Any]]) -> list[dic
                 "accepted": verdict.accepted,
                 "base": verdict.base,
             }
-        entropy = stored.report.get("behavior_entropy") if isinstance(stored.report, dict) else None
+        entropy = stored.report.get("entropy") if isinstance(stored.report, dict) else None
         found.append({"filter": name, "operators": stored.operators(), "covered": len(covered), "entropy": entropy})
     return found
 
