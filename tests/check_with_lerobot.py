@@ -1,8 +1,9 @@
 """Checks an export with lerobot itself: load, DataLoader, delta timestamps, append, delete and merge.
 
-lerobot's requirements clash with ours, so it lives in an environment of its own (no GPU packages, about 2 GB)::
+lerobot's requirements clash with ours, so it lives in an environment of its own, with Python 3.11 lerobot 0.4.4 (about
+2 GB), with Python 3.12 lerobot 0.6.1 (torch there brings GPU packages, about 8 GB)::
 
-    python tests/check_with_lerobot.py --install /tmp/lerobot-venv          # once
+    python3.11 tests/check_with_lerobot.py --install /tmp/lerobot-venv      # once
     simtoreal data export DATASET --format lerobot --output /tmp/exported
     /tmp/lerobot-venv/bin/python tests/check_with_lerobot.py /tmp/exported  # prints one line per check
 
@@ -25,14 +26,23 @@ from typing import Any
 
 import numpy as np
 
-TORCH = "torch==2.13.0"  # the registry has CPU wheels for Python 3.11
-NUMPY = "numpy<2.4"  # later ones refuse float(array of one), which lerobot 0.4 does
 # Declared bounds (torch, torchvision) are narrower than what works, hence --no-deps and a list of what it imports.
-NO_DEPS = ("torchvision==0.25.0", "lerobot==0.4.4")
-PACKAGES = (
-    "datasets<5", "huggingface_hub<1", "av", "pandas", "pyarrow", "jsonlines", "draccus==0.10.0", "packaging", "einops",
-    "deepdiff", "pillow", "imageio", "opencv-python-headless", "termcolor", "tqdm", "safetensors", "diffusers",
-    "accelerate",
+# numpy: later versions refuse float(array of one), which lerobot does.
+if sys.version_info < (3, 12):
+    STEPS: tuple[tuple[str, ...], ...] = (
+        ("torch==2.13.0", "numpy<2.3"),  # the registry has CPU wheels for Python 3.11
+        ("--no-deps", "torchvision==0.25.0", "lerobot==0.4.4"),  # 0.26 lost the decoder that lerobot falls back to
+        ("numpy<2.3", "datasets<5", "huggingface_hub<1", "av", "pandas<3", "draccus==0.10.0"),
+    )
+else:
+    STEPS = (
+        ("torch", "torchvision", "numpy<2.3"),
+        ("--no-deps", "lerobot==0.6.1"),
+        ("numpy<2.3", "datasets>=4.8,<5", "huggingface_hub<2", "av>=15,<16", "pandas<3", "draccus", "gymnasium"),
+    )
+COMMON = (
+    "pyarrow", "jsonlines", "packaging", "einops", "deepdiff", "pillow", "imageio", "opencv-python-headless",
+    "termcolor", "tqdm", "safetensors", "diffusers", "accelerate",
 )  # fmt: skip
 TOLERANCE = 1e-9
 
@@ -40,16 +50,16 @@ TOLERANCE = 1e-9
 def install(folder: Path) -> None:
     """Make a virtual environment with lerobot in ``folder``."""
     venv.create(folder, with_pip=True)
-    pip = [str(folder / "bin" / "pip"), "install", "-q"]
-    subprocess.run([*pip, TORCH, NUMPY], check=True)
-    subprocess.run([*pip, "--no-deps", *NO_DEPS], check=True)
-    subprocess.run([*pip, NUMPY, *PACKAGES], check=True)
+    for packages in (*STEPS, COMMON):
+        subprocess.run([str(folder / "bin" / "pip"), "install", "-q", *packages], check=True)
 
 
 def declare_torchvision_operators() -> Any:
     """Let torchvision's Python code load beside a torch build that its binary does not fit; returns what to keep."""
     import torch
 
+    if "+cpu" not in torch.__version__:
+        return None  # both from the registry: its binary fits
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
