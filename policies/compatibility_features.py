@@ -13,6 +13,7 @@ from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.episode import open_episode
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError, DatasetError, closest
+from simtoreal.envs.task_file import parse_task
 from simtoreal.policies.checkpoint import MODEL, load_policy
 from simtoreal.policies.normalization import dimension_names
 
@@ -42,16 +43,22 @@ class Features(Protocol):
 
 
 class StateFeatures:
-    """Vector observations, joined.
+    """Vector observations, joined; behind them the position of every object relative to the end effector.
+
+    Relative positions are what actions depend on, and they stay familiar when a scene moves.
 
     Args:
         keys: such as ``("proprio", "object_state")``.
+        end_effector: columns of the position of the end effector, 3.
+        objects: columns of the position of each object, 3 each.
     """
 
     history = 1
 
-    def __init__(self, keys: Sequence[str]) -> None:
-        self.keys = tuple(keys)
+    def __init__(
+        self, keys: Sequence[str], end_effector: Sequence[int] = (), objects: Sequence[Sequence[int]] = ()
+    ) -> None:
+        self.keys, self.end_effector, self.objects = tuple(keys), list(end_effector), [list(one) for one in objects]
 
     def extract(self, windows: Mapping[str, np.ndarray]) -> np.ndarray:
         """See :class:`Features`.
@@ -64,7 +71,9 @@ class StateFeatures:
                 raise DatasetError(
                     f"observation '{key}' is not a vector; score images with --encoder RUN, on a policy's features"
                 )
-        return np.concatenate([windows[key][:, -1] for key in self.keys], axis=-1).astype(np.float32)
+        state = np.concatenate([windows[key][:, -1] for key in self.keys], axis=-1)
+        relative = [state[:, columns] - state[:, self.end_effector] for columns in self.objects]
+        return np.concatenate([state, *relative], axis=-1).astype(np.float32)
 
     def dimension_names(self, embodiment: Embodiment) -> tuple[str, ...] | None:
         """See :class:`Features`."""
@@ -75,7 +84,7 @@ class StateFeatures:
 
     def describe(self) -> dict[str, Any]:
         """See :class:`Features`."""
-        return {"keys": list(self.keys)}
+        return {"keys": list(self.keys), "end_effector": self.end_effector, "objects": self.objects}
 
 
 class EncoderFeatures:
@@ -164,11 +173,23 @@ def make_features(
                 f"{dataset.path}: vectors alone do not say where things are (no 'object_state'). Give --encoder RUN, a "
                 f"policy trained on the base data, or --keys if they do. It holds {', '.join(sorted(present))}."
             )
-        features = StateFeatures(default)
+        features = StateFeatures(default, *_positions(dataset, default))
     for key in features.keys:
         if key not in present:
             raise DatasetError(f"{dataset.path}: has no observation '{key}'. {closest(key, present)}")
     return features
+
+
+def _positions(dataset: Dataset, keys: Sequence[str]) -> tuple[list[int], list[list[int]]]:
+    """Columns of the end effector and of the objects in joined ``proprio`` and ``object_state``; none if unknown."""
+    names, task = list(dataset.embodiment.proprio.names), next(iter(dataset.tasks.values()), {})
+    if len(dataset.tasks) != 1 or list(keys) != ["proprio", "object_state"] or "plan" not in task:
+        return [], []
+    columns = parse_task(task, source=str(dataset.path)).object_state_names
+    found = [len(names) + index for index, name in enumerate(columns) if name.endswith("_x")]
+    if not all(f"tcp_{axis}" in names for axis in "xyz"):
+        return [], []
+    return [names.index(f"tcp_{axis}") for axis in "xyz"], [[start, start + 1, start + 2] for start in found]
 
 
 def episode_windows(arrays: Mapping[str, np.ndarray], features: Features) -> dict[str, np.ndarray]:

@@ -85,7 +85,7 @@ class Ensemble(nn.Module, ABC):
 
     @abstractmethod
     def scores(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return likelihood error and novelty, each ``(B,)``, for ``(B, S)`` and ``(B, A)`` in [-1, 1]."""
+        """Return squared errors ``(B, A)`` and novelty ``(B,)``, for ``(B, S)`` and ``(B, A)`` in [-1, 1]."""
 
     def members(self, chosen: Sequence[int]) -> dict[str, Tensor]:
         """State dictionary of an ensemble of some of the networks."""
@@ -107,10 +107,10 @@ class RegressionEnsemble(Ensemble):
         return (self._act(states) - actions).square().mean((-2, -1))
 
     def scores(self, states: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared error averaged over members and dimensions; standard deviation over members, averaged."""
+        """Squared error averaged over members; standard deviation over members, averaged over dimensions."""
         members = self.network.weights[0].shape[0]
         predicted = self._act(states.expand(members, -1, -1))
-        return (predicted - actions).square().mean((0, -1)), predicted.std(0, correction=0).mean(-1)
+        return (predicted - actions).square().mean(0), predicted.std(0, correction=0).mean(-1)
 
 
 class DenoisingEnsemble(Ensemble):
@@ -141,14 +141,14 @@ class DenoisingEnsemble(Ensemble):
         generator = torch.Generator().manual_seed(0)
         half = torch.randn(NOISE_DRAWS // 2, 1, self.action_dim, generator=generator).to(states)
         noise = torch.cat([half, -half])  # Antithetic: the mean of the noise is exactly zero.
-        error, spread = torch.zeros(rows, device=states.device), torch.zeros(rows, device=states.device)
+        error, spread = torch.zeros_like(actions), torch.zeros(rows, device=states.device)
         many = states.expand(members, -1, -1)
         for level in (*NOISE_LEVELS, 1.0):
             for draw in noise:
                 noisy = torch.lerp(actions, draw.expand_as(actions), level).expand(members, -1, -1)
                 clean = self._denoise(many, noisy, states.new_full((members, rows, 1), level))
                 if level < 1:
-                    error += (clean - actions).square().mean((0, -1))
+                    error += (clean - actions).square().mean(0)
                 else:
                     spread += clean.std(0, correction=0).mean(-1)
         return error / (len(noise) * len(NOISE_LEVELS)), spread / len(noise)

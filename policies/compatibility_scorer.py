@@ -27,6 +27,8 @@ from simtoreal.policies.normalization import Statistics, fit_statistics
 
 # Scaled states this far outside of the base data are all equally unfamiliar.
 LARGEST_STATE = 5.0
+# Errors of an action dimension are measured in units of what the base data disagree with themselves, at least this.
+SMALLEST_NOISE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +58,7 @@ class Scorer:
         embodiment: of base data and candidates.
         ensemble: the networks.
         state_statistics, action_statistics: scales; None for actions in [-1, 1].
+        weights: float32 ``(A,)`` of the dimensions in the likelihood, mean 1.
         thresholds: collection mode -> thresholds.
         references: the base episodes.
         base: path of the base data, for messages.
@@ -67,6 +70,7 @@ class Scorer:
     ensemble: Ensemble
     state_statistics: Statistics
     action_statistics: Statistics | None
+    weights: np.ndarray
     thresholds: dict[str, Thresholds]
     references: tuple[Reference, ...]
     base: str
@@ -77,11 +81,16 @@ class Scorer:
 
     def score_states(self, states: np.ndarray, actions: np.ndarray) -> Scores:
         """Scores of scaled states ``(B, F)`` and recorded actions ``(B, A)``."""
+        errors, novelty = self.errors(states, actions)
+        return Scores((errors * self.weights).mean(-1), novelty)
+
+    def errors(self, states: np.ndarray, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Squared action errors ``(B, A)`` and novelty ``(B,)``."""
         device = self.ensemble.network.weights[0].device
         with torch.inference_mode():
             tensors = (torch.from_numpy(states), torch.from_numpy(scale_actions(actions, self.action_statistics)))
-            likelihood, novelty = self.ensemble.scores(*(tensor.to(device) for tensor in tensors))
-        return Scores(likelihood.cpu().numpy(), novelty.cpu().numpy())
+            errors, novelty = self.ensemble.scores(*(tensor.to(device) for tensor in tensors))
+        return errors.cpu().numpy(), novelty.cpu().numpy()
 
     def score(self, arrays: Mapping[str, np.ndarray]) -> Scores:
         """Scores of an episode with arrays ``actions`` and ``obs/<key>``."""
@@ -183,19 +192,25 @@ def fit_scorer(
         ensembles.append(one.to(device).eval().requires_grad_(False))
     scorer = Scorer(
         config=config, features=features, embodiment=dataset.embodiment, ensemble=ensembles[0],
-        state_statistics=state_statistics, action_statistics=action_statistics, thresholds={},
+        state_statistics=state_statistics, action_statistics=action_statistics,
+        weights=np.ones(joined_actions.shape[1], np.float32), thresholds={},
         references=tuple(references), base=str(dataset.path),
     )  # fmt: skip
     held_out = [
-        dataclasses.replace(scorer, ensemble=ensembles[1 + fold[index]]).score_states(states[index], actions[index])
+        dataclasses.replace(scorer, ensemble=ensembles[1 + fold[index]]).errors(states[index], actions[index])
         for index in range(len(episodes))
     ]
+    # When a gripper closes, or how fast a wrist turns, is less certain than where the hand goes.
+    noise = np.concatenate([errors for errors, _ in held_out]).mean(0)
+    weights = 1 / (noise + SMALLEST_NOISE**2)
+    weights = (weights / weights.mean()).astype(np.float32)
+    scores = [Scores((errors * weights).mean(-1), novelty) for errors, novelty in held_out]
     thresholds = {}
     for mode in sorted({reference.mode for reference in references}):
-        own_scores = [scores for scores, ref in zip(held_out, references, strict=True) if ref.mode == mode]
+        own_scores = [one for one, reference in zip(scores, references, strict=True) if reference.mode == mode]
         if len(own_scores) >= 2:
             thresholds[mode] = calibrate(own_scores)
-    return dataclasses.replace(scorer, thresholds=thresholds)
+    return dataclasses.replace(scorer, weights=weights, thresholds=thresholds)
 
 
 def _deal(modes: Sequence[str], folds: int, seed: int) -> np.ndarray:

@@ -79,6 +79,7 @@ def save_scorer(scorer: Scorer, folder: Path) -> None:
         if statistics is not None:
             tensors[f"{name}.low"] = torch.from_numpy(statistics.low)
             tensors[f"{name}.high"] = torch.from_numpy(statistics.high)
+    tensors["weights"] = torch.from_numpy(scorer.weights)
     tensors["references"] = torch.from_numpy(np.concatenate([reference.states for reference in scorer.references]))
     description = {
         "format": FORMAT,
@@ -137,7 +138,10 @@ def load_scorer(folder: str | Path, *, device: str | torch.device = "cpu", featu
         described = content["features"]
         if features is None:
             encoder = described.get("encoder")
-            features = StateFeatures(described["keys"]) if encoder is None else EncoderFeatures(encoder, device)
+            if encoder is not None:
+                features = EncoderFeatures(encoder, device)
+            else:
+                features = StateFeatures(*(described[name] for name in ("keys", "end_effector", "objects")))
         if features.describe() != described:
             raise CheckpointError(f"{folder}: was made for other features than these. {remedy}")
         statistics = {
@@ -150,7 +154,7 @@ def load_scorer(folder: str | Path, *, device: str | torch.device = "cpu", featu
         ensemble.load_state_dict(
             {name.removeprefix("ensemble."): value for name, value in tensors.items() if name.startswith("ensemble.")}
         )
-        states = tensors["references"].numpy()
+        states, weights = tensors["references"].numpy(), tensors["weights"].numpy()
         references = _references(content["references"], states)
         thresholds = {mode: Thresholds(**value) for mode, value in content["thresholds"].items()}
         embodiment = Embodiment.from_dict(content["embodiment"])
@@ -169,8 +173,9 @@ def load_scorer(folder: str | Path, *, device: str | torch.device = "cpu", featu
         raise CheckpointError(f"{folder / TENSORS}: holds values that are not finite. {remedy}")
     return Scorer(
         config=config, features=features, embodiment=embodiment, ensemble=ensemble,
-        state_statistics=statistics["state"], action_statistics=statistics.get("action"), thresholds=thresholds,
-        references=references, base=str(content.get("base", "")),
+        state_statistics=statistics["state"], action_statistics=statistics.get("action"),
+        weights=weights, thresholds=thresholds, references=references,
+        base=str(content.get("base", "")),
     )  # fmt: skip
 
 
