@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 HEIGHT_M = 0.02
 # Before and after a row the gripper is in line with its gap.
 STRAIGHT_M = 0.03
-START_M = 0.09
+START_M = 0.08
 ARRIVED_M = 0.018
 # An episode keeps its own place in each gap, as people do.
 JITTER_M = (0.005, 0.008)
