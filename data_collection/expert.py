@@ -22,6 +22,7 @@ from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.rollout import Observation
 from simtoreal.envs.scene_layout import DRAWER_HANDLE_X_M
+from simtoreal.envs.scene_motion import MARGIN_M, free_gap
 from simtoreal.envs.task import ObjectSpec, TaskSpec
 
 CLOSE_STEPS = 4
@@ -114,6 +115,7 @@ class Memory:
     retreating: bool = False
     quaternion: np.ndarray | None = None
     held: set[str] = field(default_factory=set)
+    seen: dict[str, np.ndarray] = field(default_factory=dict)
     route: list[np.ndarray] | None = None
     wall: float | None = None
 
@@ -160,26 +162,49 @@ class ScriptedExpert:
             raise ConfigError("the scripted expert needs 'object_state' (scene truth) in the observation")
         proprio, state = observation["proprio"][:, -1].astype(float), observation["object_state"][:, -1].astype(float)
         targets, goals, speeds = np.zeros((len(slots), 10)), np.zeros((len(slots), 10)), np.ones(len(slots))
+        follow = np.zeros((len(slots), 2))
         memories = [self.memories[int(slot)] for slot in slots]
         for row, memory in enumerate(memories):
             scene = self._scene(proprio[row], state[row])
             if memory.quaternion is None:
                 memory.quaternion = rotation.from_6d(proprio[row, 3:9])
+            follow[row] = self._scene_displacement(scene, memory)
             goal = self._goal(scene, memory)
             turn = np.array([0.0, math.cos(goal.yaw / 2), math.sin(goal.yaw / 2), 0.0])
             targets[row] = [*scene.target, *rotation.to_6d(memory.quaternion), 1.0]
             goals[row] = [*goal.position, *rotation.to_6d(turn), 0.0 if goal.closed else 1.0]
             speeds[row] = goal.speed * self.style.speed
-        return self._actions(targets, goals, speeds, memories)[:, None]
+        return self._actions(targets, goals, speeds, follow, memories)[:, None]
+
+    def _scene_displacement(self, scene: Scene, memory: Memory) -> np.ndarray:
+        """How far ``(2,)`` metres the scene moved by itself since the last step; the hand goes along with it.
+
+        Following without this lags behind, which a policy would learn as a distance to keep. Within the margin of
+        :class:`~simtoreal.envs.scene_motion.SceneMotion` nothing moves unless it is pushed.
+        """
+        task, poses = self.task, {name: pose[0] for name, pose in scene.poses.items()}
+        before, memory.seen = memory.seen, {name: position.copy() for name, position in poses.items()}
+        if not task.moving_object or not before or memory.closing or memory.releasing:
+            return np.zeros(2)
+        item, point, half_width, half_height = task.object(task.moving_object), scene.tcp, 0.0, 0.0
+        if item.name in memory.held:
+            if not task.moving_target:
+                return np.zeros(2)
+            point, half_width, half_height = poses[item.name], item.half_extent_m, item.half_height_m
+            item = task.object(task.moving_target)
+        if free_gap(point[None], half_width, half_height, poses[item.name][None], item)[0] < MARGIN_M:
+            return np.zeros(2)
+        return (poses[item.name] - before[item.name])[:2]
 
     def _actions(
-        self, targets: np.ndarray, goals: np.ndarray, speeds: np.ndarray, memories: list[Memory]
+        self, targets: np.ndarray, goals: np.ndarray, speeds: np.ndarray, follow: np.ndarray, memories: list[Memory]
     ) -> np.ndarray:
         limits = np.asarray(self.embodiment.action.limits)
         distance = np.linalg.norm(goals[:, :3] - targets[:, :3], axis=-1)
         step = np.minimum(self.style.gain * distance, speeds * limits[0])
         share = step / np.maximum(distance, 1e-9)
         goals[:, :3] = targets[:, :3] + share[:, None] * (goals[:, :3] - targets[:, :3])
+        goals[:, :2] += follow
         actions = action_towards(targets, goals, self.embodiment)
         if self.style.noise:
             noise = np.stack([memory.rng.normal(0.0, self.style.noise, 3) for memory in memories])

@@ -3,8 +3,10 @@
 In a MOVE demonstration the actions that follow the current one also follow the scene, which goes on moving. A policy
 that predicts chunks of actions would learn to aim at where things will be, in random directions, and misses things
 that stand still (methods.md, card 1.6: aiming bias). Seen from the moving object the same demonstration is one of a
-scene at rest: subtracting the displacement of the scene from the later actions of a chunk gives the chunk that
-the demonstrator would have needed had everything stopped when the chunk began.
+scene at rest: what an action owes to the scene's displacement in the step before, which the demonstrator saw, is
+subtracted from it, and what is left is what would have been done had everything stood still. This assumes a
+demonstrator who goes along with the scene, as :class:`~simtoreal.data_collection.expert.ScriptedExpert` and people
+do; one who lags behind teaches a distance to keep.
 """
 
 from __future__ import annotations

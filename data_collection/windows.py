@@ -118,8 +118,9 @@ class WindowSampler:
         clipped = np.minimum(future, last)
         taken = self.actions.take(clipped, axis=0)
         if self.displacement is not None:
-            # An action answers to what moved until the step before it; the first one to nothing yet.
-            taken[:, 1:] -= self.displacement.take(clipped[:, :-1], axis=0)
+            # An action answers to what was seen to move: the step before it.
+            seen = np.maximum(clipped - 1, self._first[rows][:, None])
+            taken -= self.displacement.take(seen, axis=0) * (clipped > self._first[rows][:, None])[..., None]
         return {
             "observation": {key: array.take(past, axis=0) for key, array in self.observations.items()},
             "actions": taken,

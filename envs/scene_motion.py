@@ -25,8 +25,9 @@ from simtoreal.envs.task import ObjectSpec, TaskSpec
 
 # Keeps the motion's random numbers apart from those of the initial condition, which stays the same with and without.
 _STREAM = 0x4D4F5645
-# Free space that a moving thing keeps to the other objects.
+# Free space that a moving thing keeps to the other objects, and at which it stops before the gripper.
 CLEARANCE_M = 0.02
+MARGIN_M = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class SceneMotion:
     camera_distance_m: tuple[float, float] = (0.0, 0.0)
     camera_height_m: tuple[float, float] = (0.0, 0.0)
     turn_limit_deg: float = 60.0
-    margin_m: float = 0.03
+    margin_m: float = MARGIN_M
     speed_beta: tuple[float, float] = (2.0, 5.0)
     correlated: bool = True
 
@@ -223,7 +224,7 @@ class SceneMover:
 
     def _move_object(self, scene: SceneView, rows: np.ndarray, period_s: float) -> PlanarMotion:
         item, motion = self.moving[0], self.motion
-        gap = _gap(scene.positions["tcp"], 0.0, 0.0, scene.positions[item.name], item)
+        gap = free_gap(scene.positions["tcp"], 0.0, 0.0, scene.positions[item.name], item)
         rows = rows[(self.moved_s[rows, 0] < motion.object_moves_s) & (gap[rows] > motion.margin_m)]
         positions = self._bounce(scene, rows, 0, motion.object_speed_m_s * self.factors[rows, 0], period_s)
         yaws = self.turn_signs[rows] * np.deg2rad(motion.object_turn_deg_s) * self.factors[rows, 0] * period_s
@@ -236,7 +237,7 @@ class SceneMover:
     def _move_target(self, scene: SceneView, rows: np.ndarray, period_s: float) -> PlanarMotion:
         (held, item), motion = self.moving, self.motion
         centre = scene.positions[held.name]
-        gap = _gap(centre, held.half_extent_m, held.half_height_m, scene.positions[item.name], item)
+        gap = free_gap(centre, held.half_extent_m, held.half_height_m, scene.positions[item.name], item)
         rows = rows[(self.moved_s[rows, 1] < motion.target_moves_s) & (gap[rows] > motion.margin_m)]
         positions = self._bounce(scene, rows, 1, motion.target_speed_m_s * self.factors[rows, 1], period_s)
         return PlanarMotion(item.name, rows, positions, np.zeros(len(rows)))
@@ -361,7 +362,7 @@ def put_planar(fields: Mapping[str, np.ndarray], where: ObjectIndex, moved: Plan
     qvel[moved.rows, where.qvel : where.qvel + 6] = 0.0
 
 
-def _gap(
+def free_gap(
     point: np.ndarray, half_width_m: float, half_height_m: float, position: np.ndarray, item: ObjectSpec
 ) -> np.ndarray:
     """Free distance ``(N,)`` between a box around ``point`` and an object: the larger of across and up."""
