@@ -71,7 +71,7 @@ class TeleopActor:
             self._hub.poll()
         now_ns = time.monotonic_ns()
         action = self._hub.begin(now_ns)
-        self._page.commanded(now_ns)
+        self._page.commanded(now_ns, moving=self._hub.active)
         return action[None, None]
 
 

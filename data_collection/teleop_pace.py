@@ -22,9 +22,13 @@ class RealTimePace:
 
     Args:
         period_s: control period.
+
+    Attributes:
+        reactive: False takes every step at its deadline.
     """
 
     def __init__(self, period_s: float) -> None:
+        self.reactive = True
         self._period_ns = round(period_s * 1e9)
         self.restart()
         self.missed = 0
@@ -47,6 +51,8 @@ class RealTimePace:
             if not changed:
                 return False
             on_change()
+            if not self.reactive:
+                return False
             lead = self._ahead_ns + self._due_ns - time.monotonic_ns()
             return lead <= MOST_AHEAD_PERIODS * self._period_ns
 

@@ -195,10 +195,11 @@ class PageDevice:
             self._stamps.clear()
             return self._waiting.pop(0) if self._waiting else None
 
-    def commanded(self, now_ns: int) -> None:
-        """A command with everything that was read has been handed over."""
+    def commanded(self, now_ns: int, *, moving: bool = True) -> None:
+        """A command with everything that was read has been handed over; only those that may move the arm are timed."""
         with self._lock:
-            self.latencies_ns.extend(now_ns - stamp for stamp in self._read_stamps)
+            if moving:
+                self.latencies_ns.extend(now_ns - stamp for stamp in self._read_stamps)
             self._read_stamps.clear()
 
     def settings(self) -> dict[str, Any]:

@@ -41,12 +41,16 @@ class TeleopRos2Env(Ros2Env):
         hub: the operator's devices; its period begins with the actor's ``begin``.
         commanded: told when a corrected target has been handed to the gate (monotonic ns).
         others: see :class:`Ros2Env`.
+
+    Attributes:
+        reactive: False leaves every action as it was at the beginning of its step.
     """
 
     def __init__(
         self, *arguments: Any, hub: InputHub, commanded: Callable[[int], None] = lambda now_ns: None, **others: Any
     ) -> None:
         super().__init__(*arguments, **others)
+        self.reactive = True
         self._hub, self._commanded = hub, commanded
         self._executed = np.zeros(self.embodiment.action.dim, dtype=np.float32)
         self._correctable = False
@@ -75,7 +79,7 @@ class TeleopRos2Env(Ros2Env):
 
     def _correct(self, changed: bool) -> bool:
         """Send the target that the operator's newest input means; never ends the wait."""
-        if not self._correctable:
+        if not (self._correctable and self.reactive):
             return False
         action = self._hub.action()
         if (action == self._executed).all():
@@ -87,5 +91,6 @@ class TeleopRos2Env(Ros2Env):
             self._refused, self._correctable = str(error), False
             return False
         self._target, self._executed = target, action
-        self._commanded(time.monotonic_ns())
+        if self._hub.active:
+            self._commanded(time.monotonic_ns())
         return False

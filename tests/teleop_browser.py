@@ -29,7 +29,7 @@ navigator.getGamepads = () => [{ connected: true, id: "test", index: 0, mapping:
 """
 TRIGGER, BUTTON_A = 7, 0
 # Somebody who sees and acts a tenth of a second late must not correct as eagerly as the expert inside the loop.
-HUMAN = OperatorStyle(name="human", speed=0.6, gain=0.12)
+HUMAN = OperatorStyle(name="human", speed=0.8, gain=0.15)
 DEAD_ZONE = 0.12
 
 

@@ -1,0 +1,299 @@
+"""The teleoperation page in real Chromium: demonstrations through it, and everything that must stop the arm."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from playwright.sync_api import Page
+from teleop_browser import GamepadOperator, browser_context, open_page, running, start_recording, state, wait_for
+
+from simtoreal.commands.teleop import Collection, Config
+from simtoreal.data_collection import teleop_command, teleop_page
+from simtoreal.data_collection.dataset import Dataset
+
+# The arm's last motion begins at most this long after the last sign of life of whoever moves it.
+STOP_WITHIN_NS = 150_000_000
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("chromium")
+
+
+@pytest.fixture(scope="module")
+def browser(profile: Path) -> Iterator[Any]:
+    with browser_context(profile, viewport={"width": 1280, "height": 820}) as context:
+        yield context
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Collection]:
+    folder = tmp_path_factory.mktemp("teleop") / "data"
+    with running(Config(task="push", output=folder, port=0, view_size=0, image_size=32, seconds=600)) as opened:
+        yield opened
+
+
+class Log:
+    """When the operator was heard with the dead-man held, and what the environment was told to do."""
+
+    def __init__(self, collection: Collection) -> None:
+        self.heard: list[int] = []
+        self.steps: list[tuple[int, np.ndarray]] = []
+        self.feed, self.env = collection.page.feed, collection.session._env
+        self.step, self.page = self.env.step, collection.page
+        self.page.feed, self.env.step = self._listen, self._watch
+
+    def _listen(self, message: dict[str, Any]) -> bool:
+        if message.get("engaged"):
+            self.heard.append(time.monotonic_ns())
+        return self.feed(message)
+
+    def _watch(self, action: np.ndarray) -> Any:
+        self.steps.append((time.monotonic_ns(), action.copy()))
+        return self.step(action)
+
+    def remove(self) -> None:
+        self.page.feed, self.env.step = self.feed, self.step
+
+    def moving(self) -> list[tuple[int, np.ndarray]]:
+        return [(at, action) for at, action in list(self.steps) if action[:6].any()]
+
+    def check(self) -> None:
+        """Every motion is explained by somebody who was there."""
+        heard = np.array(self.heard)
+        assert all(at - heard[heard <= at].max() <= STOP_WITHIN_NS for at, _ in self.moving())
+
+    def rests(self, steps: int = 8) -> bool:
+        """Whether the next control steps do nothing."""
+        begin = len(self.steps)
+        wait_for(lambda: len(self.steps) >= begin + steps, "control steps")
+        return not any(action[:6].any() for _, action in self.steps[begin + 1 :])
+
+    def sum(self) -> np.ndarray:
+        return np.sum([action[:6] for _, action in list(self.steps)], axis=0) * np.array([0.02] * 3 + [0.1] * 3)
+
+
+@dataclass
+class Drive:
+    page: Page
+    collection: Collection
+    log: Log
+
+    @property
+    def active(self) -> bool:
+        return self.collection.session.board.snapshot.active
+
+    def press(self) -> None:
+        """Press the dead-man, again if contact was lost before the arm followed (on a busy machine it may be)."""
+        for _ in range(20):
+            self.page.keyboard.up("Space")
+            self.page.keyboard.down("Space")
+            with contextlib.suppress(AssertionError):
+                wait_for(lambda: self.active, "the arm follows", 0.5)
+                return
+        raise AssertionError("the arm never followed")
+
+    def drive_forward(self) -> None:
+        self.page.keyboard.down("KeyW")
+        self.moves_after_a_press()
+
+    def moves_after_a_press(self) -> None:
+        seen = len(self.log.moving())
+        for _ in range(10):
+            self.press()
+            with contextlib.suppress(AssertionError):
+                wait_for(lambda: len(self.log.moving()) > seen + 2, "motion", 1.0)
+                return
+        raise AssertionError("nothing moved")
+
+
+@pytest.fixture
+def drive(browser: Any, collection: Collection) -> Iterator[Drive]:
+    page = open_page(browser, collection)
+    page.locator("#view").select_option("1")
+    start_recording(page, collection)
+    log = Log(collection)
+    yield Drive(page, collection, log)
+    if teleop_command.SILENCE_NS < STOP_WITHIN_NS:
+        log.check()
+    log.remove()
+    page.close()
+    collection.session._hub.events.append("next")
+    wait_for(lambda: state(collection) == "ready", "ready again")
+
+
+# ---- what stops the arm
+
+
+def test_releasing_the_dead_man_stops_and_pressing_it_moves(drive: Drive):
+    drive.drive_forward()
+    assert all(action[0] == np.float32(0.5) for _, action in drive.log.moving()), "half speed, straight ahead"
+    drive.page.keyboard.up("Space")
+    wait_for(lambda: not drive.active, "rest")
+    assert drive.log.rests()
+    drive.moves_after_a_press()
+
+
+@pytest.mark.parametrize("loss", ["blur", "typing", "connection"])
+def test_losing_focus_or_connection_stops_and_needs_a_fresh_press(drive: Drive, loss: str):
+    drive.drive_forward()
+    if loss == "blur":
+        drive.page.evaluate("window.dispatchEvent(new Event('blur'))")
+    elif loss == "typing":
+        drive.page.locator("#operator").focus()
+    else:
+        drive.page.evaluate("socket.close()")
+    wait_for(lambda: not drive.active, "rest")
+    # Both keys are still held, and the page is soon connected again.
+    wait_for(lambda: drive.page.evaluate("socket.readyState") == 1, "connection")
+    assert drive.log.rests()
+    if loss == "typing":
+        drive.page.locator("#operator").blur()
+    drive.page.keyboard.up("KeyW")
+    drive.drive_forward()
+
+
+def test_closing_the_page_stops(drive: Drive, browser: Any):
+    drive.drive_forward()
+    drive.page.close()
+    wait_for(lambda: not drive.active, "rest")
+    assert drive.log.rests()
+    again = open_page(browser, drive.collection)
+    assert drive.log.rests()
+    again.close()
+
+
+def descendants(pid: int) -> list[int]:
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                parents.setdefault(parent, []).append(int(entry.name))
+    found = [pid]
+    for known in found:
+        found += parents.get(known, [])
+    return found
+
+
+def browser_processes(profile: Path) -> list[int]:
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                command = (entry / "cmdline").read_bytes()
+                if f"--user-data-dir={profile}".encode() in command and b"--type=" not in command:
+                    return descendants(int(entry.name))
+    raise AssertionError("Chromium is not running")
+
+
+def test_a_frozen_browser_stops_and_needs_a_fresh_press(drive: Drive, profile: Path):
+    drive.drive_forward()
+    before = drive.collection.session._hub.losses
+    frozen = browser_processes(profile)
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_for(lambda: not drive.active, "rest")
+        assert drive.collection.session._hub.losses > before
+        assert drive.log.rests()
+    finally:
+        for pid in frozen:
+            os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: drive.collection.session.board.snapshot.needs_release, "the page speaks again, key held")
+    assert drive.log.rests()
+    drive.moves_after_a_press()
+
+
+# ---- what a pointer and the keys mean
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exact amounts are not about lost contact, which a busy test machine may have at any time."""
+    for module in (teleop_command, teleop_page):
+        monkeypatch.setattr(module, "SILENCE_NS", 5_000_000_000)
+
+
+def test_drags_move_exactly_and_reclutching_does_not_jump(patient: None, drive: Drive):
+    box = drive.page.locator("#padxy").bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    mouse = drive.page.mouse
+
+    def stroke() -> None:
+        mouse.move(x, y)
+        mouse.down()
+        wait_for(lambda: drive.active, "clutch")
+        for part in (20, 40, 60):
+            mouse.move(x + part, y - part / 2)
+            assert_follows(part)
+        mouse.up()
+        wait_for(lambda: not drive.active, "clutch open")
+
+    def assert_follows(part: float) -> None:
+        # Half speed: 0.5 mm per pixel; to the right is -y, upwards +x, seen from behind the robot.
+        expected = start + np.array([part / 2, -part, 0, 0, 0, 0]) * 0.0005
+        wait_for(lambda: np.allclose(drive.log.sum(), expected, atol=1e-6), f"{expected}, is {drive.log.sum()}", 5)
+
+    for _ in range(2):
+        start = drive.log.sum()
+        stroke()
+        mouse.move(x - 50, y + 30)  # moving on without the button moves nothing
+        assert drive.log.rests(4)
+
+
+def test_a_repeating_key_toggles_the_gripper_once(patient: None, drive: Drive):
+    drive.press()
+    for _ in range(4):
+        drive.page.keyboard.down("KeyG")  # held: from the second on the browser marks it as a repetition
+    wait_for(lambda: drive.log.steps[-1][1][6] == -1, "closed gripper")
+    drive.page.keyboard.up("KeyG")
+    assert drive.log.rests()
+    assert drive.log.steps[-1][1][6] == -1
+
+
+def test_touch_cancelled_by_the_system_lets_go(patient: None, drive: Drive):
+    hold = drive.page.locator("#hold")
+    drive.page.mouse.move(*[hold.bounding_box()[key] + 20 for key in ("x", "y")])
+    drive.page.mouse.down()
+    wait_for(lambda: drive.active, "hold button")
+    hold.dispatch_event("pointercancel", {"pointerId": 1})
+    wait_for(lambda: not drive.active, "rest")
+    drive.page.mouse.up()
+
+
+# ---- whole sessions
+
+
+def test_a_demonstration_through_the_page_is_accepted_into_a_dataset(browser: Any, tmp_path: Path):
+    config = Config(task="pick_place", output=tmp_path / "data", port=0, view_size=96, operator="nobody")
+    with running(config) as opened:
+        page = open_page(browser, opened, gamepad=True)
+        page.locator("#operator").fill("Grace Hopper")
+        page.locator("#operator").press("Enter")
+        person = GamepadOperator(page, opened)
+        start_recording(page, opened)
+        person.demonstrate()
+        assert state(opened) == "review"
+        assert page.locator("#reviewnote").inner_text() == "goal reached"
+        page.locator("#accept").click()
+        wait_for(lambda: page.locator("#episodes li").count() == 1, "the episode in the list")
+        assert "Grace Hopper" in page.locator("#episodes li").inner_text()
+        wait_for(lambda: page.evaluate("document.querySelector('#episodes img').naturalWidth") > 0, "thumbnail")
+        assert opened.server.frames_sent > 20
+        page.keyboard.press("Escape")
+        wait_for(lambda: state(opened) == "finished", "the end")
+        page.close()
+    stored = Dataset.open(tmp_path / "data")
+    (episode,) = stored.episodes
+    assert (episode.success, episode.operator, episode.source, episode.seed) == (True, "Grace Hopper", "teleop", 0)
+    assert all(episode.milestones.values())
+    assert stored.read(episode)["actions"].shape == (episode.steps, 7)

@@ -1,0 +1,134 @@
+"""Who may open the teleoperation page, what they may say, and what they are sent."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+
+from simtoreal.data_collection.teleop_page import MAX_MESSAGE_BYTES, PageDevice
+from simtoreal.data_collection.teleop_server import MOST_MESSAGES_PER_S, TeleopServer
+from simtoreal.data_collection.teleop_session import Board
+from simtoreal.envs.errors import RobotError
+
+
+def served() -> contextlib.closing[TeleopServer]:
+    return contextlib.closing(TeleopServer(Board(), PageDevice(), Path("nowhere")))
+
+
+async def answer(url: str, **headers: str) -> tuple[int, str]:
+    async with aiohttp.ClientSession() as client, client.get(url, headers=headers) as response:
+        return response.status, await response.text()
+
+
+def test_only_our_page_with_the_token_gets_anything():
+    with served() as server:
+        origin = server.url.rsplit("/", 2)[0]
+        port = origin.rsplit(":", 1)[1]
+        ask = lambda url, **headers: asyncio.run(answer(url, **headers))  # noqa: E731
+        status, text = ask(server.url)
+        assert status == 200
+        assert "Hold to move" in text
+        assert ask(server.url + "teleop.js")[0] == 200
+        for wrong in ("/", "/wrong/", f"/{server.url.rsplit('/', 2)[1][:-1]}/", "/wrong/ws", "/wrong/media/1"):
+            assert ask(origin + wrong)[0] == 404
+        for path in ("../teleop_server.py", "teleop_server.py", "media/1", "thumb/000000", "thumb/..%2f..%2fetc"):
+            assert ask(server.url + path)[0] == 404
+        assert ask(server.url, Host=f"evil.example:{port}")[0] == 404
+        assert ask(server.url, Host=f"localhost:{port}")[0] == 200
+        assert ask(server.url + "ws")[0] == 403
+        assert ask(server.url + "ws", Origin="http://evil.example")[0] == 403
+        assert ask(server.url + "ws", Origin=origin)[0] == 400, "no websocket request"
+        with pytest.raises(RobotError, match="--port"):
+            TeleopServer(Board(), PageDevice(), Path("nowhere"), port=int(port))
+
+
+async def closing_code(url: str, *messages: Any) -> int | None:
+    """How the server ends a connection that sends ``messages``."""
+    async with (
+        aiohttp.ClientSession() as client,
+        client.ws_connect(url + "ws", headers={"Origin": url.rsplit("/", 2)[0]}) as socket,
+    ):
+        for message in messages:
+            with contextlib.suppress(ConnectionError):
+                await (socket.send_bytes(message) if isinstance(message, bytes) else socket.send_str(message))
+        while not socket.closed:
+            received = await socket.receive(10)
+            if received.type == aiohttp.WSMsgType.TEXT:
+                assert "Traceback" not in received.data
+        return socket.close_code
+
+
+@pytest.mark.parametrize(
+    ("messages", "code"),
+    [
+        (["nonsense"], 1008),
+        ([b"\x00\x01"], 1008),
+        (['{"type": "event", "n": 1, "name": "explode"}'], 1008),
+        (["x" * (MAX_MESSAGE_BYTES + 1)], 1009),
+        (['{"type": "ping", "n": 1, "at": 1}'] * (MOST_MESSAGES_PER_S * 3), 1008),
+    ],
+)
+def test_whoever_misbehaves_is_disconnected(messages: list[Any], code: int):
+    with served() as server:
+        assert asyncio.run(closing_code(server.url, *messages)) == code
+        # And the next one is let in.
+        assert asyncio.run(answer(server.url))[0] == 200
+
+
+def test_a_second_controller_is_refused_until_the_first_has_gone():
+    async def both(url: str) -> None:
+        headers = {"Origin": url.rsplit("/", 2)[0]}
+        async with aiohttp.ClientSession() as client:
+            first = await client.ws_connect(url + "ws", headers=headers)
+            await first.receive(10)
+            second = await client.ws_connect(url + "ws", headers=headers)
+            refused = json.loads((await second.receive(10)).data)
+            assert refused["type"] == "refused"
+            await second.receive(10)
+            assert second.close_code == 4001
+            await first.close()
+            for _ in range(100):
+                third = await client.ws_connect(url + "ws", headers=headers)
+                if json.loads((await third.receive(10)).data)["type"] == "status":
+                    return
+                await third.close()
+                await asyncio.sleep(0.02)
+            raise AssertionError("nobody is let in any more")
+
+    with served() as server:
+        asyncio.run(both(server.url))
+
+
+def test_a_page_that_lags_gets_the_newest_picture_only():
+    async def lag(server: TeleopServer, board: Board) -> list[int]:
+        url, numbers, sent = server.url, [], 0
+        async with (
+            aiohttp.ClientSession() as client,
+            client.ws_connect(url + "ws", headers={"Origin": url.rsplit("/", 2)[0]}) as socket,
+        ):
+            for _ in range(40):
+                board.post_frames({"front": np.full((8, 8, 3), sent, np.uint8)})
+                await asyncio.sleep(0.01)
+            for n in range(200):
+                message = await socket.receive(10)
+                if message.type == aiohttp.WSMsgType.BINARY:
+                    size = int.from_bytes(message.data[:2], "little")
+                    numbers.append(json.loads(message.data[2 : 2 + size])["frame"])
+                    if numbers[-1] == 40:
+                        break
+                    await socket.send_json({"type": "shown", "n": n, "frame": numbers[-1]})
+        return numbers
+
+    board = Board()
+    with contextlib.closing(TeleopServer(board, PageDevice(), Path("nowhere"))) as server:
+        numbers = asyncio.run(lag(server, board))
+        assert numbers[-1] == 40
+        assert len(numbers) <= 6
+        assert server.frames_dropped == 40 - len(numbers) - (numbers[0] - 1)
