@@ -10,9 +10,10 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from simtoreal.envs.embodiment import CameraSpec, Embodiment
 from simtoreal.envs.errors import ConfigError, DatasetError, require
 from simtoreal.envs.files import fsync_folder
 from simtoreal.robot.bag_import import SETTLE_NS
-from simtoreal.robot.recording import MARKS_TOPIC, MARKS_TYPE, RecordingFile
+from simtoreal.robot.recording import CHUNK_BYTES, MARKS_TOPIC, MARKS_TYPE, METADATA, message_definition
 from simtoreal.robot.topics import RobotConfig, Topic
 
 # Positions in the proprio observation (``PROPRIO_NAMES`` of the arm): target position, opening, joints.
@@ -54,7 +55,7 @@ def export_recording(
         DatasetError: the file exists, an episode lacks arrays, or the disk is full.
         MissingDependencyError: the message packages or mcap are not installed.
     """
-    require("mcap.writer", "ros", package="mcap")
+    require("mcap_ros2.writer", "ros", package="mcap-ros2-support")
     if output.exists():
         raise DatasetError(f"{output} exists; exports never overwrite. Choose another name or move it away.")
     chosen = list(dataset.episodes if episodes is None else episodes)
@@ -63,20 +64,25 @@ def export_recording(
     temporary = output.with_name(f".{output.name}.tmp")
     temporary.unlink(missing_ok=True)
     steps, next_ns = 0, _FIRST_EPISODE_NS
+    stream: BinaryIO | None = None
     try:
         with disk_errors(output):
-            file = RecordingFile(str(temporary), _description(dataset, robot, chosen))
-            messages = _Messages(file, dataset.embodiment, robot)
+            stream = open(temporary, "xb")  # noqa: SIM115 - closed below
+            messages = _Messages(stream, dataset.embodiment, robot, _description(dataset, robot, chosen))
             for number, episode in enumerate(chosen):
                 arrays = dataset.read(episode)
                 next_ns = messages.write(number, episode, arrays, max(next_ns, _started_ns(episode)))
                 steps += episode.steps
                 if progress is not None:
                     progress(number + 1, len(chosen))
-            file.finish()
+            messages.writer.finish()
+            stream.flush()
+            os.fsync(stream.fileno())
             temporary.rename(output)
             fsync_folder(output.parent)
     finally:
+        if stream is not None:
+            stream.close()
         temporary.unlink(missing_ok=True)
     return steps
 
@@ -120,25 +126,27 @@ def _started_ns(episode: EpisodeInfo) -> int:
 class _Messages:
     """Turns steps into messages."""
 
-    def __init__(self, file: RecordingFile, embodiment: Embodiment, robot: RobotConfig) -> None:
-        from rclpy.serialization import serialize_message
+    def __init__(
+        self, stream: BinaryIO, embodiment: Embodiment, robot: RobotConfig, description: dict[str, str]
+    ) -> None:
+        from mcap.writer import CompressionType
+        from mcap_ros2.writer import Writer
 
-        self.file, self.embodiment, self.robot = file, embodiment, robot
-        self._serialize: Callable[[Any], bytes] = serialize_message
-        self._channels: dict[str, int] = {}
-        self._classes: dict[str, Any] = {}
-        for topic in self._topics():
-            self._channels[topic.name] = file.add_channel(topic.name, topic.type)
-            self._classes[topic.name] = topic.message_class()
-        self._channels[MARKS_TOPIC] = file.add_channel(MARKS_TOPIC, MARKS_TYPE)
+        self.embodiment, self.robot = embodiment, robot
+        # rclpy's serializer pads messages with empty arrays, which strict readers (rosbags) refuse; this one does not.
+        self.writer: Any = Writer(stream, chunk_size=CHUNK_BYTES, compression=CompressionType.LZ4)
+        self.writer.add_metadata(METADATA, description)
+        self._schemas: dict[str, Any] = {}
+        self._sequences: dict[str, int] = {}
 
-    def _topics(self) -> list[Topic]:
-        topics = self.robot.topics
-        used = [topics.joint_states, getattr(topics, self.robot.command), topics.gripper_command, topics.twin_truth]
-        for camera in self.embodiment.cameras:
-            own = self.robot.cameras[camera.name]
-            used += [topic for topic in (own.image, own.camera_info) if topic is not None]
-        return used
+    def _write(self, topic: str, type_name: str, content: dict[str, Any], at_ns: int) -> None:
+        if type_name not in self._schemas:
+            package, _, name = type_name.split("/")
+            message_class = getattr(require(f"{package}.msg", "ros", package=package), name)
+            self._schemas[type_name] = self.writer.register_msgdef(type_name, message_definition(message_class))
+        sequence = self._sequences.get(topic, 0)
+        self.writer.write_message(topic, self._schemas[type_name], content, at_ns, at_ns, sequence)
+        self._sequences[topic] = sequence + 1
 
     def write(self, number: int, episode: EpisodeInfo, arrays: Arrays, begin_ns: int) -> int:
         """Write an episode that begins at ``begin_ns`` and return when the next one may begin.
@@ -174,7 +182,6 @@ class _Messages:
             end_ns, "end", episode=number, success=episode.success, failure=episode.failure, steps=episode.steps,
             milestones=episode.milestones,
         )  # fmt: skip
-        self.file.flush()
         return end_ns + 2 * SETTLE_NS
 
     def _first_target(self, proprio: np.ndarray, arrays: Arrays) -> np.ndarray:
@@ -231,23 +238,12 @@ class _Messages:
             self._send(topics.camera_info, at_ns, {**info, **model}, frame=topics.frame)
 
     def _mark(self, at_ns: int, event: str, **content: Any) -> None:
-        from std_msgs.msg import String
-
-        data = self._serialize(String(data=json.dumps({"event": event, **content}, allow_nan=False)))
-        self.file.add(self._channels[MARKS_TOPIC], data, at_ns, at_ns)
+        text = json.dumps({"event": event, **content}, allow_nan=False)
+        self._write(MARKS_TOPIC, MARKS_TYPE, {"data": text}, at_ns)
 
     def _send(self, topic: Topic, at_ns: int, content: dict[str, Any], *, frame: str = "") -> None:
-        message = self._classes[topic.name]()
-        _fill(message, content)
-        if hasattr(message, "header"):
-            message.header.stamp.sec, message.header.stamp.nanosec = divmod(at_ns, 1_000_000_000)
-            message.header.frame_id = frame or self.robot.base_frame
-        self.file.add(self._channels[topic.name], self._serialize(message), at_ns, at_ns)
-
-
-def _fill(message: Any, content: dict[str, Any]) -> None:
-    for name, value in content.items():
-        if isinstance(value, dict):
-            _fill(getattr(message, name), value)
-        else:
-            setattr(message, name, value)
+        if not topic.type.startswith("std_msgs/"):
+            seconds, nanoseconds = divmod(at_ns, 1_000_000_000)
+            stamp = {"sec": seconds, "nanosec": nanoseconds}
+            content = {"header": {"stamp": stamp, "frame_id": frame or self.robot.base_frame}, **content}
+        self._write(topic.name, topic.type, content, at_ns)

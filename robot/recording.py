@@ -229,13 +229,8 @@ def message_definition(message_class: type) -> str:
     return "\n".join([main, *(f"{'=' * 80}\nMSG: {name}\n{text}" for name, text in parts.items())]) + "\n"
 
 
-class RecordingFile:
-    """An MCAP file under construction.
-
-    Args:
-        path: file to create; it must not exist.
-        description: metadata record ``METADATA``, what the recording is about.
-    """
+class _File:
+    """An MCAP file under construction."""
 
     def __init__(self, path: str, description: dict[str, str]) -> None:
         from mcap.writer import CompressionType, Writer
@@ -285,7 +280,7 @@ def _record(path: str, robot: RobotConfig, description: dict[str, str], link: Co
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(5)
     try:
-        file = RecordingFile(path, description)
+        file = _File(path, description)
         with _subscriptions(robot) as subscriptions:
             channels = {topic: file.add_channel(topic, kind) for topic, kind in recorded_topics(robot).items()}
             marks = file.add_channel(MARKS_TOPIC, MARKS_TYPE)
@@ -313,7 +308,7 @@ def _record(path: str, robot: RobotConfig, description: dict[str, str], link: Co
             link.send(("failed", f"{path}: {error.strerror or error}"))
 
 
-def _take_marks(link: Connection, file: RecordingFile, channel: int) -> bool:
+def _take_marks(link: Connection, file: _File, channel: int) -> bool:
     """Write the marks of the runtime; return whether to stop (also when the runtime has died)."""
     from rclpy.serialization import serialize_message
     from std_msgs.msg import String
@@ -355,7 +350,7 @@ def _subscriptions(robot: RobotConfig) -> Iterator[dict[str, Any]]:
         context.shutdown()
 
 
-def _drain(subscription: Any, file: RecordingFile, channel: int) -> int:
+def _drain(subscription: Any, file: _File, channel: int) -> int:
     """Write what the queue holds; return how many messages."""
     before = file.messages
     with subscription.handle:

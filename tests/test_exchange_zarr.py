@@ -103,7 +103,8 @@ def check_pusht(dataset: Dataset) -> None:
 
 COMPRESSORS = {
     "none": None, "blosc": BLOSC, "blosc-lz4": numcodecs.Blosc("lz4", 1, numcodecs.Blosc.BITSHUFFLE),
-    "bz2": numcodecs.BZ2(), "gzip": numcodecs.GZip(), "lz4": numcodecs.LZ4(), "zlib": numcodecs.Zlib(), "zstd": numcodecs.Zstd(),
+    "bz2": numcodecs.BZ2(), "gzip": numcodecs.GZip(), "lz4": numcodecs.LZ4(), "zlib": numcodecs.Zlib(),
+    "zstd": numcodecs.Zstd(),
 }  # fmt: skip
 
 
