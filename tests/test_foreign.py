@@ -249,14 +249,14 @@ def test_environments_that_do_not_fit_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def door(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The first demonstrations of a person, as the command imports them."""
+    """Eight demonstrations of a person, as the command imports them."""
     if not HUMAN_DATA.is_file():
         pytest.skip(f"{HUMAN_DATA} is not here")
     folder = tmp_path_factory.mktemp("door")
     shutil.copy(HUMAN_DATA, folder / "human.hdf5")
     with h5py.File(folder / "human.hdf5", "r+") as file:
         for name in list(file["data"]):
-            if int(name.removeprefix("demo_")) >= 8:
+            if int(name.removeprefix("demo_")) not in range(16, 24):
                 del file["data"][name]
     cli.run(["data", "import", str(folder / "human.hdf5"), "--output", str(folder / "data"), "--control-hz", "100"])
     return folder / "data"
@@ -276,7 +276,8 @@ def test_some_demonstrations_replay_in_their_environment(door: Path) -> None:
             if terminated[0] or truncated[0]:
                 break
         opened.append(bool(info["success"][0]))
-    assert 1 <= sum(opened) < len(opened)
+    # Numbers 16, 18, 19, 22 and 23 of the file, on gymnasium-robotics 1.4 and mujoco 3.17; a wrong scale opens none.
+    assert sum(opened) >= 3
 
 
 def _constants(episode: Any) -> dict[str, Any]:
