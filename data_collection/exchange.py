@@ -27,6 +27,7 @@ from simtoreal.envs.files import write_json
 LARGEST_EPISODE_BYTES = 16 * 2**30
 LARGEST_JSON_BYTES = 64 * 2**20
 MOST_EPISODES = 1_000_000
+_ARRAY_NAME = re.compile(r"actions|rewards|dones|states|(obs|step)/[A-Za-z0-9_.:-]+")
 Progress = Callable[[int, int], None]
 """Called with the episodes done and their total."""
 
@@ -93,6 +94,7 @@ def import_dataset(reader: Reader, output: Path, *, progress: Progress | None = 
         for done, name in enumerate(reader.episodes):
             try:
                 arrays, info = reader.read(name)
+                _check_layout(arrays, reader.embodiment, f"episode {name}")
                 stored[name] = writer.add(arrays, info).stem
             except DatasetError as error:
                 if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
@@ -114,6 +116,17 @@ def import_dataset(reader: Reader, output: Path, *, progress: Progress | None = 
     return ImportResult(
         episodes=len(stored), successes=successes, steps=steps, skipped=tuple(skipped), notes=tuple(reader.notes)
     )
+
+
+def _check_layout(arrays: Arrays, embodiment: Embodiment, where: str) -> None:
+    """Raise :class:`DatasetError` unless names, types and sizes are those of a dataset of ``embodiment``."""
+    expected = {"actions": (embodiment.action.dim,), "obs/proprio": (embodiment.proprio.dim,)}
+    expected |= {f"obs/{camera.name}{IMAGE_SUFFIX}": (camera.height, camera.width, 3) for camera in embodiment.cameras}
+    for name, array in arrays.items():
+        if not _ARRAY_NAME.fullmatch(name) or array.dtype.kind not in "iufb":
+            raise DatasetError(f"{where}: array '{name}' of type {array.dtype} is not one that an episode has.")
+        if array.shape[1:] != expected.get(name, array.shape[1:]):
+            raise DatasetError(f"{where}: '{name}' is {array.shape[1:]} per step; the robot says {expected[name]}.")
 
 
 def refuse_existing(output: Path) -> None:

@@ -20,7 +20,7 @@ from simtoreal.data_collection.lerobot_index import EpisodeEntry, Index, read_in
 from simtoreal.data_collection.lerobot_video import decode
 from simtoreal.data_collection.parquet_rows import ParquetRows, to_numpy
 from simtoreal.envs.embodiment import Embodiment, ProprioSpec
-from simtoreal.envs.errors import DatasetError
+from simtoreal.envs.errors import ConfigError, DatasetError
 
 _IMAGE_TYPES = ("video", "image")
 _SKIPPED_TYPES = ("string", "language", "audio")
@@ -38,6 +38,7 @@ class LeRobotReader:
         task: name to store the episodes under; by default the name of the folder.
 
     Raises:
+        ConfigError: ``task`` is given for an export of our own, which says it itself.
         DatasetError: not such a dataset, damaged or unsafe.
     """
 
@@ -56,6 +57,8 @@ class LeRobotReader:
         self.notes += [f"left out feature '{feature}' of type {self._kinds[feature]}" for feature in skipped]
         self._names = self._array_names()
         if self._own is not None:
+            if task is not None:
+                raise ConfigError(f"{root} says itself which task it shows; omit --task.")
             self._describe_own(self._own, sidecar)
         else:
             self._describe_foreign(task or root.resolve().name)

@@ -32,7 +32,7 @@ from simtoreal.data_collection.exchange import (
 )
 from simtoreal.data_collection.foreign_embodiment import IMAGE_SUFFIX, foreign_embodiment, foreign_task
 from simtoreal.envs.embodiment import Embodiment
-from simtoreal.envs.errors import DatasetError
+from simtoreal.envs.errors import ConfigError, DatasetError
 
 SIDECAR = "simtoreal"
 GYM_TYPE = 2
@@ -53,6 +53,7 @@ class RobomimicReader:
         task: name to store the episodes under; by default the name of the environment.
 
     Raises:
+        ConfigError: ``task`` or ``control_hz`` is given for an export of our own, which says them itself.
         DatasetError: not a robomimic file, damaged or unsafe; or its rate is unknown.
     """
 
@@ -91,6 +92,8 @@ class RobomimicReader:
         own = data.attrs.get(SIDECAR)
         self._own = own is not None
         if self._own:
+            if task is not None or control_hz is not None:
+                raise ConfigError(f"{self.path} says itself what it holds; omit --task and --control-hz.")
             content = _json(str(own), f"{self.path}: attribute '{SIDECAR}'")
             self.embodiment = Embodiment.from_dict(content.get("embodiment", {}))
             self.tasks: Mapping[str, Mapping[str, Any]] = content.get("tasks", {})

@@ -19,7 +19,7 @@ COMMANDS = Path(__file__).parent / "commands"
 
 # Verbs made of two words: ``simtoreal data info`` is the module ``data_info``.
 GROUPS = {
-    "data": "Look at, repair, merge, split and import datasets.",
+    "data": "Look at, check, repair, edit, import and export datasets.",
 }
 
 EXIT_FAILURE = 2

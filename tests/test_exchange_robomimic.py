@@ -20,7 +20,7 @@ from simtoreal.data_collection.lerobot_export import export_lerobot
 from simtoreal.data_collection.lerobot_import import LeRobotReader
 from simtoreal.data_collection.robomimic_export import export_robomimic
 from simtoreal.data_collection.robomimic_import import RobomimicReader
-from simtoreal.envs.errors import DatasetError
+from simtoreal.envs.errors import ConfigError, DatasetError
 from simtoreal.envs.files import write_json
 
 FOREIGN_STEPS = (5, 8)
@@ -244,3 +244,22 @@ def test_commands_export_and_import(dataset: Dataset, tmp_path: Path, capsys: py
     assert json.loads((back / "results.json").read_text())["import"]["format"] == "robomimic"
     with pytest.raises(DatasetError, match="is a simtoreal dataset already"):
         cli.run(["data", "import", str(back), "--output", str(tmp_path / "more")])
+
+
+def test_exports_say_themselves_what_they_hold(dataset: Dataset, tmp_path: Path) -> None:
+    export_robomimic(dataset, tmp_path / "all.hdf5")
+    with pytest.raises(ConfigError, match="omit --task and --control-hz"):
+        RobomimicReader(tmp_path / "all.hdf5", control_hz=10.0)
+
+
+def test_arrays_that_do_not_fit_the_robot_are_skipped(dataset: Dataset, tmp_path: Path) -> None:
+    export_robomimic(dataset, tmp_path / "all.hdf5")
+    with h5py.File(tmp_path / "all.hdf5", "a") as file:
+        del file["data/demo_0/actions"]
+        file["data/demo_0/actions"] = np.zeros((LENGTHS[0], 6), np.float32)
+        file["data/demo_1/model"] = np.zeros(LENGTHS[1])
+    with RobomimicReader(tmp_path / "all.hdf5") as reader:
+        result = import_dataset(reader, tmp_path / "back")
+    assert [line.split(":")[0] for line in result.skipped] == ["episode demo_0", "episode demo_1"]
+    assert "'actions' is (6,) per step; the robot says (7,)" in result.skipped[0]
+    assert [episode.seed for episode in Dataset.open(tmp_path / "back").episodes] == [102]
