@@ -1,0 +1,207 @@
+"""Are conflicting demonstrations of pick_place found, and what does leaving them out do to policies?
+
+    python benchmarks/compatibility_pick_place.py         # about two hours on one core; resumable
+
+Base: one operator who approaches the cube from above, on the right half of the table. Candidates: the same operator
+there (compatible), another who approaches from the side there (conflicting), and the first one on the left half (new
+regions). Policies are evaluated on the whole table, on state observations.
+
+Every candidate step has a label that no scorer knows: the base operator is asked, at the very state, what he would do.
+A step conflicts if the mean squared difference of the two actions exceeds 0.1 (as 0.8 in one dimension does), and is
+compatible below 0.01; steps in between belong to neither. The filter is meant to keep what is new, conflict or not, so
+the area under the ROC curve is given for the steps that it judges (novelty below eta) and for all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from compatibility_study import (
+    STATE_KEYS,
+    arm_row,
+    comparisons,
+    demonstrate,
+    join,
+    make_filters,
+    run_arm,
+    scorer_of,
+    state_env,
+)
+from interleaved import write_benchmark
+
+from simtoreal.data_collection.compatibility import Scores, detection_auc
+from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.expert import STYLES, OperatorStyle, ScriptedExpert
+from simtoreal.envs.files import write_json
+from simtoreal.envs.task import TaskSpec
+from simtoreal.envs.task_file import load_task, parse_task
+from simtoreal.policies.compatibility_scorer import Scorer
+from simtoreal.policies.config import BCConfig, DiffusionConfig, PolicyConfig, TrainerConfig
+
+BASE, COMPATIBLE, CONFLICTING, NEW = 60, 20, 40, 40
+ROLLOUTS, SEEDS, STEPS = 200, 3, 4000
+FIRST_ROLLOUT = 100_000
+ARMS = ("base", "naive", "random", "box")
+CONFLICT, AGREEMENT = 0.1, 0.01
+ABOVE = STYLES["expert"]
+FROM_SIDE = OperatorStyle(name="from_side", approach_height_m=0.03, approach_offset_m=(0.0, 0.15))
+POLICIES: dict[str, PolicyConfig] = {
+    "bc": BCConfig(
+        observation_steps=1, horizon=4, execute_steps=1, image_keys=(), state_keys=STATE_KEYS, hidden=256, layers=2,
+        loss="l2",
+    ),
+    "diffusion": DiffusionConfig(
+        observation_steps=1, horizon=8, execute_steps=4, image_keys=(), state_keys=STATE_KEYS, unet_widths=(32, 64),
+        condition_width=128, noise_samples=2,
+    ),
+}  # fmt: skip
+
+
+def half_table(name: str, y_m: tuple[float, float]) -> TaskSpec:
+    """pick_place with the cube in a strip of the table."""
+    content = load_task("pick_place").to_dict()
+    content["name"] = name
+    content["initial"]["cube"]["y_m"] = list(y_m)
+    return parse_task(content, name)
+
+
+def differences(dataset: Dataset, task: TaskSpec) -> list[np.ndarray]:
+    """Per episode ``(T,)``: mean squared difference between what was done and what the base operator would do there.
+
+    The base operator follows the recorded episode, so what he remembers (grasped, released) fits it.
+    """
+    env = state_env(task, 1)
+    expert = ScriptedExpert(task, env.embodiment, style=ABOVE)
+    slots, found = np.array([0]), []
+    for episode in dataset.episodes:
+        arrays = dataset.read(episode, ["actions", "obs/proprio", "obs/object_state"])
+        expert.reset(slots, [episode.seed])
+        rows = []
+        for step in range(episode.steps):
+            observation = {key: arrays[f"obs/{key}"][step][None, None] for key in STATE_KEYS}
+            rows.append(expert.act(observation, [""], slots)[0, 0])
+        found.append(((np.array(rows) - arrays["actions"]) ** 2).mean(-1))
+    return found
+
+
+def detection(scorer: Scorer, candidates: dict[str, tuple[Dataset, TaskSpec]]) -> dict[str, Any]:
+    """How well the scorer tells conflicting from compatible candidate steps."""
+    limits = scorer.thresholds["static"]
+    scores, labels = [], []
+    for dataset, task in candidates.values():
+        names = ["actions", *[f"obs/{key}" for key in scorer.features.keys]]
+        scores += [scorer.score(dataset.read(episode, names)) for episode in dataset.episodes]
+        labels += differences(dataset, task)
+    joined, label = Scores.join(scores), np.concatenate(labels)
+    conflict, used = label > CONFLICT, (label > CONFLICT) | (label < AGREEMENT)
+    familiar, bad = joined.novelty < limits.novelty, limits.bad(joined)
+    judged = used & familiar
+    return {
+        "auc_judged": detection_auc(joined.likelihood[judged], conflict[judged]),
+        "auc_all": detection_auc(joined.likelihood[used], conflict[used]),
+        "conflicting": int(conflict.sum()),
+        "compatible": int((used & ~conflict).sum()),
+        "neither": int((~used).sum()),
+        "judged_share_of_conflicting": float(familiar[conflict].mean()),
+        "flagged_share_of_judged_conflicting": float(bad[conflict & familiar].mean()),
+        "flagged_share_of_compatible": float(bad[used & ~conflict].mean()),
+        "base_flagged": limits.flagged,
+    }
+
+
+def run_seed(folder: Path, seed: int) -> tuple[dict[tuple[str, str], list[bool]], dict[str, Any]]:
+    """Data, filters, detection and arms of one seed."""
+    first = 100_000_000 + 100_000 * seed
+    right, left = half_table("pick_place_right", (-0.15, 0.0)), half_table("pick_place_left", (0.0, 0.15))
+    base = demonstrate(folder / "base", right, ABOVE, BASE, first)
+    pool = {
+        "compatible": (demonstrate(folder / "compatible", right, ABOVE, COMPATIBLE, first + 1000), right),
+        "conflicting": (demonstrate(folder / "conflicting", right, FROM_SIDE, CONFLICTING, first + 2000), right),
+        "new": (demonstrate(folder / "new", left, ABOVE, NEW, first + 3000), left),
+    }
+    everything = join(folder / "everything", base, *(path for path, _ in pool.values()))
+    report: dict[str, Any] = {}
+    for kind in ("mlp", "diffusion"):
+        stored = folder / f"detection_{kind}.json"
+        if not stored.is_file():
+            scorer = scorer_of(base, kind, seed)
+            found = detection(scorer, {name: (Dataset.open(path), task) for name, (path, task) in pool.items()})
+            kept = make_filters(everything, scorer, ("box", "random"), kind, seed)
+            write_json(stored, {"detection": found, "kept": kept})
+        report[kind] = json.loads(stored.read_text())
+        print(f"seed {seed}, {kind}: {report[kind]['detection']}", flush=True)
+    data = {
+        "base": (base, None), "naive": (everything, None), "random": (everything, "mlp_random"),
+        "box": (everything, "mlp_box"),
+    }  # fmt: skip
+    trainer = TrainerConfig(
+        steps=STEPS, seed=seed, checkpoint_every=STEPS, validate_every=STEPS, log_every=STEPS, precision="fp32"
+    )
+    rollouts = range(FIRST_ROLLOUT + 1000 * seed, FIRST_ROLLOUT + 1000 * seed + ROLLOUTS)
+    outcomes = {}
+    for name, policy in POLICIES.items():
+        for arm, (path, filter) in data.items():
+            outcomes[name, arm] = run_arm(
+                folder / f"{name}_{arm}", path, policy, trainer, rollouts, task="pick_place", filter=filter
+            )
+            print(f"seed {seed}, {name}, {arm}: {sum(outcomes[name, arm])}/{ROLLOUTS}", flush=True)
+    return outcomes, report
+
+
+def main() -> None:
+    """Run and store the measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_compatibility_pick_place"))
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    options = parser.parse_args()
+    begin = time.perf_counter()
+    found = []
+    for seed in range(options.seeds):
+        folder = options.output / f"seed_{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        found.append(run_seed(folder, seed))
+    outcomes = {key: [one[key] for one, _ in found] for key in found[0][0]}
+    arms = [arm_row(f"{policy}, {arm}", outcomes[policy, arm]) for policy in POLICIES for arm in ARMS]
+    tests = {
+        policy: comparisons({arm: outcomes[policy, arm] for arm in ARMS}, "box", ("naive", "base", "random"))
+        for policy in POLICIES
+    }
+    rows = [
+        {"name": f"{policy}, {name}", "value": test["difference"], "n": test["n"], "interval": test["interval"],
+         "p_value": test["p_value"]}
+        for policy, pairs in tests.items() for name, test in pairs.items()
+    ]  # fmt: skip
+    for kind in ("mlp", "diffusion"):
+        for area in ("auc_judged", "auc_all"):
+            values = [report[kind]["detection"][area] for _, report in found]
+            rows.append(
+                {"name": f"{kind} scorer, {area}", "value": float(np.mean(values)), "n": len(values),
+                 "interval": [min(values), max(values)]}
+            )  # fmt: skip
+    values = {arm["name"]: arm["value"] for arm in arms}
+    write_benchmark(
+        "compatibility_pick_place",
+        "Are conflicting demonstrations of pick_place found, and what does leaving them out do to policies?",
+        {
+            "metric": "success rate, unimodal policy", "ours": values["bc, box"], "baseline": values["bc, naive"],
+            "baseline_name": "all demonstrations, unfiltered", "ratio": None, **tests["bc"]["box - naive"],
+        },
+        [*arms, *rows],
+        seconds=time.perf_counter() - begin,
+        seeds=list(range(options.seeds)),
+        notes=(
+            f"{options.seeds} seeds, each with its own demonstrations, scorers, training and {ROLLOUTS} rollouts; "
+            f"policies trained for {STEPS} steps. Rows with a difference: interval from resampling seeds, then "
+            "rollouts; exact paired p-value over all rollouts. AUC: mean and range over seeds. Detection by seed: "
+            f"{[report['mlp']['detection'] for _, report in found]}."
+        ),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
