@@ -301,17 +301,22 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         return [int(self.np_random.integers(2**31)) if value is None else int(value) for value in given]
 
     def _reset_slots(self, slots: np.ndarray, seeds: list[int]) -> None:
-        """Begin new episodes; a draw in which the goal holds already is followed by another from the same seed."""
+        """Begin new episodes; a draw that is over before it begins is followed by another from the same seed."""
         self._seeds[slots] = [seeds[slot] for slot in slots]
         generators = {int(slot): np.random.default_rng(seeds[slot]) for slot in slots}
         for _ in range(MAX_DRAWS):
             self._begin(slots, generators)
-            slots = slots[self.task.goal_predicate(self._scene())[slots]]
+            scene = self._scene()
+            over = self.task.goal_predicate(scene)
+            if self.task.failure_predicate is not None:
+                over = over | self.task.failure_predicate(scene)
+            slots = slots[over[slots]]
             if not len(slots):
                 return
+        either = " or 'failure'" if self.task.failure else ""
         raise TaskError(
-            f"{self.task.source or self.task.name}: key 'goal' ({self.task.goal}) holds before anything is done "
-            f"(seed {seeds[slots[0]]}, {MAX_DRAWS} draws). Change 'goal' or 'initial'."
+            f"{self.task.source or self.task.name}: key 'goal' ({self.task.goal}){either} holds before anything is "
+            f"done (seed {seeds[slots[0]]}, {MAX_DRAWS} draws). Change 'goal'{either} or 'initial'."
         )
 
     def _begin(self, slots: np.ndarray, generators: dict[int, np.random.Generator]) -> None:

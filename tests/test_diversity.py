@@ -170,6 +170,14 @@ def test_passing_above_the_posts_is_a_failure():
     assert reward[0] == 0
 
 
+def test_a_start_that_has_failed_already_is_drawn_again():
+    # Under randomisation the arm may begin low and far ahead, which would be a failure without having done anything.
+    env = make_vector_env("avoid", 30, observe="state", randomization="training")
+    env.reset(seed=0)
+    assert not env.task.failure_predicate(env._scene()).any()
+    assert len(np.unique(env.batch.state.round(6), axis=0)) == 30
+
+
 # --- labels and repeated rollouts ------------------------------------------------------------------------------------
 
 
