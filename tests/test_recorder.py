@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from point_world import HORIZON, PointExpert, PointVectorEnv, fails
 
+from simtoreal.commands import data_info
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.recorder import NewTake, Recorder, memory_takes, stream_takes
 from simtoreal.data_collection.sensor_health import SensorHealth
@@ -195,7 +196,7 @@ def test_stamps_of_every_sensor_and_the_motion_of_the_scene(tmp_path: Path) -> N
     assert camera["dropped"] == int((observed[1:] - 1)[observed[1:] % 3 == 0].size)
 
 
-def test_frames_that_the_environment_counts_are_stored(tmp_path: Path) -> None:
+def test_frames_that_the_environment_counts_are_stored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Counting(StampedEnv):
         def _info(self, success):
             info = super()._info(success)
@@ -208,6 +209,18 @@ def test_frames_that_the_environment_counts_are_stored(tmp_path: Path) -> None:
     summary = summarize(tmp_path)["sensors"]
     assert summary["arm"]["dropped"] == 2
     assert summary["camera"]["age_max_ms"] == pytest.approx(80.0)
+    data_info.main(data_info.Config(dataset=tmp_path))
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if "camera " in line and "80.0" in line]
+    assert [cell.strip() for cell in row.strip("│").split("│")][3:5] == ["7", "0"]
+
+
+def test_sensors_that_no_recorder_wrote_are_named(tmp_path: Path) -> None:
+    env = PointVectorEnv(1)
+    with DatasetWriter(tmp_path, env.embodiment, {"point": {}}) as writer:
+        recorder = make_recorder(memory_takes(writer), env, extra={"sensors": {"arm": "fine"}})
+        rollout(env, PointExpert(), [0], listeners=[recorder])
+    with pytest.raises(DatasetError, match="extra 'sensors' is not what a recorder writes"):
+        summarize(tmp_path)
 
 
 def test_health_while_recording(tmp_path: Path) -> None:

@@ -64,14 +64,13 @@ def main(config: Config) -> None:
 def _sensors(sensors: dict[str, dict[str, Any]], steps: int) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"sensors (worst episode; counts of all {steps} steps)")
-    columns = ("sensor", "age median", "p99", "max", "skew max", "received", "dropped", "repeated", "late")
-    for name in columns:
-        table.add_column(name, justify="left" if name == "sensor" else "right")
+    table = Table(title=f"sensors (times: worst episode; counts: all {steps} steps)")
+    for name in ("sensor", "age ms\nmedian p99 max", "skew\nms", "frames", "dropped", "repeated", "late"):
+        table.add_column(name, justify="left" if name == "sensor" else "right", no_wrap=True)
     for name, sensor in sensors.items():
-        times = (sensor[key] for key in ("age_median_ms", "age_p99_ms", "age_max_ms", "skew_max_ms"))
-        counts = (sensor[key] for key in ("received", "dropped", "repeated", "late"))
-        table.add_row(name, *(f"{value:.1f} ms" for value in times), *map(str, counts))
+        ages = " ".join(f"{sensor[key]:.1f}" for key in ("age_median_ms", "age_p99_ms", "age_max_ms"))
+        counts = (str(sensor[key]) for key in ("received", "dropped", "repeated", "late"))
+        table.add_row(name, ages, f"{sensor['skew_max_ms']:.1f}", *counts)
     return table
 
 
