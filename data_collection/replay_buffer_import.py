@@ -76,16 +76,13 @@ class ReplayBufferReader:
         self.episodes: Sequence[str] = [f"{index:06d}" for index in range(len(self._ends))]
         robots = [int(match[1]) for name in self._arrays if (match := _UMI_ROBOT.fullmatch(name))]
         umi = bool(robots) and "action" not in self._arrays
-        self._action_keys = (
-            [f"robot{robot}_{part}" for robot in sorted(robots) for part in _UMI_POSE]
-            if umi
-            else [name for name in ("action", "actions") if name in self._arrays][:1]
-        )
-        missing = [key for key in self._action_keys if key not in self._arrays]
-        if missing or not self._action_keys:
-            raise DatasetError(
-                f"{self.path}: has no 'data/{(missing or ['action'])[0]}'; it holds {', '.join(self._arrays)}."
-            )
+        if umi:
+            parts = (f"robot{robot}_{part}" for robot in sorted(robots) for part in _UMI_POSE)
+            self._action_keys = [key for key in parts if key in self._arrays]
+        else:
+            self._action_keys = [name for name in ("action", "actions") if name in self._arrays][:1]
+        if not self._action_keys:
+            raise DatasetError(f"{self.path}: has no 'data/action'; it holds {', '.join(self._arrays)}.")
         self._umi = umi
         self._assign_names()
         name = task or re.sub(r"\.(zarr|zip)$", "", re.sub(r"\.zip$", "", self.path.name)) or "replay_buffer"
