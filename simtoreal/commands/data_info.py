@@ -65,7 +65,7 @@ def _sensors(sensors: dict[str, dict[str, Any]], steps: int) -> Table:
     from rich.table import Table
 
     table = Table(title=f"sensors (times: worst episode; counts: all {steps} steps)")
-    for name in ("sensor", "age ms\nmedian p99 max", "skew\nms", "frames", "dropped", "repeated", "late"):
+    for name in ("sensor", "age ms\nmedian p99 max", "skew\nms", "frames", "dropped", "repeats", "late"):
         table.add_column(name, justify="left" if name == "sensor" else "right", no_wrap=True)
     for name, sensor in sensors.items():
         ages = " ".join(f"{sensor[key]:.1f}" for key in ("age_median_ms", "age_p99_ms", "age_max_ms"))
