@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import threading
 
 import numpy as np
@@ -13,6 +15,7 @@ from simtoreal.envs.rendering import DRAWN_FIELDS, BatchRenderer
 from simtoreal.envs.tabletop import TabletopEnv
 
 CLOSE_TIMEOUT_S = 5.0
+NICE = 10
 
 
 class EnlargedView:
@@ -52,6 +55,9 @@ class EnlargedView:
         self._thread.join(CLOSE_TIMEOUT_S)
 
     def _draw(self) -> None:
+        # Pictures may come late, the operator's commands may not.
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         renderer = BatchRenderer(self._env.model, self._embodiment, 1)
         names = [camera.name for camera in self._embodiment.cameras]
         try:

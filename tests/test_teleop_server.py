@@ -132,3 +132,14 @@ def test_a_page_that_lags_gets_the_newest_picture_only():
         assert numbers[-1] == 40
         assert len(numbers) <= 6
         assert server.frames_dropped == 40 - len(numbers) - (numbers[0] - 1)
+
+
+def test_the_doctor_offers_to_install_the_browser_of_these_tests(monkeypatch: pytest.MonkeyPatch):
+    from simtoreal.commands import doctor
+
+    assert doctor.check_browser().state == doctor.OK
+    monkeypatch.setenv("PATH", "/nowhere")
+    finding = doctor.check_browser()
+    assert (finding.state, finding.apt_packages) == (doctor.WARNING, ("chromium",))
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    assert doctor.check_browser() is None, "who only uses the page needs no Chromium"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import importlib.util
 import os
 import shlex
 import shutil
@@ -23,6 +24,9 @@ SYSTEM_LIBRARIES = {
 }
 # libEGL alone only dispatches; the software renderer behind it is this package.
 SOFTWARE_RENDERER_PACKAGE = "libgl1-mesa-dri"
+
+BROWSERS = ("chromium", "chromium-browser")
+BROWSER_PACKAGE = "chromium"
 
 MINIMUM_PYTHON = (3, 11)
 DISK_NEEDED_GB = 2.0
@@ -246,6 +250,22 @@ def check_realsense() -> Finding:
     return Finding(name="RealSense", state=WARNING, found=line, fix=fix)
 
 
+def check_browser() -> Finding | None:
+    """The tests of the teleoperation page find Chromium; None where they are not installed (extra ``dev``)."""
+    if importlib.util.find_spec("playwright") is None:
+        return None
+    for name in BROWSERS:
+        if path := shutil.which(name):
+            return Finding(name="Browser", state=OK, found=path)
+    return Finding(
+        name="Browser",
+        state=WARNING,
+        found="no Chromium, which tests of the teleoperation page drive (any browser does for using the page)",
+        fix=apt_command((BROWSER_PACKAGE,)),
+        apt_packages=(BROWSER_PACKAGE,),
+    )
+
+
 def check_gpu() -> Finding:
     """torch uses the GPU if there is one."""
     works, line = run_script(
@@ -292,17 +312,19 @@ def check_shared_memory() -> Finding:
 def examine() -> list[Finding]:
     """Run every check; about five seconds."""
     root = Path(__file__).resolve().parents[2]
-    return [
+    findings = (
         check_python(),
         check_packages(),
         check_pins(root / "constraints.txt"),
         check_rendering(),
         check_ros(),
         check_realsense(),
+        check_browser(),
         check_gpu(),
         check_disk(Path.cwd()),
         check_shared_memory(),
-    ]
+    )
+    return [finding for finding in findings if finding is not None]
 
 
 def install_libraries(packages: tuple[str, ...], console: Console) -> bool:

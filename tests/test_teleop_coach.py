@@ -1,0 +1,109 @@
+"""Two people at the page: one demonstrates like the earlier data, one in another style; it tells them apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from playwright.sync_api import Page
+from teleop_browser import GamepadOperator, browser_context, open_page, running, start_recording, state, wait_for
+
+from simtoreal.commands import teleop
+from simtoreal.commands.teleop import Config
+from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.expert import OperatorStyle, ScriptedExpert
+from simtoreal.data_collection.recorder import Recorder, memory_takes
+from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.envs import load_task, panda_embodiment, rollout
+from simtoreal.envs.tabletop import TabletopEnv
+from simtoreal.policies.compatibility_coach import CompatibilityCoach
+from simtoreal.policies.compatibility_config import ScorerConfig
+
+# Small, because the question is whether page and coach work together; tests/test_compatibility_scorer.py has the rest.
+SMALL = ScorerConfig(members=3, hidden=48, epochs=1, minimum_steps=250, batch_size=64, folds=2)
+UP_RIGHT = OperatorStyle(name="up_right", route=("z", "y"), speed=0.5, gain=0.3, noise=0.1)
+RIGHT_UP = OperatorStyle(name="right_up", route=("y", "z"), speed=0.5, gain=0.3)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "data"
+    task, embodiment = load_task("reach2d"), panda_embodiment(16)
+    env = TabletopEnv(task, embodiment=embodiment, record_state=True)
+    with DatasetWriter(folder, embodiment, {task.name: task.to_dict()}) as writer:
+        recorder = Recorder(
+            memory_takes(writer), task=task.name, embodiment=embodiment, source="expert", operator="up_right"
+        )
+        rollout(env, ScriptedExpert(task, embodiment, style=UP_RIGHT), range(100, 120), listeners=[recorder])
+    env.close()
+    CompatibilityCoach.open(folder, config=SMALL)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    with browser_context(tmp_path_factory.mktemp("profile"), viewport={"width": 1280, "height": 820}) as context:
+        yield context
+
+
+def demonstrate(page: Page, opened: teleop.Collection, style: OperatorStyle) -> list[float]:
+    """One take in a style; returns the gauge as the page showed it."""
+    shown: list[float] = []
+
+    def look() -> bool:
+        text = page.locator("#gauge").inner_text()
+        if text.endswith("%"):
+            shown.append(float(text.split()[0]) / 100)
+        return False
+
+    person = GamepadOperator(page, opened, style)
+    start_recording(page, opened)
+    person.demonstrate(until=look)
+    assert state(opened) == "review"
+    return shown
+
+
+def test_a_second_operator_with_another_style_is_flagged_live_and_at_the_end(
+    base: Path, browser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    original = CompatibilityCoach.open
+    monkeypatch.setattr(CompatibilityCoach, "open", lambda path, **more: original(path, **{**more, "config": SMALL}))
+    config = Config(
+        task="reach2d", output=tmp_path / "data", port=0, coach=base, operator="first", image_size=16, view_size=0
+    )
+    with running(config) as opened:
+        page = open_page(browser, opened, gamepad=True)
+        compatible = demonstrate(page, opened, UP_RIGHT)
+        first = opened.session.board.snapshot.review["verdict"]
+        page.locator("#accept" if first["accepted"] else "#anyway").click()
+        wait_for(lambda: opened.session.board.snapshot.kept == 1, "the first episode")
+
+        page.locator("#operator").fill("second")
+        page.locator("#operator").press("Enter")
+        conflicting = demonstrate(page, opened, RIGHT_UP)
+        second = opened.session.board.snapshot.review["verdict"]
+        print(first, second, np.mean(compatible), np.mean(conflicting))
+        assert np.mean(conflicting) < np.mean(compatible) - 0.15, "the gauge fell"
+        assert not second["accepted"]
+        assert second["bad_steps"] > first["bad_steps"]
+        assert page.locator("#reviewtitle").inner_text() == "This conflicts with earlier demonstrations"
+        assert not page.locator("#accept").is_visible()
+        assert 1 <= page.locator(".snippet").count() <= 3
+        assert page.locator(".snippet .strip").count() == 2 * page.locator(".snippet").count()
+        for name in (second["snippets"][0]["take"], second["snippets"][0]["reference"]):
+            assert page.evaluate("name => fetch('media/' + name).then((answer) => answer.status)", name) == 200
+
+        page.keyboard.press("ArrowRight")  # accepting is refused, and says why
+        wait_for(lambda: "accept anyway" in page.locator("#reviewnote").inner_text(), "why not")
+        page.keyboard.press("ArrowLeft")  # try again, as the first one did
+        wait_for(lambda: state(opened) == "recording", "a retry at the same scene")
+        assert opened.session.board.snapshot.seed == 1
+        page.keyboard.press("Escape")
+        wait_for(lambda: state(opened) == "finished", "the end")
+        page.close()
+    (episode,) = Dataset.open(tmp_path / "data").episodes
+    assert episode.operator == "first"
+    assert episode.extra["compatibility"]["compatibility"] == pytest.approx(first["compatibility"], abs=1e-3)
