@@ -96,8 +96,8 @@ def main() -> None:
         seeds=list(range(options.seeds)),
         notes=(
             f"25 demonstrations of 223 to 300 steps at {CONTROL_HZ} Hz; {STEPS} steps of batch {BATCH}. The registered "
-            f"length of 200 steps ends many attempts early. {EPISODES} initial conditions per training seed, the same for "
-            "all; intervals pool the seeds and know rollout noise only. The simulator changed since the data were "
+            f"length of 200 steps ends many attempts early. {EPISODES} initial conditions per training seed, the same "
+            "for all; intervals pool the seeds and know rollout noise only. The simulator changed since the data were "
             "recorded, which is why most recorded actions no longer open the door."
         ),
     )  # fmt: skip
