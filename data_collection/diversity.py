@@ -79,7 +79,7 @@ def label_behavior(task: TaskSpec, proprio: np.ndarray, object_state: np.ndarray
     return tuple(labels)
 
 
-def unconditional_entropy(counts: Sequence[int], *, miller_madow: bool = False) -> float:
+def unconditional_entropy(counts: Sequence[int] | np.ndarray, *, miller_madow: bool = False) -> float:
     """Entropy of the behaviours of all successes, in [0, 1].
 
     Args:

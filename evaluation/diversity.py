@@ -216,13 +216,7 @@ def summarize_diversity(task: TaskSpec, rows: Sequence[dict[str, Any]], rollouts
         rollouts; ``score`` (D3IL's composite); ``unlabelled``, ``behaviors`` text -> successes, ``failures``.
     """
     names = [join(behavior) for behavior in behaviors(task)]
-    contexts = list(dict.fromkeys(row["context"] for row in rows))
-    # (S, R): index of the behaviour, -1 for failures and successes that made no choice.
-    table = np.full((len(contexts), rollouts), -1)
-    place = {context: index for index, context in enumerate(contexts)}
-    for row in rows:
-        if row["success"] and row["behavior"] is not None:
-            table[place[row["context"]], row["rollout"]] = names.index(row["behavior"])
+    table = behavior_table(task, rows, rollouts)
     counts = _count(table, len(names))
     successes, n = sum(row["success"] for row in rows), len(rows)
     entropy = unconditional_entropy(counts.sum(0))
@@ -245,6 +239,30 @@ def summarize_diversity(task: TaskSpec, rows: Sequence[dict[str, Any]], rollouts
     }
 
 
+def behavior_table(task: TaskSpec, rows: Sequence[dict[str, Any]], rollouts: int) -> np.ndarray:
+    """``(S, R)`` index of the behaviour in :func:`behaviors`; -1 for failures and successes that made no choice."""
+    names = [join(behavior) for behavior in behaviors(task)]
+    place = {context: index for index, context in enumerate(dict.fromkeys(row["context"] for row in rows))}
+    table = np.full((len(place), rollouts), -1)
+    for row in rows:
+        if row["success"] and row["behavior"] is not None:
+            table[place[row["context"]], row["rollout"]] = names.index(row["behavior"])
+    return table
+
+
+def resample(table: np.ndarray, labels: int, rng: np.random.Generator) -> tuple[float, float]:
+    """Unconditional and conditional entropy of one bootstrap draw over contexts and then rollouts.
+
+    Resampling loses behaviours as sampling does; the Miller-Madow correction keeps the draws around the measured value.
+    """
+    contexts, rollouts = table.shape
+    rows = rng.integers(contexts, size=contexts)[:, None]
+    counts = _count(table[rows, rng.integers(rollouts, size=(contexts, rollouts))], labels)
+    return unconditional_entropy(counts.sum(0), miller_madow=True), conditional_entropy(
+        counts, rollouts, miller_madow=True
+    )
+
+
 def _count(table: np.ndarray, labels: int) -> np.ndarray:
     """``(S, B)`` successes per context and behaviour of a table ``(S, R)``."""
     return (table[:, :, None] == np.arange(labels)).sum(axis=1)
@@ -252,13 +270,6 @@ def _count(table: np.ndarray, labels: int) -> np.ndarray:
 
 def _bootstrap(table: np.ndarray, labels: int) -> tuple[list[float], list[float]]:
     rng = np.random.default_rng(0)
-    contexts, rollouts = table.shape
-    draws = []
-    for _ in range(BOOTSTRAP_DRAWS):
-        rows = rng.integers(contexts, size=contexts)[:, None]
-        counts = _count(table[rows, rng.integers(rollouts, size=(contexts, rollouts))], labels)
-        # Resampling loses behaviours as sampling does; the correction keeps the draws around the measured value.
-        pooled = unconditional_entropy(counts.sum(0), miller_madow=True)
-        draws.append((pooled, conditional_entropy(counts, rollouts, miller_madow=True)))
-    low, high = np.quantile(draws, [0.025, 0.975], axis=0)
-    return [float(low[0]), float(high[0])], [float(low[1]), float(high[1])]
+    draws = [resample(table, labels, rng) for _ in range(BOOTSTRAP_DRAWS)]
+    pooled, conditional = np.quantile(draws, [0.025, 0.975], axis=0).T.tolist()
+    return pooled, conditional

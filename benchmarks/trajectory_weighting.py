@@ -1,0 +1,250 @@
+"""Does drawing good episodes more often help on data of mixed quality? Pushing, from the scene's state.
+
+    python benchmarks/trajectory_weighting.py            # resumable; about half an hour on one core
+    python benchmarks/trajectory_weighting.py --policies bc --seeds 1
+
+A tenth of the episodes is the scripted expert's. Half are of an operator who misjudges where things are, by an error
+drawn per episode, with noise on every action; the rest moves at random. Failures are kept. How far the block has to go
+differs much between starts and decides the return of a success, so that a high return may just be an easy start.
+Everybody is evaluated on the same 200 initial conditions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from interleaved import write_benchmark
+
+from simtoreal.data_collection.dataset import META, Dataset
+from simtoreal.data_collection.episode import ABORTED
+from simtoreal.data_collection.expert import OperatorStyle, ScriptedExpert
+from simtoreal.data_collection.recorder import Recorder, memory_takes
+from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.envs import TaskSpec, load_task, make_vector_env, rollout
+from simtoreal.envs.rollout import Observation
+from simtoreal.envs.task_file import parse_task
+from simtoreal.evaluation.evaluate import evaluate
+from simtoreal.evaluation.policies import checkpoint_digest, load_actor
+from simtoreal.evaluation.results import load_evaluation
+from simtoreal.evaluation.statistics import bonferroni, paired_test, posterior_interval
+from simtoreal.policies.config import BCConfig, DiffusionConfig, PolicyConfig, TrainerConfig
+from simtoreal.policies.trainer import train
+from simtoreal.policies.training_data import open_training_data
+from simtoreal.policies.weighting import Method, Weighting, effective_share
+
+EVALUATION_SEED, EPISODES = 600_000, 200
+MIX = {"expert": 30, "misjudging": 150, "random": 120}
+METHODS: tuple[Method, ...] = ("uniform", "return", "advantage", "top")
+MISJUDGEMENT_M, NOISE = 0.015, 0.3
+STEPS = {"bc": 2500, "diffusion": 2500}
+
+
+def mixed_task() -> TaskSpec:
+    """``push`` away from the robot, over 8 to 27 cm: the distance, and with it the return, is nearly linear in x."""
+    content = load_task("push").to_dict()
+    content["initial"] = {
+        "block": {"x_m": [0.37, 0.46], "y_m": [-0.1, 0.1], "yaw_deg": [-15, 15]},
+        "region": {"x_m": [0.54, 0.64], "y_m": [-0.1, 0.1]},
+    }
+    content["name"] = "push_far"
+    return parse_task(content, "benchmarks/trajectory_weighting.py")
+
+
+class Misjudging:
+    """The expert, seeing every object displaced horizontally by an error drawn per episode (m)."""
+
+    observation_steps, execute_steps, ensembling = 1, 1, None
+
+    def __init__(self, expert: ScriptedExpert, task: TaskSpec) -> None:
+        self.expert, self.task, self.errors = expert, task, {}
+        self.embodiment = expert.embodiment
+
+    def reset(self, slots: np.ndarray, seeds: Sequence[int]) -> None:
+        """See :class:`simtoreal.envs.rollout.Actor`."""
+        for slot, seed in zip(slots, seeds, strict=True):
+            error = np.random.default_rng([seed, 1]).normal(0.0, MISJUDGEMENT_M, (len(self.task.objects), 2))
+            self.errors[int(slot)] = error
+        self.expert.reset(slots, seeds)
+
+    def act(self, observation: Observation, instructions: Sequence[str], slots: np.ndarray) -> np.ndarray:
+        """See :class:`simtoreal.envs.rollout.Actor`."""
+        state = observation["object_state"].copy()
+        for row, slot in enumerate(slots):
+            for index, error in enumerate(self.errors[int(slot)]):
+                state[row, :, 7 * index : 7 * index + 2] += error
+        return self.expert.act({**observation, "object_state": state}, instructions, slots)
+
+
+class Wandering:
+    """Random actions that change slowly: an Ornstein-Uhlenbeck process."""
+
+    observation_steps, execute_steps, ensembling = 1, 1, None
+
+    def __init__(self) -> None:
+        self.state: dict[int, tuple[np.random.Generator, np.ndarray]] = {}
+
+    def reset(self, slots: np.ndarray, seeds: Sequence[int]) -> None:
+        """See :class:`simtoreal.envs.rollout.Actor`."""
+        for slot, seed in zip(slots, seeds, strict=True):
+            self.state[int(slot)] = (np.random.default_rng([seed, 2]), np.zeros(7))
+
+    def act(self, observation: Observation, instructions: Sequence[str], slots: np.ndarray) -> np.ndarray:
+        """See :class:`simtoreal.envs.rollout.Actor`."""
+        actions = np.zeros((len(slots), 1, 7), np.float32)
+        for row, slot in enumerate(slots):
+            rng, before = self.state[int(slot)]
+            before += -0.15 * before + 0.3 * rng.normal(size=7)
+            actions[row, 0] = np.clip(before, -1, 1)
+            actions[row, 0, 3:6] *= 0.2
+        return actions
+
+
+def collect_mix(folder: Path) -> dict[str, Any]:
+    """Record the episodes once; return the successes of every operator."""
+    task = mixed_task()
+    if not (folder / "complete").is_file():
+        env = make_vector_env(task, 30, observe="state")
+        noisy = OperatorStyle(name="misjudging", noise=NOISE)
+        actors = {
+            "expert": ScriptedExpert(task, env.embodiment),
+            "misjudging": Misjudging(ScriptedExpert(task, env.embodiment, style=noisy), task),
+            "random": Wandering(),
+        }
+        with DatasetWriter(folder, env.embodiment, {task.name: task.to_dict()}) as writer:
+            done = {episode.seed for episode in Dataset.open(folder).episodes} if (folder / META).is_file() else set()
+            first = 0
+            for operator, count in MIX.items():
+                recorder = Recorder(
+                    memory_takes(writer), task=task.name, embodiment=env.embodiment, source="expert",
+                    operator=operator, keep=lambda result: result.failure != ABORTED,
+                )  # fmt: skip
+                seeds = [seed for seed in range(first, first + count) if seed not in done]
+                rollout(env, actors[operator], seeds, listeners=[recorder])
+                first += count
+        env.close()
+        (folder / "complete").touch()
+    episodes = Dataset.open(folder).episodes
+    return {
+        operator: f"{sum(e.success for e in episodes if e.operator == operator)}/{count}"
+        for operator, count in MIX.items()
+    }
+
+
+def policy_config(policy: str) -> PolicyConfig:
+    """Small networks on vectors."""
+    common: dict[str, Any] = {"image_keys": (), "state_keys": ("proprio", "object_state"), "observation_steps": 2}
+    common |= {"horizon": 16, "execute_steps": 8}
+    if policy == "bc":
+        return BCConfig(**common, hidden=256, loss="l2")
+    return DiffusionConfig(**common, condition_width=128, noise_samples=1, unet_widths=(32, 64))
+
+
+def measure(policy: str, method: Method, seed: int, output: Path) -> Path:
+    """Train and evaluate one policy, continuing what is there; return the evaluation folder."""
+    folder = output / f"{policy}_{method}_{seed}"
+    evaluation = folder / "evaluation"
+    if not (evaluation / "results.json").is_file():
+        print(f"{policy} {method} seed {seed}", flush=True)
+        data = open_training_data(
+            output / "data", policy_config(policy), mask="all", weighting=Weighting(method=method)
+        )
+        trainer = TrainerConfig(
+            steps=STEPS[policy], batch_size=128, seed=seed, checkpoint_every=250, validate_every=10_000, log_every=50
+        )
+        train(policy_config(policy), trainer, data, folder, resume=True)
+        loaded, actor = load_actor(folder, device="cpu")
+        env = make_vector_env(mixed_task(), 50, embodiment=loaded.embodiment, observe="state")
+        seeds = range(EVALUATION_SEED, EVALUATION_SEED + EPISODES)
+        settings = {"task": env.task.name, "label": folder.name, "checkpoint": checkpoint_digest(loaded.folder)}
+        try:
+            evaluate(env, actor, seeds, evaluation, settings, videos=0)
+        finally:
+            env.close()
+    return evaluation
+
+
+def describe(output: Path) -> list[str]:
+    """What each method draws: share of the expert's windows, and the effective number of windows."""
+    dataset = Dataset.open(output / "data")
+    operators = np.array([episode.operator for episode in dataset.filter("all")])
+    lines = []
+    for method in METHODS:
+        data = open_training_data(output / "data", policy_config("bc"), mask="all", weighting=Weighting(method=method))
+        windows = data.train.episode_of_window  # type: ignore[attr-defined]
+        p = np.full(len(windows), 1 / len(windows)) if data.probabilities is None else data.probabilities
+        share = p[operators[windows] == "expert"].sum()
+        lines.append(
+            f"{method} {100 * share:.0f} % expert, {100 * effective_share(data.probabilities):.0f} % effective"
+        )
+    return lines
+
+
+def main() -> None:
+    """Run and store the measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policies", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--seeds", type=int, default=3, help="training seeds")
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_trajectory_weighting"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    begin = time.perf_counter()
+    successes = collect_mix(options.output / "data")
+    drawn = describe(options.output)
+    print(successes, drawn, flush=True)
+    outcomes: dict[tuple[str, str], list[list[bool]]] = {}
+    for policy in options.policies:
+        for seed in range(options.seeds):
+            for method in METHODS:
+                found = load_evaluation(measure(policy, method, seed, options.output)).outcomes
+                outcomes.setdefault((policy, method), []).append(found)
+    arms = []
+    for policy in options.policies:
+        uniform = np.concatenate(outcomes[policy, "uniform"])
+        tests = {
+            method: paired_test(np.concatenate(outcomes[policy, method]), uniform)
+            for method in METHODS if method != "uniform"
+        }  # fmt: skip
+        adjusted = dict(zip(tests, bonferroni([test.p_value for test in tests.values()]), strict=True))
+        for method in METHODS:
+            per_seed = outcomes[policy, method]
+            flat = np.concatenate(per_seed)
+            arms.append({
+                "name": f"{policy}, {method}", "value": float(flat.mean()), "n": len(flat),
+                "interval": list(posterior_interval(int(flat.sum()), len(flat))),
+                "per seed": " ".join(f"{np.mean(one):.2f}" for one in per_seed),
+                "p against uniform": adjusted.get(method),
+            })  # fmt: skip
+            print(json.dumps(arms[-1]))
+    values = {row["name"]: row for row in arms}
+    policy = options.policies[0]
+    ours, base = values[f"{policy}, advantage"], values[f"{policy}, uniform"]
+    headline = {
+        "metric": f"success of {policy}", "ours": ours["value"], "baseline": base["value"],
+        "baseline_name": "uniform", "ratio": None, "difference": ours["value"] - base["value"], "interval": None,
+        "n": ours["n"], "p_value": ours["p against uniform"],
+    }  # fmt: skip
+    write_benchmark(
+        "trajectory_weighting",
+        "Does drawing good episodes more often (by return, by advantage, the best tenth) help on mixed data?",
+        headline,
+        arms,
+        seconds=time.perf_counter() - begin,
+        seeds=list(range(options.seeds)),
+        notes=(
+            f"Successes in the data: {successes}. Drawn: {'; '.join(drawn)}. Temperature 0.1, discounted returns. "
+            f"p-values: exact paired test over the same {EPISODES} initial conditions per training seed, pooled over "
+            f"{options.seeds} training seeds, Bonferroni over the three comparisons with uniform; it knows rollout "
+            "noise only, the columns per seed show the training noise."
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()
