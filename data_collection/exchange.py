@@ -15,7 +15,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from simtoreal.data_collection.dataset import META, read_meta
+from simtoreal.data_collection.dataset import META, Dataset, read_meta
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo
 from simtoreal.data_collection.foreign_embodiment import IMAGE_SUFFIX
 from simtoreal.data_collection.writer import DatasetWriter
@@ -95,21 +95,24 @@ def import_dataset(reader: Reader, output: Path, *, progress: Progress | None = 
             try:
                 arrays, info = reader.read(name)
                 _check_layout(arrays, reader.embodiment, f"episode {name}")
-                stored[name] = writer.add(arrays, info).stem
             except DatasetError as error:
-                if isinstance(error.__cause__, OSError) and error.__cause__.errno is not None:
-                    raise  # a full disk concerns every episode
                 skipped.append(f"episode {name}: {error}")
             else:
-                steps += len(arrays["actions"])
-                successes += info.success
+                try:
+                    stored[name] = writer.add(arrays, info).stem
+                    steps += len(arrays["actions"])
+                    successes += info.success
+                except DatasetError as error:
+                    if isinstance(error.__cause__, OSError):
+                        raise  # a full disk concerns every episode
+                    skipped.append(f"episode {name}: {error}")
             if progress is not None:
                 progress(done + 1, len(reader.episodes))
-        masks = {
-            name: [stored[member] for member in members if member in stored] for name, members in reader.masks.items()
-        }
-        meta = read_meta(output)
-        write_json(output / META, {**meta, "masks": {key: names for key, names in masks.items() if names}})
+        masks = {key: [stored[name] for name in names if name in stored] for key, names in reader.masks.items()}
+        # Masks that follow from the episodes stay derived, so that they grow with the dataset.
+        derived = Dataset.open(output).masks
+        own = {key: names for key, names in masks.items() if names and names != derived.get(key)}
+        write_json(output / META, {**read_meta(output), "masks": own})
     if not stored:
         listed = "\n  ".join(skipped[:5])
         raise DatasetError(f"no episode could be imported to {output}:\n  {listed or 'the source holds none'}")

@@ -409,8 +409,9 @@ def test_damaged_and_hostile_datasets_are_refused_by_name(copy: Path, tmp_path: 
         read_all()
 
 
-def test_damaged_episode_costs_only_itself(copy: Path, tmp_path: Path) -> None:
-    cut_table(copy)
+@pytest.mark.parametrize("damage", [cut_table, missing_video, short_video])
+def test_damaged_episode_costs_only_itself(copy: Path, tmp_path: Path, damage) -> None:
+    damage(copy)
     with LeRobotReader(copy) as reader:
         result = import_dataset(reader, tmp_path / "rest")
     assert (result.episodes, len(result.skipped)) == (2, 1)

@@ -263,3 +263,8 @@ def test_arrays_that_do_not_fit_the_robot_are_skipped(dataset: Dataset, tmp_path
     assert [line.split(":")[0] for line in result.skipped] == ["episode demo_0", "episode demo_1"]
     assert "'actions' is (6,) per step; the robot says (7,)" in result.skipped[0]
     assert [episode.seed for episode in Dataset.open(tmp_path / "back").episodes] == [102]
+
+
+def test_masks_that_follow_from_the_episodes_stay_derived(dataset: Dataset, tmp_path: Path) -> None:
+    export_robomimic(dataset, tmp_path / "all.hdf5")
+    assert imported(tmp_path / "all.hdf5", tmp_path / "back").meta["masks"] == {"compatible": ["000000", "000002"]}
