@@ -256,7 +256,7 @@ def resample(table: np.ndarray, labels: int, rng: np.random.Generator) -> tuple[
     Resampling loses behaviours as sampling does; the Miller-Madow correction keeps the draws around the measured value.
     """
     contexts, rollouts = table.shape
-    rows = rng.integers(contexts, size=contexts)[:, None]
+    rows = rng.integers(contexts, size=(contexts, 1))
     counts = _count(table[rows, rng.integers(rollouts, size=(contexts, rollouts))], labels)
     return unconditional_entropy(counts.sum(0), miller_madow=True), conditional_entropy(
         counts, rollouts, miller_madow=True
