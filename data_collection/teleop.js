@@ -13,7 +13,7 @@ const PADS = { // pad -> [axis, metres or radians per pixel] of a drag to the ri
 };
 const SIGN_OF_LIFE_MS = 20, PING_MS = 500, RETRY_MS = 500, DEAD_ZONE = 0.12, GRIPPER_MS = 400;
 const COUNTERS = { missed_periods: "late steps", lost_devices: "lost contact", skipped_frames: "pictures skipped",
-  rejected_messages: "messages refused", unwritten_steps: "steps not on disk yet", sensor_skew_ms: "sensor skew (ms)",
+  rejected_messages: "messages refused", stale_inputs: "inputs too late", unwritten_steps: "steps not on disk yet", sensor_skew_ms: "sensor skew (ms)",
   late_images: "late sensor readings", dropped_images: "lost sensor readings" };
 const UNREMARKABLE = ["skipped_frames", "sensor_skew_ms", "unwritten_steps"];
 
@@ -51,8 +51,9 @@ function seen(axis, view) { return axis === 2 || axis === 5 ? 1 : view; }
 
 function sendInput(event) {
   if (gripper !== null && (performance.now() > gripperUntil || status.gripper_open === (gripper > 0))) gripper = null;
-  const at = event && clock.offset !== null ? event.timeStamp + clock.offset : null;
-  send({ type: "input", engaged: holders.size > 0, motion: motion(), drag: dragged ? [clutch, dragged] : null, gripper, at });
+  const onServer = (time) => (clock.offset === null ? null : time + clock.offset);
+  send({ type: "input", engaged: holders.size > 0, motion: motion(), drag: dragged ? [clutch, dragged] : null, gripper,
+    sent: onServer(performance.now()), at: event ? onServer(event.timeStamp) : null });
 }
 
 function hold(name, event) {
@@ -190,7 +191,7 @@ setInterval(() => send({ type: "ping", at: performance.now() }), PING_MS);
 function connect() {
   socket = new WebSocket(new URL("ws", location.href.replace(/^http/, "ws")));
   socket.binaryType = "arraybuffer";
-  socket.onopen = () => { number = 0; refused = false; letGoOfEverything(); for (let i = 0; i < 5; i += 1) send({ type: "ping", at: performance.now() }); offline(""); };
+  socket.onopen = () => { number = 0; refused = false; clock.samples = []; clock.offset = null; letGoOfEverything(); for (let i = 0; i < 5; i += 1) send({ type: "ping", at: performance.now() }); offline(""); };
   socket.onclose = (event) => {
     letGoOfEverything();
     offline(refused ? "Another page controls the robot. Close it, and this one takes over."

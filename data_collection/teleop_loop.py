@@ -332,6 +332,7 @@ class TeleopSession(Listener):
 
     def _show(self, **changes: Any) -> None:
         counters = {"lost_devices": self._hub.losses, "rejected_messages": self._page.rejected}
+        counters["stale_inputs"] = self._page.stale
         counters |= {**self._store.counters(), **self._counters()}
         if self._pace is not None:
             counters["missed_periods"] = self._pace.missed

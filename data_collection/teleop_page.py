@@ -32,8 +32,9 @@ def parse_message(text: str) -> dict[str, Any]:
     Every message is a JSON object with ``type`` and a number ``n`` that grows within a connection:
 
     * ``input``: ``engaged`` bool, ``motion`` six numbers in [-1, 1], ``drag`` ``[clutch, six numbers]`` or null: metres
-      and radians since the clutch of that number closed, ``gripper`` 1, -1 or null, ``at`` the server's time in ms of
-      the browser event that caused it, or null for a sign of life;
+      and radians since the clutch of that number closed, ``gripper`` 1, -1 or null, ``sent`` the server's time in ms
+      at which the page sent it (null until its pings have told it), ``at`` that of the browser event that caused it,
+      or null for a sign of life;
     * ``event``: ``name``, one of ``EVENTS``;
     * ``set``: ``operator`` text and/or ``move`` bool;
     * ``ping``: ``at`` a number that is sent back; ``shown``: ``frame``, the number of an image that was drawn.
@@ -78,6 +79,7 @@ def _check_input(message: dict[str, Any]) -> bool:
         and (drag is None or clutched)
         and (gripper is None or (_number(gripper) and gripper in (1, -1)))
         and (at is None or _number(at))
+        and (message.get("sent") is None or _number(message["sent"]))
     )
 
 
@@ -105,6 +107,8 @@ class PageDevice:
         self.wake = threading.Event()
         self.rejected = 0
         """Messages that were repeated or out of order."""
+        self.stale = 0
+        """Inputs that were too long on their way to be followed."""
         self._lock = threading.Lock()
         self._waiting: list[OperatorInput] = []
         self._last = OperatorInput(motion=np.zeros(6))
@@ -153,10 +157,14 @@ class PageDevice:
         return True
 
     def _as_input(self, message: dict[str, Any], now_ns: int) -> OperatorInput:
+        # What waited in the network is not what the operator does now. Without a common clock nobody knows.
+        sent_ns = -1 if message.get("sent") is None else round(message["sent"] * 1e6)
+        stale = abs(now_ns - sent_ns) > SILENCE_NS
+        self.stale += stale and message["engaged"]
         # The control thread may have been busy, so a gap is noticed where messages arrive.
         if not message["engaged"]:
             self._released = True
-        elif now_ns - self._heard_ns > SILENCE_NS:
+        elif stale or now_ns - self._heard_ns > SILENCE_NS:
             self._released = False
         self._heard_ns = now_ns
         self.needs_release = message["engaged"] and not self._released
@@ -172,7 +180,7 @@ class PageDevice:
             displacement=displacement,
             gripper=message.get("gripper"),
             engaged=message["engaged"] and self._released,
-            received_ns=now_ns,
+            received_ns=now_ns if stale else min(now_ns, sent_ns),
         )
 
     def _add(self, given: OperatorInput) -> None:

@@ -65,7 +65,8 @@ class TeleopServer:
     def __init__(self, board: Board, page: PageDevice, dataset: Path, *, port: int = 0) -> None:
         self._board, self._page, self._dataset = board, page, dataset
         self._token = secrets.token_urlsafe(18)
-        self._controlled = False
+        self.controlled = False
+        """Whether a page is connected."""
         self._ready = threading.Event()
         self._problem: OSError | None = None
         self._port = port
@@ -157,17 +158,17 @@ class TeleopServer:
             raise web.HTTPForbidden
         socket = web.WebSocketResponse(max_msg_size=MAX_MESSAGE_BYTES, compress=False, timeout=1.0)
         await socket.prepare(request)
-        if self._controlled:
+        if self.controlled:
             await socket.send_json({"type": "refused", "why": "another page controls the robot; close it first"})
             await socket.close(code=REFUSED, message=b"another page controls the robot")
             return socket
-        self._controlled = True
+        self.controlled = True
         self._page.connect()
         connection = _Connection(self, socket)
         try:
             await connection.run()
         finally:
-            self._controlled = False
+            self.controlled = False
             self._page.disconnect()
         return socket
 

@@ -162,9 +162,7 @@ def test_reclutching_moves_nothing():
     number = iter(range(1000))
 
     def say(engaged: bool, drag=None) -> None:
-        page.feed(
-            {"type": "input", "n": next(number), "engaged": engaged, "motion": [0.0] * 6, "drag": drag, "gripper": None}
-        )
+        page.feed(message(n=next(number), engaged=engaged, drag=drag))
 
     def stroke(clutch: int) -> float:
         """Drag 4 mm to the front and let go; returns what the arm did, in metres."""
@@ -267,7 +265,7 @@ def test_devices_are_known_by_name():
 def message(**changes) -> dict:
     return {
         "type": "input", "n": 1, "engaged": True, "motion": [0.0] * 6, "drag": None, "gripper": None, "at": None,
-        **changes,
+        "sent": time.monotonic_ns() * 1e-6, **changes,
     }  # fmt: skip
 
 
@@ -343,6 +341,26 @@ def test_contact_that_was_lost_needs_a_fresh_press_on_the_page(break_contact, mo
     page.feed(message(n=4, engaged=False))
     page.feed(message(n=5))
     assert [page.read().engaged, page.read().engaged] == [False, True]
+
+
+@pytest.mark.parametrize("late_ms", [150.0, 5000.0, -150.0, None])
+def test_what_was_long_on_its_way_is_not_followed(late_ms):
+    page = PageDevice()
+    page.connect()
+    page.feed(message(n=1, engaged=False))
+    page.feed(message(n=2, sent=None if late_ms is None else time.monotonic_ns() * 1e-6 - late_ms))
+    assert not page.read().engaged
+    assert page.stale == 1
+    page.feed(message(n=3))
+    assert not page.read().engaged, "a fresh press is needed"
+
+
+def test_the_watchdog_counts_from_when_the_page_sent_an_input():
+    page = PageDevice()
+    page.connect()
+    sent = time.monotonic_ns() - 60_000_000
+    page.feed(message(n=1, sent=sent * 1e-6))
+    assert page.read().received_ns == pytest.approx(sent, abs=1000)
 
 
 # ---- time

@@ -63,6 +63,7 @@ def test_demonstration_on_the_twin_is_exact_and_a_closed_page_stops_the_arm(tmp_
 
         wait_for(drive, "motion")
         page.close()
+        wait_for(lambda: not opened.server.controlled, "the end of the connection")
         wait_for(lambda: not opened.session.board.snapshot.active, "rest")
         begin = len(moves())
         time.sleep(0.5)
