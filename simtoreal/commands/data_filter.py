@@ -69,6 +69,7 @@ def main(config: Config) -> None:
 
     from simtoreal.data_collection.dataset import Dataset
     from simtoreal.data_collection.filters import check_name, write_filter
+    from simtoreal.data_collection.view import write_view
     from simtoreal.envs.provenance import provenance
     from simtoreal.policies.compatibility_features import make_features
     from simtoreal.policies.compatibility_filter import filter_dataset
@@ -88,6 +89,7 @@ def main(config: Config) -> None:
     report = {"entropy": _entropies(dataset, result), "provenance": provenance([config.seed])}
     result = dataclasses.replace(result, report=report)
     path = write_filter(config.dataset, result)
+    write_view(Dataset.open(config.dataset))  # robomimic sees the mask as well.
     _show(console, config, result)
     console.print(f"{path}: use it with 'simtoreal train --data {config.dataset} --filter {config.output_name}'",
                   soft_wrap=True)  # fmt: skip
