@@ -58,6 +58,17 @@ def beside(picture: np.ndarray, cameras: Sequence[np.ndarray]) -> np.ndarray:
     return np.concatenate([picture, np.full((picture.shape[0], 4, 3), 16, np.uint8), column], axis=1)
 
 
+def has_drawable_success(dataset_folder: Path) -> bool:
+    """Whether :func:`write_demonstration` can show an episode: foreign and real ones have no states to draw.
+
+    Raises:
+        DatasetError: the dataset is damaged.
+    """
+    dataset = Dataset.open(dataset_folder)
+    episode = next((episode for episode in dataset.episodes if episode.success), None)
+    return episode is not None and dataset.read(episode, ["states"])["states"].shape[1] > 0
+
+
 def write_demonstration(dataset_folder: Path, path: Path) -> Path:
     """Write a video of the first successful demonstration of a dataset made in simulation.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import simtoreal
+from simtoreal.data_collection.summary import summarize
 from simtoreal.envs.errors import CheckpointError, SimtorealError
 from simtoreal.envs.files import atomic_path
 from simtoreal.envs.provenance import git_commit, machine, versions
@@ -74,6 +75,23 @@ def read_stage(folder: Path, name: str) -> dict[str, Any]:
     return {**content[name], "provenance": content.get("provenance", {})}
 
 
+def read_demonstrations(folder: Path) -> dict[str, Any]:
+    """Return what is known about how a dataset was collected; of imported or edited ones, what it holds.
+
+    Raises:
+        SimtorealError: ``results.json`` or the dataset is damaged.
+    """
+    if (folder / "results.json").is_file() and "collect" in json_of(folder):
+        return read_stage(folder, "collect")
+    held = summarize(folder)
+    return {
+        "task": next(iter(held["tasks"]), ""),
+        "episodes": held["episodes"],
+        "steps": held["steps"],
+        "operators": list(held["operators"]),
+    }
+
+
 def label_folders(folders: Sequence[Path], keys: Sequence[str]) -> dict[str, Path]:
     """Return label -> folder, with the label from each ``results.json``, or the folders' names if those repeat.
 
@@ -121,7 +139,7 @@ def build_context(sources: ReportSources) -> dict[str, Any]:
     deployment = load_evaluation(sources.deployment) if sources.deployment else None
     if not evaluations and not sources.runs and deployment is None and sources.dataset is None:
         raise SimtorealError("a report needs at least one of: a dataset, a training run, an evaluation, a deployment")
-    collected = read_stage(sources.dataset, "collect") if sources.dataset else None
+    collected = read_demonstrations(sources.dataset) if sources.dataset else None
     trained = {label: read_stage(folder, "train") for label, folder in sources.runs.items()}
     videos = _videos(sources, evaluations, deployment)
     task = _task_name(collected, evaluations, deployment)
@@ -152,14 +170,17 @@ def build_context(sources: ReportSources) -> dict[str, Any]:
 def _task_name(collected: dict[str, Any] | None, evaluations: list[Evaluation], deployment: Evaluation | None) -> str:
     for content in [*(arm.results for arm in evaluations), deployment.results if deployment else None, collected]:
         if content and content.get("task"):
-            return str(content["task"]).replace("_", " ").capitalize()
+            name = str(content["task"]).replace("_", " ")
+            return name[:1].upper() + name[1:]
     return "Skill"
 
 
 def _subtitle(evaluations: list[Evaluation], deployment: Evaluation | None, seconds: float | None) -> str:
     episode = next((e for arm in [*evaluations, deployment] if arm for e in arm.episodes if e.instruction), None)
     task = f"“{episode.instruction}”, learned" if episode else "Learned"
-    parts = [f"{task} from camera images and joint readings only, and judged by the task's own success test."]
+    foreign = any(arm.backend == "gymnasium" for arm in evaluations)
+    inputs = "the observations that were recorded" if foreign else "camera images and joint readings only"
+    parts = [f"{task} from {inputs}, and judged by the task's own success test."]
     if seconds:
         parts.append(f"Everything on this page took {report_sections.minutes(seconds)} on {machine()['cores']} cores.")
     return " ".join(parts)

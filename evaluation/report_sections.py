@@ -54,7 +54,8 @@ def stages(
 
     if collected:
         speed = collected.get("episodes_per_s")
-        detail = "by a scripted expert" + (f", {speed:.0f} episodes/s" if speed else "")
+        who = ", ".join(collected["operators"][:3]) if collected.get("operators") else "a scripted expert"
+        detail = f"by {who}" + (f", {speed:.0f} episodes/s" if speed else "")
         add("1 Demonstrate", f"{collected.get('episodes', '?')} episodes", detail, "demonstration", moment=0.3)
     if trained:
         label, run = next(iter(trained.items()))

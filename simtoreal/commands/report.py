@@ -26,12 +26,12 @@ def main(config: Config) -> None:
     """Write the page."""
     from rich.console import Console
 
-    from simtoreal.evaluation.outside import write_demonstration
+    from simtoreal.evaluation.outside import has_drawable_success, write_demonstration
     from simtoreal.evaluation.report import ReportSources, label_folders, write_report
 
     console = Console()
     video = None
-    if config.data is not None:
+    if config.data is not None and has_drawable_success(config.data):
         with console.status("drawing a demonstration"):
             video = write_demonstration(config.data, config.output.parent / "demonstration.mp4")
     sources = ReportSources(
