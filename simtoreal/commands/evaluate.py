@@ -90,6 +90,8 @@ class Config:
             raise ConfigError("--policy and --actor expert exclude each other")
         if self.actor == "expert" and self.task is None:
             raise ConfigError("--task is missing: the expert needs to know what to do")
+        if self.env is not None and self.diversity:
+            raise ConfigError("--diversity counts the behaviours that a task of simtoreal names; it excludes --env")
         if self.env is not None and (self.task or self.actor == "expert" or self.randomization):
             raise ConfigError("--env is for policies in a foreign environment: no --task, expert or --randomization")
         if self.horizon is not None and self.horizon < 1:
