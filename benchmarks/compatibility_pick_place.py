@@ -44,15 +44,15 @@ from simtoreal.policies.compatibility_scorer import Scorer
 from simtoreal.policies.config import BCConfig, DiffusionConfig, PolicyConfig, TrainerConfig
 
 BASE, COMPATIBLE, CONFLICTING, NEW = 60, 20, 40, 40
-ROLLOUTS, SEEDS, STEPS = 200, 3, 4000
+ROLLOUTS, SEEDS, STEPS = 200, 3, 2000
 FIRST_ROLLOUT = 100_000
-ARMS = ("base", "naive", "random", "box")
+ARMS = ("base", "naive", "random", "box", "accepted")
 CONFLICT, AGREEMENT = 0.1, 0.01
 ABOVE = STYLES["expert"]
 FROM_SIDE = OperatorStyle(name="from_side", approach_height_m=0.03, approach_offset_m=(0.0, 0.15))
 POLICIES: dict[str, PolicyConfig] = {
     "bc": BCConfig(
-        observation_steps=1, horizon=4, execute_steps=1, image_keys=(), state_keys=STATE_KEYS, hidden=256, layers=2,
+        observation_steps=1, horizon=1, execute_steps=1, image_keys=(), state_keys=STATE_KEYS, hidden=256, layers=2,
         loss="l2",
     ),
     "diffusion": DiffusionConfig(
@@ -135,9 +135,9 @@ def run_seed(folder: Path, seed: int) -> tuple[dict[tuple[str, str], list[bool]]
             write_json(stored, {"detection": found, "kept": kept})
         report[kind] = json.loads(stored.read_text())
         print(f"seed {seed}, {kind}: {report[kind]['detection']}", flush=True)
-    data = {
-        "base": (base, None), "naive": (everything, None), "random": (everything, "mlp_random"),
-        "box": (everything, "mlp_box"),
+    data: dict[str, tuple[Path, dict[str, str]]] = {
+        "base": (base, {}), "naive": (everything, {}), "random": (everything, {"filter": "mlp_random"}),
+        "box": (everything, {"filter": "mlp_box"}), "accepted": (everything, {"mask": "mlp_box"}),
     }  # fmt: skip
     trainer = TrainerConfig(
         steps=STEPS, seed=seed, checkpoint_every=STEPS, validate_every=STEPS, log_every=STEPS, precision="fp32"
@@ -145,9 +145,9 @@ def run_seed(folder: Path, seed: int) -> tuple[dict[tuple[str, str], list[bool]]
     rollouts = range(FIRST_ROLLOUT + 1000 * seed, FIRST_ROLLOUT + 1000 * seed + ROLLOUTS)
     outcomes = {}
     for name, policy in POLICIES.items():
-        for arm, (path, filter) in data.items():
+        for arm, (path, selection) in data.items():
             outcomes[name, arm] = run_arm(
-                folder / f"{name}_{arm}", path, policy, trainer, rollouts, task="pick_place", filter=filter
+                folder / f"{name}_{arm}", path, policy, trainer, rollouts, task="pick_place", **selection
             )
             print(f"seed {seed}, {name}, {arm}: {sum(outcomes[name, arm])}/{ROLLOUTS}", flush=True)
     return outcomes, report
@@ -168,7 +168,9 @@ def main() -> None:
     outcomes = {key: [one[key] for one, _ in found] for key in found[0][0]}
     arms = [arm_row(f"{policy}, {arm}", outcomes[policy, arm]) for policy in POLICIES for arm in ARMS]
     tests = {
-        policy: comparisons({arm: outcomes[policy, arm] for arm in ARMS}, "box", ("naive", "base", "random"))
+        policy: comparisons(
+            {arm: outcomes[policy, arm] for arm in ARMS}, "box", ("naive", "base", "random", "accepted")
+        )
         for policy in POLICIES
     }
     rows = [

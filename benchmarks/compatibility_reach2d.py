@@ -34,7 +34,7 @@ from simtoreal.policies.config import AugmentationConfig, BCConfig, DiffusionCon
 EPISODES, GOALS, SEEDS = 20, 200, 5
 STEPS = 1500
 FIRST_GOAL = 100_000
-ARMS = ("base", "naive", "random", "box")
+ARMS = ("base", "naive", "random", "box", "accepted")
 _COMMON: dict[str, Any] = {
     "observation_steps": 1, "image_keys": (), "state_keys": STATE_KEYS,
     "augmentation": AugmentationConfig(state_noise=0.0),
@@ -67,9 +67,9 @@ def run_seed(folder: Path, task: TaskSpec, seed: int) -> tuple[dict[tuple[str, s
     added = demonstrate(folder / "right_up", task, "right_up", EPISODES, first + 1000, position=True)
     everything = join(folder / "everything", base, added)
     kept = make_filters(everything, scorer_of(base, "mlp", seed), ("box", "random"), "mlp", seed)
-    data = {
-        "base": (base, None), "naive": (everything, None), "random": (everything, "mlp_random"),
-        "box": (everything, "mlp_box"),
+    data: dict[str, tuple[Path, dict[str, str]]] = {
+        "base": (base, {}), "naive": (everything, {}), "random": (everything, {"filter": "mlp_random"}),
+        "box": (everything, {"filter": "mlp_box"}), "accepted": (everything, {"mask": "mlp_box"}),
     }  # fmt: skip
     goals = range(FIRST_GOAL + 1000 * seed, FIRST_GOAL + 1000 * seed + GOALS)
     trainer = TrainerConfig(
@@ -77,10 +77,10 @@ def run_seed(folder: Path, task: TaskSpec, seed: int) -> tuple[dict[tuple[str, s
     )
     outcomes = {}
     for name, policy in POLICIES.items():
-        for arm, (path, filter) in data.items():
+        for arm, (path, selection) in data.items():
             run = folder / f"{name}_{arm}"
             outcomes[name, arm] = run_arm(
-                run, path, policy, trainer, goals, task=task, filter=filter, position=True
+                run, path, policy, trainer, goals, task=task, **selection, position=True
             )  # fmt: skip
             print(f"seed {seed}, {name}, {arm}: {sum(outcomes[name, arm])}/{GOALS}", flush=True)
     return outcomes, kept
@@ -102,7 +102,9 @@ def main() -> None:
     outcomes = {key: [one[key] for one, _ in found] for key in found[0][0]}
     arms = [arm_row(f"{policy}, {arm}", outcomes[policy, arm]) for policy in POLICIES for arm in ARMS]
     tests = {
-        policy: comparisons({arm: outcomes[policy, arm] for arm in ARMS}, "box", ("naive", "base", "random"))
+        policy: comparisons(
+            {arm: outcomes[policy, arm] for arm in ARMS}, "box", ("naive", "base", "random", "accepted")
+        )
         for policy in POLICIES
     }
     flagged = [

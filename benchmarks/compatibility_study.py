@@ -1,8 +1,8 @@
 """What the two compatibility benchmarks share: state-only demonstrations, arms, paired evaluation, statistics.
 
 An arm is a policy trained on part of one dataset: base data, everything (naive), everything but the candidates' bad
-steps (box), or as many random candidate steps (random). All arms of a seed share data, network, optimiser steps and
-evaluation episodes, so that outcomes are compared in pairs.
+steps (box), as many random candidate steps (random), or the episodes with few bad steps, whole (accepted). All arms of a
+seed share data, network, optimiser steps and evaluation episodes, so that outcomes are compared in pairs.
 """
 
 from __future__ import annotations
@@ -62,10 +62,12 @@ def position_only(proprio: np.ndarray) -> np.ndarray:
     return reduced
 
 
-def state_env(task: str | TaskSpec, num_envs: int, *, position: bool = False) -> TabletopVectorEnv:
-    """Simulations without cameras, with all of the proprio vector or the position only."""
+def state_env(
+    task: str | TaskSpec, num_envs: int, *, position: bool = False, motion: str | None = None
+) -> TabletopVectorEnv:
+    """Simulations without cameras, with all of the proprio vector or the position only, still or moving."""
     kind = PositionEnv if position else TabletopVectorEnv
-    return kind(task, num_envs, embodiment=panda_embodiment(cameras=()), observe="state")
+    return kind(task, num_envs, embodiment=panda_embodiment(cameras=()), observe="state", motion=motion)
 
 
 def demonstrate(
@@ -76,16 +78,17 @@ def demonstrate(
     first_seed: int,
     *,
     position: bool = False,
+    motion: str | None = None,
     num_envs: int = 20,
 ) -> Path:
     """Make a dataset of ``episodes`` successful demonstrations, unless it is there.
 
-    The operator sees everything; ``position`` reduces what is recorded.
+    The operator sees everything; ``position`` reduces what is recorded. ``motion`` moves the scene (MOVE).
     """
     if path.exists():
         return path
     style = STYLES[style] if isinstance(style, str) else style
-    env = state_env(task, min(num_envs, episodes))
+    env = state_env(task, min(num_envs, episodes), motion=motion)
     temporary = path.with_name(f".{path.name}.making")
     shutil.rmtree(temporary, ignore_errors=True)
     with DatasetWriter(temporary, env.embodiment, {env.task.name: env.task.to_dict()}) as writer:
@@ -93,6 +96,7 @@ def demonstrate(
         recorder = Recorder(
             lambda begun: MemoryTake(lambda arrays, info: found.append((arrays, info))), task=env.task.name,
             embodiment=env.embodiment, source="expert", operator=style.name,
+            extra={"motion": env.motion.to_dict()} if motion else {},
         )  # fmt: skip
         expert = ScriptedExpert(env.task, env.embodiment, style=style)
         rollout(env, expert, range(first_seed, first_seed + episodes + max(4, episodes // 5)), listeners=[recorder])
@@ -142,6 +146,7 @@ def run_arm(
     seeds: Sequence[int],
     *,
     task: str | TaskSpec,
+    mask: str = "success",
     filter: str | None = None,
     position: bool = False,
     num_envs: int = 50,
@@ -153,7 +158,7 @@ def run_arm(
         if content["seeds"] == list(seeds):
             return [bool(value) for value in content["outcomes"]]
     shutil.rmtree(folder, ignore_errors=True)
-    windows = open_training_data(data, policy, mask="success", filter=filter)
+    windows = open_training_data(data, policy, mask=mask, filter=filter)
     train(policy, trainer, windows, folder)
     env = state_env(task, num_envs, position=position)
     actor = PolicyActor(load_policy(folder).policy)
