@@ -195,7 +195,7 @@ def _json_lines(root: Path, name: str, keys: tuple[str, ...]) -> list[dict[str, 
         raise DatasetError(f"{path}: does not exist; not a LeRobot v2 dataset.")
     require_size(path.stat().st_size, str(path), LARGEST_JSON_BYTES)
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line) if line.strip() else None
             if row is not None:

@@ -107,6 +107,8 @@ def _frames_from(path: Path, start_s: float) -> Iterator[tuple[float, Any]]:
             if not container.streams.video:
                 raise DatasetError(f"{path}: holds no video stream.")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise DatasetError(f"{path}: its video has an unknown codec.")
             if max(stream.codec_context.width, stream.codec_context.height) > _LARGEST_SIDE:
                 raise DatasetError(f"{path}: frames are larger than {_LARGEST_SIDE} pixels.")
             if start_s > 0 and stream.time_base:

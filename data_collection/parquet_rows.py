@@ -50,7 +50,7 @@ class ParquetRows:
         def translate() -> Iterator[None]:
             try:
                 yield
-            except (pa.ArrowException, OSError, OverflowError) as error:
+            except (pa.ArrowException, OSError, OverflowError, ValueError) as error:  # ValueError: names in no UTF-8
                 raise DatasetError(f"{self.path}: cannot be read as parquet, it is damaged ({error}).") from error
 
         return translate()
@@ -67,12 +67,15 @@ class ParquetRows:
         if not names:
             return {}
         values = size = 0
-        metadata = self._file.metadata
-        for group in range(metadata.num_row_groups):
-            for index in range(metadata.num_columns):
-                chunk = metadata.row_group(group).column(index)
-                if chunk.path_in_schema.split(".list.")[0] in names or chunk.path_in_schema in names:
-                    values, size = values + chunk.num_values, size + chunk.total_uncompressed_size
+        # pyarrow 26 ends the process for some damaged column descriptions (its C++ exception is not translated). Without
+        # them a small file could ask for any amount of memory, which is worse; imports store whole episodes only.
+        with self._explained():
+            metadata = self._file.metadata
+            for group in range(metadata.num_row_groups):
+                for index in range(metadata.num_columns):
+                    chunk = metadata.row_group(group).column(index)
+                    if chunk.path_in_schema.split(".list.")[0] in names or chunk.path_in_schema in names:
+                        values, size = values + chunk.num_values, size + chunk.total_uncompressed_size
         if values > MOST_VALUES or size > LARGEST_TABLE_BYTES:
             raise DatasetError(
                 f"{self.path}: declares {values} values, {size / 1e9:.1f} GB; that is more than is read."

@@ -40,6 +40,8 @@ GYM_TYPE = 2
 _ROBOSUITE_TYPE, _ROBOSUITE_HZ = 1, 20.0
 _DERIVED_GROUPS = frozenset({"next_obs"})
 _LARGEST_CONSTANT = 4096
+# What h5py raises for damaged metadata, names that are no UTF-8 and types that numpy does not have.
+_DAMAGE = (OSError, KeyError, RuntimeError, ValueError, TypeError)
 
 
 class RobomimicReader:
@@ -70,7 +72,7 @@ class RobomimicReader:
             self._describe(control_hz, task)
         except BaseException as error:
             self._file.close()
-            if isinstance(error, OSError | KeyError | RuntimeError):  # what h5py raises for damaged metadata
+            if isinstance(error, _DAMAGE):
                 raise DatasetError(f"{path}: reading failed, the file is damaged ({error}).") from error
             raise
 
@@ -176,7 +178,7 @@ class RobomimicReader:
                 text = str(demo.attrs["episode"])
                 return arrays, EpisodeInfo.from_json(text, path=self.path, steps=len(arrays["actions"]))
             return self._read_foreign(episode, demo, where)
-        except (OSError, KeyError, RuntimeError) as error:
+        except _DAMAGE as error:
             raise DatasetError(f"{where}: reading failed, the file is damaged ({error}).") from error
 
     def _read_foreign(self, episode: str, demo: h5py.Group, where: str) -> tuple[Arrays, EpisodeInfo]:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from exchange_damage import survive_damage
 from exchange_data import LENGTHS, assert_same, episode_arrays, make_dataset, pictures
 
 pytest.importorskip("pyarrow")
@@ -455,3 +456,8 @@ def test_export_from_the_command_line(dataset: Dataset, tmp_path: Path, capsys: 
     assert info_of(output)["total_episodes"] == 2
     with pytest.raises(ConfigError, match="--next-obs belongs to --format robomimic"):
         cli.run(["data", "export", str(dataset.path), "--format", "lerobot", "--output", str(output), "--next-obs"])
+
+
+def test_random_damage_ends_in_an_error_that_names_the_file(tmp_path: Path) -> None:
+    noticed = survive_damage(LeRobotReader, GOLDEN, tmp_path / "damaged", rounds=60)
+    assert noticed > 10

@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from exchange_damage import survive_damage
 from exchange_data import LENGTHS, assert_same, make_dataset
 
 from simtoreal import cli
@@ -268,3 +269,8 @@ def test_arrays_that_do_not_fit_the_robot_are_skipped(dataset: Dataset, tmp_path
 def test_masks_that_follow_from_the_episodes_stay_derived(dataset: Dataset, tmp_path: Path) -> None:
     export_robomimic(dataset, tmp_path / "all.hdf5")
     assert imported(tmp_path / "all.hdf5", tmp_path / "back").meta["masks"] == {"compatible": ["000000", "000002"]}
+
+
+def test_random_damage_ends_in_an_error_that_names_the_file(tmp_path: Path) -> None:
+    noticed = survive_damage(RobomimicReader, foreign_file(tmp_path / "lift.hdf5"), tmp_path / "damaged", rounds=120)
+    assert noticed > 20

@@ -16,6 +16,7 @@ pytest.importorskip("zarr")
 
 import numcodecs
 import zarr
+from exchange_damage import survive_damage
 
 from simtoreal import cli
 from simtoreal.data_collection.dataset import Dataset
@@ -307,3 +308,10 @@ def test_training_on_an_import_from_the_command_line(tmp_path: Path, capsys: pyt
     small = ["--bc.hidden", "16", "--bc.layers", "1", "--trainer.batch-size", "4", "--steps", "2", "--device", "cpu"]
     cli.run(["train", "--data", str(data), "--output", str(run), "--policy", "bc", *keys, *small])
     assert json.loads((run / "results.json").read_text())["train"]["steps"] == 2
+
+
+def test_random_damage_ends_in_an_error_that_names_the_file(tmp_path: Path) -> None:
+    noticed = survive_damage(
+        ReplayBufferReader, write_store(tmp_path / "pusht.zarr", pusht()), tmp_path / "damaged", rounds=40
+    )
+    assert noticed > 6
