@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from simtoreal.data_collection.dataset import Dataset
-from simtoreal.data_collection.episode import Arrays, EpisodeInfo
+from simtoreal.data_collection.episode import Arrays, EpisodeInfo, open_episode
 from simtoreal.data_collection.statistics import VectorStatistics
 from simtoreal.envs.embodiment import TARGET_NAMES, Embodiment
 
@@ -49,7 +50,7 @@ class MotionScale:
             DatasetError: an episode is damaged.
         """
         chosen = list(dataset.episodes if episodes is None else episodes)
-        keys = motion_keys(dataset, chosen[0])
+        keys = motion_keys(chosen)
         parts: dict[str, list[VectorStatistics]] = {name: [] for name in (*keys, "actions")}
         for episode in chosen:
             for name, rows in dataset.read(episode, parts).items():
@@ -74,25 +75,23 @@ class MotionScale:
         return self.low, self.high
 
 
-def motion_keys(dataset: Dataset, episode: EpisodeInfo) -> tuple[str, ...]:
-    """Arrays of an episode that show how the robot moves."""
-    if "proprio" in episode_keys(dataset, episode):
-        return ("obs/proprio",)
-    return tuple(f"obs/{key}" for key, shape in episode_keys(dataset, episode).items() if len(shape) == 1 and shape[0])
-
-
-def episode_keys(dataset: Dataset, episode: EpisodeInfo) -> dict[str, tuple[int, ...]]:
-    """Observation key -> shape of one step.
+def motion_keys(episodes: Iterable[EpisodeInfo]) -> tuple[str, ...]:
+    """Arrays that show how the robot moves: proprio, or every vector observation that all episodes have alike.
 
     Raises:
-        DatasetError: the episode is damaged.
+        DatasetError: an episode is damaged.
     """
-    from pathlib import Path
-
-    from simtoreal.data_collection.episode import open_episode
-
-    with open_episode(Path(str(episode.path))) as file:
-        return {key: tuple(array.shape[1:]) for key, array in file["obs"].items() if array.dtype.kind in "fu"}
+    shared: set[tuple[str, int]] | None = None
+    for episode in episodes:
+        with open_episode(Path(str(episode.path))) as file:
+            vectors = {
+                (f"obs/{key}", array.shape[1])
+                for key, array in file["obs"].items()
+                if array.ndim == 2 and array.shape[1] and array.dtype.kind == "f"
+            }
+        shared = vectors if shared is None else shared & vectors
+    names = sorted(name for name, _ in shared or ())
+    return ("obs/proprio",) if "obs/proprio" in names else tuple(names)
 
 
 def idle_steps(arrays: Arrays, scale: MotionScale) -> np.ndarray:
@@ -120,8 +119,7 @@ def idle_steps(arrays: Arrays, scale: MotionScale) -> np.ndarray:
 
 def _moved(change: np.ndarray, span: np.ndarray, rate: float) -> np.ndarray:
     used = span > 1e-9
-    moved: np.ndarray = (change[:, used] * rate > STILL_PER_S * span[used]).any(axis=1)
-    return moved
+    return np.asarray((change[:, used] * rate > STILL_PER_S * span[used]).any(axis=1))
 
 
 def saturation(actions: np.ndarray, scale: MotionScale) -> np.ndarray:

@@ -22,7 +22,7 @@ def describe_timing(arrays: Arrays, period_s: float) -> dict[str, Any] | None:
     stamps = arrays.get("step/timestamp_ns")
     if stamps is None or len(stamps) < 2:
         return None
-    intervals_ms = np.diff(stamps.astype(np.int64)) * 1e-6
+    intervals_ms: np.ndarray = np.diff(stamps.astype(np.int64)) * 1e-6
     mean = float(intervals_ms.mean())
     gaps = np.flatnonzero(intervals_ms > GAP_PERIODS * 1000 * period_s)
     return {

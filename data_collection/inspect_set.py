@@ -152,7 +152,7 @@ def describe_starts(dataset: Dataset, starts: Sequence[Arrays]) -> list[dict[str
 
     Args:
         dataset: says which task the episodes are of.
-        starts: first rows of ``obs/object_state`` (or of the vectors) of every episode, by array name.
+        starts: first rows of ``obs/object_state`` (or of the vectors) of every episode, by array name; at least one.
 
     Returns:
         ``name``, ``unit``, ``points`` (N, 2), ``occupied`` (share of an 8 x 8 grid over their box), ``expected`` (the
@@ -167,13 +167,16 @@ def describe_starts(dataset: Dataset, starts: Sequence[Arrays]) -> list[dict[str
                 points = states[:, index : index + 2]
                 if np.ptp(points, axis=0).max() > 1e-4:
                     things[name[:-2]] = ("m", points)
-    elif starts:
-        keys = [key for key in starts[0] if all(key in start for start in starts)]
+    elif keys := [key for key in starts[0] if all(_alike(start.get(key), starts[0][key]) for start in starts)]:
         vectors = np.stack([np.concatenate([start[key].ravel() for key in keys]) for start in starts]).astype(
             np.float64
         )
         things["first observation"] = ("principal components", _principal(vectors))
     return [_coverage(name, unit, points) for name, (unit, points) in things.items()]
+
+
+def _alike(first: np.ndarray | None, second: np.ndarray) -> bool:
+    return first is not None and first.shape == second.shape
 
 
 def _object_state_names(dataset: Dataset) -> tuple[str, ...]:

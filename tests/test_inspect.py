@@ -260,3 +260,29 @@ def test_an_empty_or_damaged_dataset_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "b/episodes/000000.hdf5").write_bytes(b"nothing")
     with pytest.raises(DatasetError, match="damaged"):
         inspect(tmp_path / "b")
+
+
+def test_data_without_vectors_or_with_several_tasks_can_be_inspected(tmp_path: Path) -> None:
+    tasks = {**TASKS, "other": {"name": "other", "horizon": 40}}
+    with DatasetWriter(tmp_path / "images", EMBODIMENT, TASKS) as writer:
+        for seed in range(3):
+            arrays, info = make_episode(seed, 12)
+            del arrays["obs/proprio"], arrays["step/timestamp_ns"]
+            writer.add(arrays, info)
+    assert inspect(tmp_path / "images").suspicious == {}
+    with DatasetWriter(tmp_path / "tasks", EMBODIMENT, tasks) as writer:
+        for seed, task in enumerate(("toy", "toy", "other")):
+            arrays, info = make_episode(seed, 12)
+            state = arrays.pop("obs/proprio")
+            arrays["obs/state"] = state if task == "toy" else state[:, :7]
+            writer.add(arrays, dataclasses.replace(info, task=task))
+    inspection = inspect(tmp_path / "tasks")
+    assert inspection.suspicious == {}
+    # One odd episode within a task is not a matter of the task.
+    with DatasetWriter(tmp_path / "tasks", EMBODIMENT, tasks) as writer:
+        arrays, info = make_episode(9, 12)
+        arrays["obs/state"] = arrays.pop("obs/proprio").astype(np.float64)
+        writer.add(arrays, info)
+    found = inspect(tmp_path / "tasks").suspicious
+    assert [finding.kind for finding in found["000003"]] == ["layout"]
+    assert "float64" in found["000003"][0].text
