@@ -67,7 +67,7 @@ class ParquetRows:
         if not names:
             return {}
         values = size = 0
-        # pyarrow 26 ends the process for some damaged column descriptions (its C++ exception is not translated). Without
+        # pyarrow 26 ends the process for some damaged column descriptions (its C++ exception stays one). Without
         # them a small file could ask for any amount of memory, which is worse; imports store whole episodes only.
         with self._explained():
             metadata = self._file.metadata
