@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ import gymnasium as gym
 import numpy as np
 
 from simtoreal.data_collection.coaching import Coach
+from simtoreal.data_collection.teleop_actor import TeleopActor
 from simtoreal.data_collection.teleop_hub import InputHub
 from simtoreal.data_collection.teleop_pace import RealTimePace
 from simtoreal.data_collection.teleop_page import PageDevice
@@ -26,53 +27,14 @@ from simtoreal.data_collection.teleop_session import (
 )
 from simtoreal.data_collection.teleop_take import TakeStore
 from simtoreal.envs.errors import RobotError, SimtorealError
-from simtoreal.envs.rollout import EpisodeResult, Listener, Observation, Step, rollout
+from simtoreal.envs.rollout import EpisodeResult, Listener, Observation, Step, index_info, rollout
 
-POLL_S = 0.02
 # Rate at which the page is told about a session in which nothing moves.
 IDLE_POST_S = 0.1
 
 
 class SessionEnd(Exception):
     """The operator ends the session while something waits for them."""
-
-
-class TeleopActor:
-    """Actor of a rollout that does what the operator does, in chunks of one action.
-
-    Args:
-        hub: the operator's devices.
-        page: told when a command is handed over, for the measurement of latency.
-        pace: waits until a simulation's step is due; None where the environment itself keeps time.
-        on_change: called when the operator did something while the actor waits.
-    """
-
-    observation_steps = 1
-    execute_steps = 1
-    ensembling: float | None = None
-
-    def __init__(
-        self, hub: InputHub, page: PageDevice, pace: RealTimePace | None, on_change: Callable[[], None]
-    ) -> None:
-        self._hub, self._page, self._pace, self._on_change = hub, page, pace, on_change
-
-    def reset(self, slots: np.ndarray, seeds: Sequence[int]) -> None:
-        """Ask for a fresh press; see :class:`~simtoreal.envs.rollout.Actor`."""
-        self._hub.interrupt()
-        self._hub.gripper = 1.0
-        if self._pace is not None:
-            self._pace.restart()
-
-    def act(self, observation: Observation, instructions: Sequence[str], slots: np.ndarray) -> np.ndarray:
-        """Return the newest command ``(1, 1, 7)``, read as late as possible."""
-        if self._pace is not None:
-            self._pace.wait(self._hub, self._on_change)
-        else:
-            self._hub.poll()
-        now_ns = time.monotonic_ns()
-        action = self._hub.begin(now_ns)
-        self._page.commanded(now_ns, moving=self._hub.active)
-        return action[None, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +102,7 @@ class TeleopSession(Listener):
         self._state, self._decision = READY, ""
         self._after_reset = self._waiting = False
         self._result: EpisodeResult | None = None
-        self._steps, self._success = 0, False
+        self._steps, self._success, self._begun = 0, False, False
         self._verdict: dict[str, Any] | None = None
         self._gauge: float | None = None
         self._coach: Coach | None = None
@@ -297,8 +259,7 @@ class TeleopSession(Listener):
     def on_reset(self, slot: int, episode: int, seed: int, observation: Observation, info: dict[str, Any]) -> None:
         """See :class:`~simtoreal.envs.rollout.Listener`."""
         self._forget_events()
-        if self._state == RECORDING:
-            self._store.on_reset(slot, episode, seed, observation, info)
+        self._begun = False
         self.latest = observation, info
         self._show_scene(observation)
         self._show(state=self._state, instruction=str(info.get("instruction", "")), note="")
@@ -307,17 +268,26 @@ class TeleopSession(Listener):
         """See :class:`~simtoreal.envs.rollout.Listener`."""
         if "executed_action" in step.info:  # the environment let the action be corrected while it was executed
             step = dataclasses.replace(step, action=step.info["executed_action"])
-        self._steps += 1
+        # A take begins with its first motion: waiting for a hand to reach the controls demonstrates nothing.
+        if not self._begun and (step.action[0, :6].any() or step.action[0, 6] < 0):
+            self._begun = True
+            if self._state == RECORDING:
+                self._store.on_reset(0, 0, self._seed, *self.latest)
         self._success = self._success or bool(step.info.get("success", [False])[0])
-        if self._state == RECORDING:
-            self._store.on_step(step)
-            if self._coach is not None:
-                before = {key: value[0] for key, value in step.observation.items()}
-                self._gauge = float(self._coach.step(before, step.action[0]))
+        if self._begun:
+            self._steps += 1
+            if self._state == RECORDING:
+                self._record(step)
         observation = {key: value[0] for key, value in step.next_observation.items()}
-        self.latest = observation, step.info
+        self.latest = observation, index_info(step.info, 0)
         self._show_scene(observation)
         self._show(note=str(step.info.get("robot_fault", [""])[0]))
+
+    def _record(self, step: Step) -> None:
+        self._store.on_step(step)
+        if self._coach is not None:
+            before = {key: value[0] for key, value in step.observation.items()}
+            self._gauge = float(self._coach.step(before, step.action[0]))
 
     def on_episode(self, slot: int, result: EpisodeResult) -> None:
         """See :class:`~simtoreal.envs.rollout.Listener`."""

@@ -24,11 +24,9 @@ from simtoreal.policies.compatibility_coach import CompatibilityCoach
 from simtoreal.policies.compatibility_config import ScorerConfig
 
 # Small, because the question is whether page and coach work together; tests/test_compatibility_scorer.py has the rest.
-SMALL = ScorerConfig(members=3, hidden=48, epochs=1, minimum_steps=250, batch_size=64, folds=2)
-UP_RIGHT = OperatorStyle(name="up_right", route=("z", "y"), speed=0.5, gain=0.3, noise=0.1)
-# People at the page see and act late, so they correct less eagerly.
-AS_BEFORE = OperatorStyle(name="up_right", route=("z", "y"), speed=0.5, gain=0.15)
-OTHERWISE = OperatorStyle(name="right_up", route=("y", "z"), speed=0.5, gain=0.15)
+SMALL = ScorerConfig(members=3, hidden=64, epochs=1, minimum_steps=400, batch_size=128, folds=2)
+CAREFUL = OperatorStyle(name="careful", speed=0.35, gain=0.15, noise=0.05)
+OTHERWISE = OperatorStyle(name="right_up", route=("y", "z"), speed=0.7, gain=0.15)
 ENOUGH_STEPS = 100
 
 
@@ -39,9 +37,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     env = TabletopEnv(task, embodiment=embodiment, record_state=True)
     with DatasetWriter(folder, embodiment, {task.name: task.to_dict()}) as writer:
         recorder = Recorder(
-            memory_takes(writer), task=task.name, embodiment=embodiment, source="expert", operator="up_right"
+            memory_takes(writer), task=task.name, embodiment=embodiment, source="expert", operator="careful"
         )
-        rollout(env, ScriptedExpert(task, embodiment, style=UP_RIGHT), range(100, 120), listeners=[recorder])
+        rollout(env, ScriptedExpert(task, embodiment, style=CAREFUL), range(100, 124), listeners=[recorder])
     env.close()
     CompatibilityCoach.open(folder, config=SMALL)
     return folder
@@ -87,7 +85,7 @@ def test_a_second_operator_with_another_style_is_flagged_live_and_at_the_end(
     )
     with running(config) as opened:
         page = open_page(browser, opened, gamepad=True)
-        compatible = demonstrate(page, opened, AS_BEFORE)
+        compatible = demonstrate(page, opened, CAREFUL)
         first = opened.session.board.snapshot.review["verdict"]
         page.locator("#accept" if first["accepted"] else "#anyway").click()
         wait_for(lambda: opened.session.board.snapshot.kept == 1, "the first episode")
@@ -97,7 +95,7 @@ def test_a_second_operator_with_another_style_is_flagged_live_and_at_the_end(
         conflicting = demonstrate(page, opened, OTHERWISE)
         second = opened.session.board.snapshot.review["verdict"]
         print(first, second, np.mean(compatible), np.mean(conflicting))
-        assert np.mean(conflicting) < np.mean(compatible) - 0.15, "the gauge fell"
+        assert np.mean(conflicting) < np.mean(compatible) - 0.1, "the gauge fell"
         assert not second["accepted"]
         assert second["bad_steps"] > first["bad_steps"]
         assert page.locator("#reviewtitle").inner_text() == "This conflicts with earlier demonstrations"
