@@ -1,8 +1,8 @@
 """What the two compatibility benchmarks share: state-only demonstrations, arms, paired evaluation, statistics.
 
 An arm is a policy trained on part of one dataset: base data, everything (naive), everything but the candidates' bad
-steps (box), as many random candidate steps (random), or the episodes with few bad steps, whole (accepted). All arms of a
-seed share data, network, optimiser steps and evaluation episodes, so that outcomes are compared in pairs.
+steps (box), as many random candidate steps (random), or the episodes with few bad steps, whole (accepted). All arms of
+a seed share data, network, optimiser steps and evaluation episodes, so that outcomes are compared in pairs.
 """
 
 from __future__ import annotations
