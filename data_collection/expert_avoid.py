@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 HEIGHT_M = 0.02
 # Before and after a row the gripper is in line with its gap.
-STRAIGHT_M = 0.03
-START_M = 0.08
+STRAIGHT_M = 0.02
+START_M = 0.07
 ARRIVED_M = 0.018
 # An episode keeps its own place in each gap, as people do.
 JITTER_M = (0.005, 0.008)
