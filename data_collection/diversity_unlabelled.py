@@ -36,6 +36,8 @@ def unlabelled_diversity(dataset: Dataset, masks: Sequence[str | None] = (None,)
     Raises:
         DatasetError: no episode succeeded, or a mask does not exist.
     """
+    from scipy.spatial.distance import cdist
+
     successes = [episode for episode in dataset.episodes if episode.success]
     if not successes:
         raise DatasetError(f"{dataset.path}: holds no successful episode; diversity is that of successes.")
@@ -43,7 +45,7 @@ def unlabelled_diversity(dataset: Dataset, masks: Sequence[str | None] = (None,)
     names = (*scale.keys, "actions")
     profiles = np.stack([_profile(dataset.read(episode, names), names) for episode in successes])
     points = _principal(profiles)
-    distances = np.linalg.norm(points[:, None] - points[None], axis=-1)
+    distances = cdist(points, points)
     labels, silhouette = _modes(points, distances)
     between = distances[np.triu_indices(len(points), 1)]
     width = float(np.median(between)) if len(between) and np.median(between) > 0 else 1.0

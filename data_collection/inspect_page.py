@@ -79,6 +79,8 @@ def page_context(inspection: Inspection) -> dict[str, Any]:
         "smoothness": smoothness_table(episodes),
         "compatibility": summary["compatibility"],
         "behavior": summary["behavior"],
+        "modes": summary["modes"],
+        "successes": summary["successes"],
         "moved": sum(bool(episode["scene_motion"]) for episode in episodes),
         "duplicates": summary["duplicates"],
         "command": f"simtoreal data inspect {dataset.path} --output …",

@@ -12,6 +12,7 @@ import numpy as np
 from simtoreal.data_collection import filters
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.diversity import dataset_diversity
+from simtoreal.data_collection.diversity_unlabelled import unlabelled_diversity
 from simtoreal.data_collection.episode import EpisodeInfo, array_names, open_episode
 from simtoreal.data_collection.inspect_findings import Finding, dataset_findings, episode_findings
 from simtoreal.data_collection.inspect_motion import MotionScale, describe_motion, idle_steps
@@ -103,6 +104,7 @@ def inspect(path: str | Path, *, images: bool = True, progress: Callable[[int, i
         "starts": describe_starts(dataset, starts),
         "compatibility": compatibility,
         "behavior": _behavior(dataset),
+        "modes": unlabelled_diversity(dataset)[0] if any(episode["success"] for episode in episodes) else None,
         "images_read": images,
     }
     suspicious = {
