@@ -105,8 +105,8 @@ class Scorer:
         if mode not in self.thresholds:
             raise DatasetError(
                 f"{where} was collected in the mode '{mode}', but the base data {self.base} hold fewer than two such "
-                f"episodes (modes with thresholds: {', '.join(sorted(self.thresholds)) or 'none'}). Everything about a "
-                "moving scene looks novel to a scorer of still ones, so that its thresholds would accept anything. Add "
+                f"episodes (modes with thresholds: {', '.join(sorted(self.thresholds)) or 'none'}). Moving scenes "
+                "look novel to a scorer of still ones, whose thresholds then accept much that conflicts. Add "
                 f"'{mode}' episodes of the base operator to the base data, or give --lambda and --eta."
             )
         return self.thresholds[mode]
