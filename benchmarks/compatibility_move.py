@@ -98,8 +98,8 @@ def main() -> None:
         seconds=time.perf_counter() - begin,
         seeds=[SEED],
         notes=(
-            "One scorer seed. Shares of steps; 'judged' is the share of steps in familiar states. A scorer that never saw "
-            "a moving scene finds more conflicts, at more false alarms and a lower AUC."
+            "One scorer seed. Shares of steps; 'judged' is the share of steps in familiar states. A scorer that never "
+            "saw a moving scene finds more conflicts, at more false alarms and a lower AUC."
         ),
     )  # fmt: skip
 
