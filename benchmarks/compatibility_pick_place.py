@@ -36,7 +36,8 @@ from interleaved import write_benchmark
 
 from simtoreal.data_collection.compatibility import Scores, detection_auc
 from simtoreal.data_collection.dataset import Dataset
-from simtoreal.data_collection.expert import STYLES, OperatorStyle, ScriptedExpert
+from simtoreal.data_collection.expert import ScriptedExpert
+from simtoreal.data_collection.operator_style import STYLES, OperatorStyle
 from simtoreal.envs.files import write_json
 from simtoreal.envs.task import TaskSpec
 from simtoreal.envs.task_file import load_task, parse_task

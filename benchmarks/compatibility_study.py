@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from simtoreal.data_collection.edit import merge
-from simtoreal.data_collection.expert import STYLES, OperatorStyle, ScriptedExpert
+from simtoreal.data_collection.expert import ScriptedExpert
 from simtoreal.data_collection.filters import write_filter
+from simtoreal.data_collection.operator_style import STYLES, OperatorStyle
 from simtoreal.data_collection.recorder import Recorder
 from simtoreal.data_collection.takes import MemoryTake
 from simtoreal.data_collection.writer import DatasetWriter

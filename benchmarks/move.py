@@ -32,7 +32,7 @@ from interleaved import write_benchmark
 
 from simtoreal.data_collection.collect import CollectionPlan, collect
 from simtoreal.data_collection.dataset import Dataset
-from simtoreal.data_collection.expert import OperatorStyle
+from simtoreal.data_collection.operator_style import OperatorStyle
 from simtoreal.envs import load_task, make_vector_env
 from simtoreal.envs.files import write_json
 from simtoreal.envs.rollout import rollout

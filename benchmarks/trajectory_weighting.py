@@ -24,7 +24,8 @@ from interleaved import write_benchmark
 
 from simtoreal.data_collection.dataset import META, Dataset
 from simtoreal.data_collection.episode import ABORTED
-from simtoreal.data_collection.expert import OperatorStyle, ScriptedExpert
+from simtoreal.data_collection.expert import ScriptedExpert
+from simtoreal.data_collection.operator_style import OperatorStyle
 from simtoreal.data_collection.recorder import Recorder, memory_takes
 from simtoreal.data_collection.writer import DatasetWriter
 from simtoreal.envs import TaskSpec, load_task, make_vector_env, rollout

@@ -18,8 +18,8 @@ from gymnasium.vector import VectorEnv
 
 from simtoreal.data_collection.collect_worker import run_worker
 from simtoreal.data_collection.dataset import META, read_meta
-from simtoreal.data_collection.expert import OperatorStyle
 from simtoreal.data_collection.ledger import LOG, SEEDS_PER_COLLECTION, Ledger, Outcome
+from simtoreal.data_collection.operator_style import OperatorStyle
 from simtoreal.data_collection.writer import DatasetWriter
 from simtoreal.envs import errors
 from simtoreal.envs.embodiment import Embodiment

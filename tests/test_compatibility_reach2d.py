@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from simtoreal.data_collection.expert import STYLES, OperatorStyle, ScriptedExpert
+from simtoreal.data_collection.expert import ScriptedExpert
+from simtoreal.data_collection.operator_style import STYLES, OperatorStyle
 from simtoreal.envs import Listener, make_vector_env, rollout
 from simtoreal.envs.errors import ConfigError
 

@@ -13,7 +13,8 @@ import yaml
 
 from simtoreal.data_collection.collect import CollectionPlan, collect
 from simtoreal.data_collection.dataset import Dataset
-from simtoreal.data_collection.expert import OperatorStyle, ScriptedExpert
+from simtoreal.data_collection.expert import ScriptedExpert
+from simtoreal.data_collection.operator_style import OperatorStyle
 from simtoreal.data_collection.windows import WindowSampler
 from simtoreal.envs import load_task, make_vector_env
 from simtoreal.envs.errors import ConfigError

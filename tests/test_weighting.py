@@ -131,7 +131,8 @@ def test_weighted_training_resumes_bit_by_bit(tmp_path, monkeypatch):
 
 
 def test_weights_of_a_dataset_with_failures(tmp_path):
-    from simtoreal.data_collection.expert import STYLES, ScriptedExpert
+    from simtoreal.data_collection.expert import ScriptedExpert
+    from simtoreal.data_collection.operator_style import STYLES
     from simtoreal.data_collection.recorder import Recorder, memory_takes
     from simtoreal.data_collection.writer import DatasetWriter
     from simtoreal.envs import make_vector_env, rollout

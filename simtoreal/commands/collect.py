@@ -55,7 +55,7 @@ def main(config: Config) -> None:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from simtoreal.data_collection.collect import CollectionPlan, CollectionProgress, collect
-    from simtoreal.data_collection.expert import STYLES
+    from simtoreal.data_collection.operator_style import STYLES
     from simtoreal.envs.errors import ConfigError, closest
     from simtoreal.envs.scene_motion import load_motion
     from simtoreal.evaluation.statistics import format_rate
