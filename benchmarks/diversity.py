@@ -27,37 +27,47 @@ from simtoreal.envs import load_task, make_vector_env
 from simtoreal.evaluation.diversity import behavior_table, evaluate_diversity, read_rollouts, resample
 from simtoreal.evaluation.policies import checkpoint_digest, load_actor
 from simtoreal.evaluation.statistics import posterior_interval
-from simtoreal.policies.config import BCConfig, DiffusionConfig, PolicyConfig, TrainerConfig
+from simtoreal.policies.config import AugmentationConfig, BCConfig, DiffusionConfig, PolicyConfig, TrainerConfig
 from simtoreal.policies.trainer import train
 from simtoreal.policies.training_data import open_training_data
 
 EVALUATION_SEED = 600_000
 DRAWS = 1000
-# Demonstrations, contexts, rollouts per context, observations. avoid: 6 demonstrations of each of 24 ways, and 480
-# rollouts as in D3IL's longer setting; align: 100 of each of 2 ways, 60 x 8 rollouts.
+# Demonstrations, contexts, rollouts per context, observations, actions executed per prediction, training steps. avoid: 10
+# demonstrations of each of 24 ways, and 480 rollouts as in D3IL's longer setting; align: 100 of each of 2 ways, 60 x 8
+# rollouts. On avoid a prediction is executed whole: whoever decides again between two rows may decide otherwise.
 TASKS: dict[str, dict[str, Any]] = {
-    "avoid": {"episodes": 144, "contexts": 20, "rollouts": 24, "keys": ("proprio",)},
-    "align": {"episodes": 200, "contexts": 60, "rollouts": 8, "keys": ("proprio", "object_state")},
-}
+    "avoid": {
+        "episodes": 240, "contexts": 20, "rollouts": 24, "keys": ("proprio",), "execute_steps": 16, "steps": 8000,
+    },
+    "align": {
+        "episodes": 200, "contexts": 60, "rollouts": 8, "keys": ("proprio", "object_state"), "execute_steps": 8,
+        "steps": 3000,
+    },
+}  # fmt: skip
 POLICIES = {
     "bc_l1": "bc, L1 loss",
     "bc_l2": "bc, L2 loss (MSE)",
     "unet": "diffusion, U-Net",
     "transformer": "diffusion, transformer",
 }
-STEPS, BATCH = 2500, 128
+BATCH = 64
+# Few Euler steps end between two ways.
+INFERENCE_STEPS = 32
 
 
-def policy_config(policy: str, keys: tuple[str, ...]) -> PolicyConfig:
+def policy_config(policy: str, task: str) -> PolicyConfig:
     """Small networks on vectors: a training takes a few minutes of one core."""
-    common: dict[str, Any] = {"image_keys": (), "state_keys": keys, "observation_steps": 2, "horizon": 16}
-    common["execute_steps"] = 8
+    common: dict[str, Any] = {
+        "image_keys": (), "state_keys": TASKS[task]["keys"], "observation_steps": 2, "horizon": 16,
+        "execute_steps": TASKS[task]["execute_steps"], "augmentation": AugmentationConfig(state_noise=0.01),
+    }  # fmt: skip
     if policy.startswith("bc"):
         return BCConfig(**common, hidden=256, loss="l1" if policy == "bc_l1" else "l2")
-    diffusion = {"condition_width": 128, "noise_samples": 1}
+    diffusion = {"condition_width": 128, "noise_samples": 1, "inference_steps": INFERENCE_STEPS}
     if policy == "unet":
-        return DiffusionConfig(**common, **diffusion, unet_widths=(32, 64))
-    return DiffusionConfig(**common, **diffusion, denoiser="transformer", transformer_width=64, transformer_layers=2)
+        return DiffusionConfig(**common, **diffusion, unet_widths=(64, 128))
+    return DiffusionConfig(**common, **diffusion, denoiser="transformer", transformer_width=64, transformer_layers=3)
 
 
 def measure(task: str, policy: str, seed: int, output: Path) -> dict[str, Any]:
@@ -66,10 +76,15 @@ def measure(task: str, policy: str, seed: int, output: Path) -> dict[str, Any]:
     result = folder / "evaluation" / "results.json"
     if not result.is_file():
         print(f"{task} {policy} seed {seed}", flush=True)
-        config = policy_config(policy, settings["keys"])
+        config = policy_config(policy, task)
         data = open_training_data(output / task / "data", config, mask="all")
         trainer = TrainerConfig(
-            steps=STEPS, batch_size=BATCH, seed=seed, checkpoint_every=250, validate_every=STEPS, log_every=50
+            steps=settings["steps"],
+            batch_size=BATCH,
+            seed=seed,
+            checkpoint_every=250,
+            validate_every=100_000,
+            log_every=50,
         )
         train(config, trainer, data, folder, resume=True)
         loaded, actor = load_actor(folder, device="cpu")
@@ -171,7 +186,8 @@ def main() -> None:
             "value is D3IL's unconditional entropy of the behaviours of successful rollouts; conditional is its mean "
             "over identical initial states, limited by the number of rollouts from each. Intervals: bootstrap over "
             "training seeds, contexts and rollouts (entropy), posterior of all rollouts (success). "
-            f"{options.seeds} training seeds, {STEPS} steps of {BATCH} windows each. {'; '.join(data)}."
+            f"{options.seeds} training seeds; {', '.join(f'{TASKS[task]["steps"]} steps on {task}' for task in options.tasks)} "
+            f"of {BATCH} windows. {'; '.join(data)}."
         ),
     )
 
