@@ -33,9 +33,9 @@ from simtoreal.policies.training_data import open_training_data
 
 EVALUATION_SEED = 600_000
 DRAWS = 1000
-# Demonstrations, contexts, rollouts per context, observations, actions executed per prediction, training steps. avoid: 10
-# demonstrations of each of 24 ways, and 480 rollouts as in D3IL's longer setting; align: 100 of each of 2 ways, 60 x 8
-# rollouts. On avoid a prediction is executed whole: whoever decides again between two rows may decide otherwise.
+# Demonstrations, contexts, rollouts per context, observations, actions executed per prediction, training steps.
+# avoid: 10 demonstrations of each of 24 ways, and 480 rollouts as in D3IL's longer setting; align: 100 of each of 2 ways,
+# 60 x 8 rollouts. On avoid a prediction is executed whole: whoever decides again between two rows may decide otherwise.
 TASKS: dict[str, dict[str, Any]] = {
     "avoid": {
         "episodes": 240, "contexts": 20, "rollouts": 24, "keys": ("proprio",), "execute_steps": 16, "steps": 8000,
@@ -152,7 +152,9 @@ def main() -> None:
         )
         collect(plan)
         shown = dataset_diversity(Dataset.open(plan.output))
-        data.append(f"{task}: {shown['successes']} demonstrations, entropy {shown['entropy']:.3f}")
+        data.append(
+            f"{task}: {shown['successes']} demonstrations, entropy {shown['entropy']:.3f}, {TASKS[task]['steps']} steps"
+        )
     # Seed by seed, so that an interrupted run has something of everything.
     for seed in range(options.seeds):
         for task in options.tasks:
@@ -186,8 +188,7 @@ def main() -> None:
             "value is D3IL's unconditional entropy of the behaviours of successful rollouts; conditional is its mean "
             "over identical initial states, limited by the number of rollouts from each. Intervals: bootstrap over "
             "training seeds, contexts and rollouts (entropy), posterior of all rollouts (success). "
-            f"{options.seeds} training seeds; {', '.join(f'{TASKS[task]["steps"]} steps on {task}' for task in options.tasks)} "
-            f"of {BATCH} windows. {'; '.join(data)}."
+            f"{options.seeds} training seeds, batches of {BATCH} windows. {'; '.join(data)}."
         ),
     )
 
