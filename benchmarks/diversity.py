@@ -34,8 +34,9 @@ from simtoreal.policies.training_data import open_training_data
 EVALUATION_SEED = 600_000
 DRAWS = 1000
 # Demonstrations, contexts, rollouts per context, observations, actions executed per prediction, training steps.
-# avoid: 10 demonstrations of each of 24 ways, and 480 rollouts as in D3IL's longer setting; align: 100 of each of 2 ways,
-# 60 x 8 rollouts. On avoid a prediction is executed whole: whoever decides again between two rows may decide otherwise.
+# avoid: 10 demonstrations of each of 24 ways, and 480 rollouts as in D3IL's longer setting; align: 100 of each of 2
+# ways, 60 x 8 rollouts. On avoid a prediction is executed whole: whoever decides again between two rows may decide
+# otherwise.
 TASKS: dict[str, dict[str, Any]] = {
     "avoid": {
         "episodes": 240, "contexts": 20, "rollouts": 24, "keys": ("proprio",), "execute_steps": 16, "steps": 8000,
