@@ -19,7 +19,7 @@ COMMANDS = Path(__file__).parent / "commands"
 
 # Verbs made of two words: ``simtoreal data info`` is the module ``data_info``.
 GROUPS = {
-    "data": "Look at, check, repair, edit, import and export datasets.",
+    "data": "Datasets: import, export, inspect, check, edit, filter, measure diversity, merge, split, view, recover.",
 }
 
 EXIT_FAILURE = 2

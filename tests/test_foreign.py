@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
 import gymnasium as gym
-import h5py
 import numpy as np
 import pytest
 
@@ -29,7 +27,7 @@ from simtoreal.envs.rollout import rollout
 from simtoreal.policies.config import BCConfig, DiffusionConfig
 from simtoreal.policies.observation_keys import adapt_keys
 
-HUMAN_DATA = Path("/work/shared/data/adroit_door_human.hdf5")
+HUMAN_DATA = Path(__file__).parent / "data/adroit_door_human/door.hdf5"
 DOOR = "AdroitHandDoor-v1"
 
 
@@ -249,21 +247,14 @@ def test_environments_that_do_not_fit_are_refused() -> None:
 
 @pytest.fixture(scope="module")
 def door(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight demonstrations of a person, as the command imports them."""
-    if not HUMAN_DATA.is_file():
-        pytest.skip(f"{HUMAN_DATA} is not here")
+    """Two demonstrations of a person, as the command imports them."""
     folder = tmp_path_factory.mktemp("door")
-    shutil.copy(HUMAN_DATA, folder / "human.hdf5")
-    with h5py.File(folder / "human.hdf5", "r+") as file:
-        for name in list(file["data"]):
-            if int(name.removeprefix("demo_")) not in range(16, 24):
-                del file["data"][name]
-    cli.run(["data", "import", str(folder / "human.hdf5"), "--output", str(folder / "data"), "--control-hz", "100"])
+    cli.run(["data", "import", str(HUMAN_DATA), "--output", str(folder / "data"), "--control-hz", "100"])
     return folder / "data"
 
 
-def test_some_demonstrations_replay_in_their_environment(door: Path) -> None:
-    """The adapter neither scales nor delays: open loop from the recorded state, the door still opens for some."""
+def test_demonstrations_replay_in_their_environment(door: Path) -> None:
+    """The adapter neither scales nor delays: open loop from the recorded state, the door still opens."""
     dataset = Dataset.open(door)
     env = GymnasiumVectorEnv(DOOR, 1, embodiment=dataset.embodiment, keys={"state": (39,)}, horizon=300)
     opened = []
@@ -276,8 +267,8 @@ def test_some_demonstrations_replay_in_their_environment(door: Path) -> None:
             if terminated[0] or truncated[0]:
                 break
         opened.append(bool(info["success"][0]))
-    # Numbers 16, 18, 19, 22 and 23 of the file, on gymnasium-robotics 1.4 and mujoco 3.17; a wrong scale opens none.
-    assert sum(opened) >= 3
+    # Both, on gymnasium-robotics 1.4 and mujoco 3.17; other versions may differ, but a wrong scale opens none.
+    assert any(opened)
 
 
 def _constants(episode: Any) -> dict[str, Any]:
@@ -288,7 +279,7 @@ def test_import_inspect_check_train_and_evaluate_by_id(door: Path, tmp_path: Pat
     cli.run(["data", "check", str(door)])
     cli.run(["data", "inspect", str(door), "--output", str(tmp_path / "inspect")])
     summary = json.loads((tmp_path / "inspect/results.json").read_text())["inspect"]["summary"]
-    assert (summary["episodes"], summary["action_mode"]) == (8, "env")
+    assert (summary["episodes"], summary["action_mode"]) == (2, "env")
     small = ["--diffusion.unet-widths", "16", "16", "--diffusion.condition-width", "32", "--trainer.batch-size", "16"]
     run = str(tmp_path / "run")
     cli.run(["train", "--data", str(door), "--output", run, "--policy", "diffusion", "--steps", "4", *small])
@@ -306,8 +297,8 @@ def test_import_inspect_check_train_and_evaluate_by_id(door: Path, tmp_path: Pat
 
 def test_diversity_without_labels(door: Path) -> None:
     (found,) = unlabelled_diversity(Dataset.open(door))
-    assert found["successes"] == 8
-    assert 1 < found["effective_episodes"] < 8
+    assert found["successes"] == 2
+    assert 1 < found["effective_episodes"] < 2
     assert vendi_score(np.eye(5)) == pytest.approx(5)
     assert vendi_score(np.ones((5, 5))) == pytest.approx(1)
     assert vendi_score(np.kron(np.eye(2), np.ones((3, 3)))) == pytest.approx(2)
