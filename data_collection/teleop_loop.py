@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import gymnasium as gym
-import numpy as np
 
 from simtoreal.data_collection.coaching import Coach
 from simtoreal.data_collection.teleop_actor import TeleopActor

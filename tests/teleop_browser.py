@@ -154,9 +154,13 @@ class GamepadOperator:
             axes = [
                 float(np.sign(v) * (abs(v) * (1 - DEAD_ZONE) + DEAD_ZONE) if v else 0.0) for v in (-y, -x, -turn, -z)
             ]
-            self.pad(axes, {TRIGGER: 1, BUTTON_A: float((action[6] > 0) != is_open)})
-            time.sleep(0.03)
-            if (action[6] > 0) != is_open:
-                self.pad(axes, {TRIGGER: 1})
+            if (action[6] > 0) != is_open:  # first the fingers, then on
+                self.pad([0.0] * 4, {TRIGGER: 1, BUTTON_A: 1})
+                with contextlib.suppress(AssertionError):
+                    wait_for(lambda: session.board.snapshot.gripper_open != is_open, "fingers", 0.5)  # noqa: B023
+                self.pad([0.0] * 4, {TRIGGER: 1})
                 time.sleep(0.03)
+            else:
+                self.pad(axes, {TRIGGER: 1})
+            time.sleep(0.03)
         self.pad([0.0] * 4, {})

@@ -52,7 +52,8 @@ def test_demonstration_on_the_twin_is_exact_and_a_closed_page_stops_the_arm(tmp_
 
         def moves() -> list[int]:
             pairs = zip(list(sent), list(sent)[1:], strict=False)
-            return [now[0] for before, now in pairs if (before[1][:9] != now[1][:9]).any()]
+            # A rotation that rests is normalised again and again, in its last bit.
+            return [now[0] for before, now in pairs if np.abs(before[1][:9] - now[1][:9]).max() > 1e-9]
 
         def drive() -> bool:
             person.pad([0.0] * 4, {})
