@@ -34,7 +34,7 @@ def behaviors(task: TaskSpec) -> list[Behavior]:
     Raises:
         ConfigError: the task has no choices.
     """
-    if not task.behaviors:
+    if not getattr(task, "behaviors", None):  # Tasks of foreign environments have none at all.
         raise ConfigError(
             f"task '{task.name}' says nothing about behaviours; add 'behaviors' to its file, "
             "as in configs/tasks/avoid.yaml"

@@ -275,3 +275,17 @@ def test_a_choice_that_was_never_made_leaves_no_label():
     observation, _ = env.reset(seed=0)
     assert label_behavior(env.task, observation["proprio"], observation["object_state"]) is None
     assert len(behaviors(env.task)) == 24
+
+
+def test_command_line_reports_entropy_and_refuses_what_does_not_fit(tmp_path, capsys):
+    from simtoreal import cli
+
+    common = ["evaluate", "--actor", "expert", "--task", "avoid", "--output", str(tmp_path / "out")]
+    cli.run([*common, "--diversity", "--contexts", "2", "--rollouts", "2"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert (results["kind"], results["n"], results["contexts"], results["rollouts"]) == ("diversity", 4, 2, 2)
+    assert f"entropy {results['entropy']:.3f}" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="--contexts and --rollouts belong to --diversity"):
+        cli.run([*common, "--rollouts", "2"])
+    with pytest.raises(ConfigError, match="must be at least 1"):
+        cli.run([*common, "--diversity", "--rollouts", "0"])
