@@ -5,7 +5,7 @@ Layout of an episode of T control steps (paths inside the file):
 ====================  ==================  =======================================================
 ``actions``           (T, A) float32      action taken at step t
 ``rewards``           (T,) float32        reward of step t
-``dones``             (T,) int8           1 where the task ended in success at step t
+``dones``             (T,) int8           1 where the task ended at step t, in success or by its failure
 ``states``            (T, D) float64      simulation state before action t (D = 0 on hardware)
 ``obs/<key>``         (T, ...)            observation before action t; images uint8 (T, H, W, 3) RGB
 ``step/target``       (T, 10) float64     absolute end-effector target after action t (``TARGET_NAMES``)
