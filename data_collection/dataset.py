@@ -71,6 +71,10 @@ class Dataset:
         if embodiment is not None:
             own.require_equal(embodiment, f"dataset {path}", "what is needed here")
         files = sorted((path / EPISODES).glob("[0-9]*.hdf5"))
+        if not isinstance(meta.get("episodes", {}), dict):
+            raise DatasetError(
+                f"{path / META}: 'episodes' is not a mapping of episodes to steps. Run 'simtoreal data recover {path}'."
+            )
         missing = sorted(set(meta.get("episodes", {})) - {file.stem for file in files})
         if missing:
             raise DatasetError(
@@ -101,8 +105,16 @@ class Dataset:
         """Name -> episode numbers. ``train`` and ``valid`` are derived unless ``meta.json`` sets them.
 
         Every filter has a mask of its name with the episodes that it accepts.
+
+        Raises:
+            DatasetError: a filter or the masks in ``meta.json`` are damaged.
         """
-        return {**split_masks(self.episodes), **filter_masks(self.path), **self.meta.get("masks", {})}
+        own = self.meta.get("masks", {})
+        if not isinstance(own, dict) or not all(_is_mask(members) for members in own.values()):
+            raise DatasetError(
+                f"{self.path / META}: 'masks' is not a mapping of names to lists of episode numbers. Correct it."
+            )
+        return {**split_masks(self.episodes), **filter_masks(self.path), **own}
 
     def filter(self, mask: str | None = None) -> list[EpisodeInfo]:
         """Episodes of a mask (``train``, ``valid``, ``success``, ``failure`` or one of the dataset's own), or all.
@@ -130,6 +142,10 @@ class Dataset:
         if episode.path is None:
             raise DatasetError("this episode was not read from a file; take it from Dataset.episodes.")
         return read_episode(episode.path, names)[1]
+
+
+def _is_mask(members: object) -> bool:
+    return isinstance(members, list) and all(isinstance(name, str) and name.isdecimal() for name in members)
 
 
 def read_meta(path: Path) -> dict[str, Any]:

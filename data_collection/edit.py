@@ -60,7 +60,8 @@ def recover(path: str | Path) -> Recovery:
                     read_info(handle, file)
             except DatasetError as error:
                 set_aside.append((_set_aside(file, path), str(error)))
-        missing = sorted(set(meta.get("episodes", {})) - {file.stem for file in episodes.glob("[0-9]*.hdf5")})
+        listed = meta["episodes"] if isinstance(meta.get("episodes"), dict) else {}
+        missing = sorted(set(listed) - {file.stem for file in episodes.glob("[0-9]*.hdf5")})
         missing = [name for name in missing if name not in {file.stem for file, _ in set_aside}]
         for part in sorted(episodes.glob("*.part")):
             try:

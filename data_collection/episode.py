@@ -109,9 +109,17 @@ class EpisodeInfo:
         return self.path.stem if self.path else ""
 
     def to_json(self) -> str:
-        """JSON text stored in the attribute ``episode``."""
+        """JSON text stored in the attribute ``episode``.
+
+        Raises:
+            DatasetError: a field holds something that JSON cannot say, such as nan.
+        """
         content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("path", "steps")}
-        return json.dumps(content, allow_nan=False)
+        try:
+            return json.dumps(content, allow_nan=False)
+        except (ValueError, TypeError) as error:
+            where = f"episode with seed {self.seed} of task '{self.task}'"
+            raise DatasetError(f"{where}: what is known about it is no JSON ({error}).") from error
 
     @classmethod
     def from_json(cls, text: str, *, path: Path, steps: int) -> EpisodeInfo:
@@ -199,7 +207,9 @@ def write_episode(path: Path, arrays: Arrays, info: EpisodeInfo) -> None:
 
 def checksums(arrays: Arrays, episode: str) -> dict[str, int]:
     """CRC-32 of every array's bytes, and under ``""`` of the JSON text of the episode: for damage, not for forgery."""
-    sums = {name: zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8)) for name, array in arrays.items()}
+    sums = {
+        name: zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data) for name, array in arrays.items()
+    }
     return {**sums, "": zlib.crc32(episode.encode())}
 
 

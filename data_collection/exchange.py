@@ -7,16 +7,17 @@ dataset, and nothing is unpickled.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
 
-from simtoreal.data_collection.dataset import META, Dataset, read_meta
-from simtoreal.data_collection.episode import Arrays, EpisodeInfo
+from simtoreal.data_collection.dataset import EPISODES, META, VIEW, Dataset, read_meta
+from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors
 from simtoreal.data_collection.foreign_embodiment import IMAGE_SUFFIX
 from simtoreal.data_collection.writer import DatasetWriter
 from simtoreal.envs.embodiment import Embodiment
@@ -77,7 +78,7 @@ class ImportResult:
     steps: int
     skipped: tuple[str, ...] = ()
     damaged: tuple[str, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
 
 def import_dataset(reader: Reader, output: Path, *, progress: Progress | None = None) -> ImportResult:
@@ -112,8 +113,13 @@ def import_dataset(reader: Reader, output: Path, *, progress: Progress | None = 
         # Masks that follow from the episodes stay derived, so that they grow with the dataset.
         derived = Dataset.open(output).masks
         own = {key: names for key, names in masks.items() if names and names != derived.get(key)}
-        write_json(output / META, {**read_meta(output), "masks": own})
+        with disk_errors(output / META):
+            write_json(output / META, {**read_meta(output), "masks": own})
     if not stored:
+        # So that the corrected source can be imported to the same folder.
+        for name in (META, VIEW):
+            (output / name).unlink(missing_ok=True)
+        (output / EPISODES).rmdir()
         listed = "\n  ".join(skipped[:5])
         raise DatasetError(f"no episode could be imported to {output}:\n  {listed or 'the source holds none'}")
     return ImportResult(
@@ -136,6 +142,12 @@ def refuse_existing(output: Path) -> None:
     """Raise :class:`DatasetError` if ``output`` is a dataset: an import makes a new one."""
     if (output / META).exists():
         raise DatasetError(f"{output} is a dataset already. Import to a new folder, then `simtoreal data merge`.")
+
+
+def refuse_overwriting(output: Path) -> None:
+    """Raise :class:`DatasetError` if the file ``output`` exists: an export makes a new one."""
+    if output.exists():
+        raise DatasetError(f"{output} exists; exports never overwrite. Choose another name or move it away.")
 
 
 def observation_names(keys: Iterable[str], images: Iterable[str]) -> dict[str, str]:
@@ -179,6 +191,11 @@ def to_image(frames: np.ndarray, where: str) -> np.ndarray:
     return np.rint(frames * scale).astype(np.uint8)
 
 
+def single_precision(values: np.ndarray) -> np.ndarray:
+    """Return floats as float32, in which policies compute (robosuite writes float64), and anything else as it is."""
+    return values.astype(np.float32) if values.dtype.kind == "f" else values
+
+
 def is_image_shape(shape: tuple[int, ...]) -> bool:
     """Whether one step of this shape is an RGB image (height, width, 3) of at least 8 x 8 pixels."""
     return len(shape) == 3 and shape[2] == 3 and min(shape[:2]) >= 8
@@ -188,6 +205,22 @@ def require_size(count: int, where: str, limit: int = LARGEST_EPISODE_BYTES) -> 
     """Raise :class:`DatasetError` if ``count`` bytes are more than ``limit``."""
     if count > limit:
         raise DatasetError(f"{where} would take {count / 1e9:.1f} GB of memory; at most {limit / 1e9:.1f} GB are read.")
+
+
+def parse_object(text: str | bytes, where: str) -> dict[str, Any]:
+    """Return the JSON object that ``text`` of bounded size says.
+
+    Raises:
+        DatasetError: too large, not JSON or not an object.
+    """
+    require_size(len(text), where, LARGEST_JSON_BYTES)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DatasetError(f"{where}: is not valid JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise DatasetError(f"{where}: is not a JSON object.")
+    return content
 
 
 def judge_success(rewards: Sequence[np.ndarray]) -> list[bool | None]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 
 from simtoreal.data_collection import lerobot_layout as layout
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo, embodiment_digest
-from simtoreal.data_collection.exchange import observation_names, require_size, to_image
+from simtoreal.data_collection.exchange import observation_names, require_size, single_precision, to_image
 from simtoreal.data_collection.foreign_embodiment import PROPRIO, foreign_embodiment, foreign_task
 from simtoreal.data_collection.lerobot_export import SIDECAR_VERSION
 from simtoreal.data_collection.lerobot_index import EpisodeEntry, Index, read_index, read_json
@@ -105,10 +107,10 @@ class LeRobotReader:
             self._own_arrays = {str(name): str(feature) for name, feature in own["arrays"].items()}
             shapes = own["shapes"].items()
             self._shapes = {str(name): (tuple(map(int, shape)), np.dtype(kind)) for name, (shape, kind) in shapes}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise DatasetError(f"{sidecar}: is damaged ({error!r}).") from error
-        if any(kind.kind not in "iufb" for _, kind in self._shapes.values()):
-            raise DatasetError(f"{sidecar}: 'shapes' names types that are not numbers.")
+        if any(kind.kind not in "iufb" or min(shape, default=0) < 0 for shape, kind in self._shapes.values()):
+            raise DatasetError(f"{sidecar}: 'shapes' names types that are not numbers, or negative sizes.")
         missing = [feature for feature in self._own_arrays.values() if feature not in self.index.features]
         if missing:
             raise DatasetError(f"{sidecar}: names the feature '{missing[0]}', which info.json does not have.")
@@ -219,7 +221,7 @@ class LeRobotReader:
                 values = np.rint(values.astype(np.float64) * 1e9).astype(np.int64)
             elif name.startswith("obs/") and self._kinds[feature] not in _IMAGE_TYPES:
                 values = values.reshape(steps, *self.index.features[feature]["shape"])
-                values = values.astype(np.float32) if values.dtype.kind == "f" else values
+                values = single_precision(values)
             arrays[name] = values
         arrays.setdefault("dones", self._dones(arrays, steps))
         return arrays
@@ -231,8 +233,6 @@ class LeRobotReader:
 
     def _episode_sidecar(self, entry: EpisodeEntry) -> str | None:
         """Text of the description of an episode, if it is of our own and fits."""
-        import json
-
         path = layout.inside(self.root, layout.EPISODE_SIDECAR, {"episode_index": entry.index}, str(self.root))
         if self._own is None or not path.is_file():
             return None
@@ -280,5 +280,5 @@ def _read_arrays(path: Path) -> Arrays:
             require_size(sum(member.file_size for member in archive.infolist()), str(path))
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (ValueError, OSError, zipfile.BadZipFile, EOFError) as error:
+    except (ValueError, OSError, zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError) as error:
         raise DatasetError(f"{path}: is damaged ({error}).") from error

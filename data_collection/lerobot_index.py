@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from simtoreal.data_collection import lerobot_layout as layout
-from simtoreal.data_collection.exchange import LARGEST_JSON_BYTES, MOST_EPISODES, require_size
+from simtoreal.data_collection.exchange import LARGEST_JSON_BYTES, MOST_EPISODES, parse_object, require_size
 from simtoreal.data_collection.parquet_rows import ParquetRows, to_numpy
 from simtoreal.envs.errors import DatasetError
 
@@ -72,7 +73,10 @@ def read_index(root: Path) -> Index:
     if not isinstance(total, int) or not 0 <= total <= MOST_EPISODES:
         raise DatasetError(f"{path}: total_episodes is {total!r}; expected a number up to {MOST_EPISODES}.")
     read = _read_v3 if version.startswith("v3.") else _read_v2
-    tasks, entries = read(root, info, path, features, total)
+    try:
+        tasks, entries = read(root, info, path, features, total)
+    except (ValueError, TypeError, OverflowError) as error:  # nulls, texts, nan or infinity as numbers
+        raise DatasetError(f"{root / 'meta'}: the tables of tasks and episodes are damaged ({error}).") from error
     if [entry.index for entry in entries] != list(range(total)):
         raise DatasetError(
             f"{root}: meta lists episodes {[entry.index for entry in entries][:5]}..., info.json says 0 to {total - 1}."
@@ -92,13 +96,7 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DatasetError(f"{path}: does not exist; not a LeRobot dataset.")
     require_size(path.stat().st_size, str(path), LARGEST_JSON_BYTES)
-    try:
-        content = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise DatasetError(f"{path}: is not valid JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise DatasetError(f"{path}: is not a JSON object.")
-    return content
+    return parse_object(path.read_bytes(), str(path))
 
 
 def _features(info: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
@@ -162,7 +160,10 @@ def _read_v3(
             for key in videos:
                 at = {name: int(value[f"videos/{key}/{name}"]) for name in video_columns[:2]}
                 file_path = layout.inside(root, video_path, {"video_key": key, **at}, str(path))
-                where[key] = (file_path, float(value[f"videos/{key}/from_timestamp"]))
+                begin_s = float(value[f"videos/{key}/from_timestamp"])
+                if not 0 <= begin_s < math.inf:
+                    raise DatasetError(f"{file}: 'videos/{key}/from_timestamp' is {begin_s}; expected seconds.")
+                where[key] = (file_path, begin_s)
             data = layout.inside(root, data_path, place, str(path))
             entries[index] = EpisodeEntry(index=index, steps=int(value["length"]), data=data, videos=where)
     return tasks, [entries[index] for index in sorted(entries)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -41,19 +42,14 @@ class ParquetRows:
             raise DatasetError(f"{path}: declares {self.rows} rows; at most {MOST_ROWS} are read.")
         self.names = list(self._file.schema_arrow.names)
 
-    def _explained(self) -> Any:
-        import contextlib
-
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
         import pyarrow as pa
 
-        @contextlib.contextmanager
-        def translate() -> Iterator[None]:
-            try:
-                yield
-            except (pa.ArrowException, OSError, OverflowError, ValueError) as error:  # ValueError: names in no UTF-8
-                raise DatasetError(f"{self.path}: cannot be read as parquet, it is damaged ({error}).") from error
-
-        return translate()
+        try:
+            yield
+        except (pa.ArrowException, OSError, OverflowError, ValueError) as error:  # ValueError: names in no UTF-8
+            raise DatasetError(f"{self.path}: cannot be read as parquet, it is damaged ({error}).") from error
 
     def columns(self, names: Collection[str]) -> dict[str, Any]:
         """Name -> whole column, a pyarrow array.

@@ -16,7 +16,14 @@ from typing import Any
 import numpy as np
 
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo, embodiment_digest
-from simtoreal.data_collection.exchange import MOST_EPISODES, is_image_shape, observation_names, require_size, to_image
+from simtoreal.data_collection.exchange import (
+    MOST_EPISODES,
+    is_image_shape,
+    observation_names,
+    require_size,
+    single_precision,
+    to_image,
+)
 from simtoreal.data_collection.foreign_embodiment import foreign_embodiment, foreign_task
 from simtoreal.data_collection.zarr_store import StoredArray, open_array, open_store
 from simtoreal.envs.errors import DatasetError
@@ -137,9 +144,8 @@ class ReplayBufferReader:
         }
         for key, name in self._observations.items():
             values = self._arrays[key].rows(start, stop)
-            arrays[f"obs/{name}"] = (
-                to_image(values, self._arrays[key].where) if key in self._images else _single(values)
-            )
+            image = key in self._images
+            arrays[f"obs/{name}"] = to_image(values, self._arrays[key].where) if image else single_precision(values)
         for key in self._extra:
             arrays[f"step/{key}"] = self._arrays[key].rows(start, stop)
         info = EpisodeInfo(
@@ -156,7 +162,3 @@ class ReplayBufferReader:
 
         joined = np.concatenate([flat(self._arrays[key]) for key in self._action_keys], axis=1)
         return np.concatenate([joined[1:], joined[-1:]]) if self._umi else joined
-
-
-def _single(values: np.ndarray) -> np.ndarray:
-    return values.astype(np.float32) if values.dtype.kind == "f" else values

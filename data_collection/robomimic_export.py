@@ -16,7 +16,7 @@ import numpy as np
 
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.episode import EpisodeInfo, array_names, open_episode
-from simtoreal.data_collection.exchange import Progress
+from simtoreal.data_collection.exchange import Progress, refuse_overwriting
 from simtoreal.data_collection.robomimic_import import SIDECAR
 from simtoreal.data_collection.view import ROBOMIMIC_ENV_TYPE
 from simtoreal.envs.errors import DatasetError
@@ -46,8 +46,7 @@ def export_robomimic(
     Raises:
         DatasetError: the file exists, an episode is damaged, or the disk is full.
     """
-    if output.exists():
-        raise DatasetError(f"{output} exists; exports never overwrite. Choose another name or move it away.")
+    refuse_overwriting(output)
     chosen = list(dataset.episodes if episodes is None else episodes)
     safe = "No half-written file is left; free space and run the same command again."
     steps = 0

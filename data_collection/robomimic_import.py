@@ -5,7 +5,6 @@ Files of our own (:mod:`simtoreal.data_collection.robomimic_export`) say themsel
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +26,9 @@ from simtoreal.data_collection.exchange import (
     is_image_shape,
     judge_success,
     observation_names,
+    parse_object,
     require_size,
+    single_precision,
     to_image,
 )
 from simtoreal.data_collection.foreign_embodiment import IMAGE_SUFFIX, foreign_embodiment, foreign_task
@@ -96,11 +97,11 @@ class RobomimicReader:
         if self._own:
             if task is not None or control_hz is not None:
                 raise ConfigError(f"{self.path} says itself what it holds; omit --task and --control-hz.")
-            content = _json(str(own), f"{self.path}: attribute '{SIDECAR}'")
+            content = parse_object(str(own), f"{self.path}: attribute '{SIDECAR}'")
             self.embodiment = Embodiment.from_dict(content.get("embodiment", {}))
             self.tasks: Mapping[str, Mapping[str, Any]] = content.get("tasks", {})
             return
-        env = _json(str(data.attrs.get("env_args", "{}")), f"{self.path}: attribute 'env_args'")
+        env = parse_object(str(data.attrs.get("env_args", "{}")), f"{self.path}: attribute 'env_args'")
         self._task = task or str(env.get("env_name") or self.path.stem)
         env_id = str(env.get("env_name", "")) if env.get("type") == GYM_TYPE else ""
         self.tasks = {self._task: {**foreign_task(self._task, env_id=env_id), "env_args": env}}
@@ -196,13 +197,17 @@ class RobomimicReader:
                 arrays[name] = dataset[()].astype(arrays[name].dtype)
             elif head == "obs" and key in self._names and key not in self._unusable:
                 own = self._names[key]
-                arrays[f"obs/{own}"] = self._observation(own, dataset[()], f"{where} '{name}'")
+                values = dataset[()]
+                image = own.endswith(IMAGE_SUFFIX)
+                arrays[f"obs/{own}"] = to_image(values, f"{where} '{name}'") if image else single_precision(values)
             elif name != "actions" and head not in ("obs", "next_obs"):
                 # Extras per step (robomimic 0.5: actions_abs, action_dict) stay with them, others with the episode.
                 if dataset.ndim and len(dataset) == steps:
                     arrays[f"step/{name.replace('/', '_')}"] = dataset[()]
-                elif dataset.size <= _LARGEST_CONSTANT:
-                    constants[name] = dataset[()].tolist()
+                elif dataset.size <= _LARGEST_CONSTANT and np.isfinite(values := dataset[()]).all():
+                    constants[name] = values.tolist()
+                elif (note := f"left out '{name}', which is too large or not finite") not in self.notes:
+                    self.notes.append(note)
         missing = [key for key in self._names if key not in self._unusable and f"obs/{key}" not in demo]
         if missing:
             raise DatasetError(f"{where} has no 'obs/{missing[0]}', which other demos have.")
@@ -231,12 +236,6 @@ class RobomimicReader:
         )
         return arrays, info
 
-    def _observation(self, name: str, values: np.ndarray, where: str) -> np.ndarray:
-        if name.endswith(IMAGE_SUFFIX):
-            return to_image(values, where)
-        # robosuite writes float64; policies compute in float32.
-        return values.astype(np.float32) if values.dtype.kind == "f" else values
-
 
 def _datasets(group: h5py.Group) -> dict[str, h5py.Dataset]:
     return {name: group[name] for name in array_names(group)}
@@ -261,14 +260,3 @@ def _own_group(parent: h5py.Group, name: str, path: Path) -> h5py.Group:
     if not isinstance(group, h5py.Group):
         raise DatasetError(f"{where} is not a group; not a robomimic file.")
     return group
-
-
-def _json(text: str, where: str) -> dict[str, Any]:
-    require_size(len(text), where, LARGEST_JSON_BYTES)
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise DatasetError(f"{where} is not JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise DatasetError(f"{where} is not a JSON object.")
-    return content

@@ -6,7 +6,6 @@ sizes in it. This reader knows the codecs that robot data use and nothing else, 
 
 from __future__ import annotations
 
-import bz2
 import json
 import math
 import zipfile
@@ -20,14 +19,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from simtoreal.data_collection.exchange import require_size
-from simtoreal.envs.errors import DatasetError, require
+from simtoreal.data_collection.zarr_codecs import CODECS, IMAGE_CODECS, decode_image, decompress
+from simtoreal.envs.errors import DatasetError
 
 LARGEST_CHUNK_BYTES = 2**30
 LARGEST_METADATA_BYTES = 2**20
 MOST_MEMBERS = 5_000_000
 MOST_ROWS = 20_000_000
-_IMAGE_CODECS = {"imagecodecs_jpegxl": "jpegxl_decode", "imagecodecs_jpeg2k": "jpeg2k_decode"}
-CODECS = ("blosc", "bz2", "gzip", "lz4", "zlib", "zstd", *_IMAGE_CODECS)
 
 
 class Store(Protocol):
@@ -172,7 +170,7 @@ class StoredArray:
     compressor: dict[str, Any] | None
     order: str
     separator: str
-    fill: float
+    fill: np.generic
 
     @property
     def where(self) -> str:
@@ -213,20 +211,10 @@ class StoredArray:
             return None
         where = f"{self.store.where}: '{key}'"
         name = None if self.compressor is None else self.compressor["id"]
-        if name in _IMAGE_CODECS:
-            return self._image(stored, _IMAGE_CODECS[str(name)], where)
+        if name in IMAGE_CODECS:
+            return decode_image(stored, str(name), self.chunks, self.dtype, where)
         content = decompress(stored, name, expected, where)
         return np.frombuffer(content, self.dtype).reshape(self.chunks, order=self.order)  # type: ignore[call-overload]
-
-    def _image(self, stored: bytes, decoder: str, where: str) -> np.ndarray:
-        imagecodecs = require("imagecodecs", "zarr")
-        # Decoding into an array of the declared size refuses an image that is larger.
-        image = np.empty(tuple(size for size in self.chunks if size > 1), dtype=self.dtype)
-        try:
-            getattr(imagecodecs, decoder)(stored, out=image)
-        except (RuntimeError, ValueError) as error:
-            raise DatasetError(f"{where} is not an image of shape {image.shape} ({error}).") from error
-        return image.reshape(self.chunks)
 
 
 def open_array(store: Store, name: str) -> StoredArray:
@@ -246,7 +234,9 @@ def open_array(store: Store, name: str) -> StoredArray:
         filters, order, fill = meta["filters"], meta["order"], meta["fill_value"]
         separator = meta.get("dimension_separator", ".")
         named = None if compressor is None else str(compressor["id"])
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        # numpy understands the texts "NaN" and "Infinity" of version 2; null leaves the value open.
+        value = np.array(0 if fill is None else fill, dtype=dtype).reshape(())[()]
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise DatasetError(f"{where} is not the description of a zarr version 2 array ({error!r}).") from error
     sizes = all(isinstance(size, int) and size >= 0 for size in shape) and all(
         isinstance(c, int) and c > 0 for c in chunks
@@ -264,51 +254,5 @@ def open_array(store: Store, name: str) -> StoredArray:
     require_size(math.prod(chunks) * dtype.itemsize, where, LARGEST_CHUNK_BYTES)
     return StoredArray(
         store=store, name=name, shape=shape, chunks=chunks, dtype=dtype, compressor=compressor, order=order,
-        separator=separator, fill=float(fill) if isinstance(fill, int | float) else 0.0,
+        separator=separator, fill=value,
     )  # fmt: skip
-
-
-def decompress(stored: bytes, codec: str | None, expected: int, where: str) -> bytes:
-    """Return exactly ``expected`` bytes, never allocating for more, whatever the data claim.
-
-    Raises:
-        DatasetError: the data give another size, or are damaged.
-    """
-    try:
-        if codec is None:
-            content = stored
-        elif codec in ("zlib", "gzip"):
-            content = zlib.decompressobj(wbits=47).decompress(stored, expected + 1)
-        elif codec == "bz2":
-            content = bz2.BZ2Decompressor().decompress(stored, expected + 1)
-        else:
-            if declared_size(stored, codec) != expected:
-                raise ValueError(f"its header says {declared_size(stored, codec)} bytes")
-            numcodecs: Any = require("numcodecs", "zarr")
-            content = bytes(numcodecs.get_codec({"id": codec}).decode(stored))
-    except (ValueError, RuntimeError, zlib.error, OSError, EOFError) as error:
-        raise DatasetError(f"{where} cannot be decompressed with {codec} to {expected} bytes ({error}).") from error
-    if len(content) != expected:
-        raise DatasetError(f"{where} holds {len(content)} bytes or more, expected {expected}.")
-    return content
-
-
-def declared_size(stored: bytes, codec: str) -> int:
-    """Uncompressed size that the header of a blosc, lz4 (numcodecs) or zstd block declares.
-
-    Raises:
-        ValueError: the block is too short, or a zstd frame does not say its size (RFC 8878, 3.1.1.1).
-    """
-    if codec == "blosc" and len(stored) >= 16:
-        return int.from_bytes(stored[4:8], "little")
-    if codec == "lz4" and len(stored) >= 4:
-        return int.from_bytes(stored[:4], "little")
-    if codec == "zstd" and stored[:4] == b"\x28\xb5\x2f\xfd" and len(stored) > 4:
-        flags = stored[4]
-        single, size_code = bool(flags & 0x20), flags >> 6
-        length = (1 if single else 0, 2, 4, 8)[size_code]
-        begin = 5 + (0 if single else 1) + (0, 1, 2, 4)[flags & 3]
-        if length == 0 or len(stored) < begin + length:
-            raise ValueError("the frame does not say its size")
-        return int.from_bytes(stored[begin : begin + length], "little") + (256 if length == 2 else 0)
-    raise ValueError(f"no header of {codec}")

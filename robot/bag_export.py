@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,11 +18,11 @@ import numpy as np
 
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors
-from simtoreal.data_collection.exchange import Progress
+from simtoreal.data_collection.exchange import Progress, refuse_overwriting
 from simtoreal.envs import rotation
 from simtoreal.envs.embodiment import CameraSpec, Embodiment
 from simtoreal.envs.errors import ConfigError, DatasetError, require
-from simtoreal.envs.files import fsync_folder
+from simtoreal.envs.files import atomic_path
 from simtoreal.robot.bag_import import SETTLE_NS
 from simtoreal.robot.recording import CHUNK_BYTES, MARKS_TOPIC, MARKS_TYPE, METADATA, message_definition
 from simtoreal.robot.topics import RobotConfig, Topic
@@ -56,34 +55,19 @@ def export_recording(
         MissingDependencyError: the message packages or mcap are not installed.
     """
     require("mcap_ros2.writer", "ros", package="mcap-ros2-support")
-    if output.exists():
-        raise DatasetError(f"{output} exists; exports never overwrite. Choose another name or move it away.")
+    refuse_overwriting(output)
     chosen = list(dataset.episodes if episodes is None else episodes)
     _check(dataset, robot, chosen)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.tmp")
-    temporary.unlink(missing_ok=True)
     steps, next_ns = 0, _FIRST_EPISODE_NS
-    stream: BinaryIO | None = None
-    try:
-        with disk_errors(output):
-            stream = open(temporary, "xb")  # noqa: SIM115 - closed below
-            messages = _Messages(stream, dataset.embodiment, robot, _description(dataset, robot, chosen))
-            for number, episode in enumerate(chosen):
-                arrays = dataset.read(episode)
-                next_ns = messages.write(number, episode, arrays, max(next_ns, _started_ns(episode)))
-                steps += episode.steps
-                if progress is not None:
-                    progress(number + 1, len(chosen))
-            messages.writer.finish()
-            stream.flush()
-            os.fsync(stream.fileno())
-            temporary.rename(output)
-            fsync_folder(output.parent)
-    finally:
-        if stream is not None:
-            stream.close()
-        temporary.unlink(missing_ok=True)
+    with disk_errors(output), atomic_path(output) as temporary, open(temporary, "wb") as stream:
+        messages = _Messages(stream, dataset.embodiment, robot, _description(dataset, robot, chosen))
+        for number, episode in enumerate(chosen):
+            arrays = dataset.read(episode)
+            next_ns = messages.write(number, episode, arrays, max(next_ns, _started_ns(episode)))
+            steps += episode.steps
+            if progress is not None:
+                progress(number + 1, len(chosen))
+        messages.writer.finish()
     return steps
 
 
@@ -95,6 +79,8 @@ def _check(dataset: Dataset, robot: RobotConfig, episodes: Sequence[EpisodeInfo]
             f"{dataset.path}: is of '{embodiment.name}' with {embodiment.action.mode} actions; only arms with "
             f"end-effector actions and {joints} joints become recordings with these topics. Use --format lerobot."
         )
+    if robot.command == "joint_trajectory":
+        raise ConfigError("data hold end-effector targets; export needs topics with 'command: target_pose'.")
     missing = [camera.name for camera in embodiment.cameras if camera.name not in robot.cameras]
     if missing:
         raise ConfigError(f"the robot's topics have no camera '{missing[0]}'; they have {', '.join(robot.cameras)}.")
@@ -195,8 +181,6 @@ class _Messages:
         return np.concatenate([proprio[_TARGET], rotation.to_6d(turn), [float(proprio[_OPENING] > 0.5)]])
 
     def _commands(self, targets: np.ndarray) -> list[dict[str, Any]]:
-        if self.robot.command == "joint_trajectory":
-            raise ConfigError("data hold end-effector targets; export needs topics with 'command: target_pose'.")
         commands = []
         for target in targets:
             w, x, y, z = rotation.from_6d(target[3:9]).tolist()

@@ -14,6 +14,7 @@ import numpy as np
 
 from simtoreal.envs import rotation
 from simtoreal.envs.embodiment import Embodiment
+from simtoreal.envs.errors import ConfigError
 
 SlowDown = Callable[[np.ndarray, np.ndarray], float]
 
@@ -81,10 +82,18 @@ class GateLimits(MotionLimits):
 
     @classmethod
     def for_embodiment(cls, embodiment: Embodiment, motion: MotionLimits | None = None) -> GateLimits:
-        """Limits inside the workspace of ``embodiment``: ``motion`` (of a robot yaml), or the defaults."""
+        """Limits inside the workspace of ``embodiment``: ``motion`` (of a robot yaml), or the defaults.
+
+        Raises:
+            ConfigError: nothing is known about the workspace, as of the robots of foreign data.
+        """
+        if not embodiment.workspace_low_m:
+            raise ConfigError(f"the workspace of '{embodiment.name}' is not known; without one nothing may be driven.")
+        low_x, low_y, low_z = embodiment.workspace_low_m
+        high_x, high_y, high_z = embodiment.workspace_high_m
         return cls(
-            workspace_low_m=embodiment.workspace_low_m,
-            workspace_high_m=embodiment.workspace_high_m,
+            workspace_low_m=(low_x, low_y, low_z),
+            workspace_high_m=(high_x, high_y, high_z),
             **vars(motion or MotionLimits()),
         )
 

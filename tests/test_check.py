@@ -190,6 +190,24 @@ def test_a_filter_of_other_episodes_is_found(dataset: Dataset, tmp_path: Path) -
     assert "judged another episode 000000" in texts(check(other.path))
 
 
+@pytest.mark.parametrize("listed", [None, 5, "000001", ["000001"]])
+def test_an_episode_list_of_another_kind_is_named_and_recovered(dataset: Dataset, listed: object) -> None:
+    change_meta(dataset, "episodes", value=listed)
+    assert "'episodes' is not a list of the episodes" in texts(check(dataset.path))
+    with pytest.raises(DatasetError, match=r"'episodes' is not a mapping.*data recover"):
+        Dataset.open(dataset.path)
+    recover(dataset.path)
+    assert check(dataset.path).problems == ()
+
+
+@pytest.mark.parametrize("masks", [None, 5, ["000001"], {"chosen": 5}, {"chosen": [1]}, {"chosen": ["first"]}])
+def test_masks_of_another_kind_are_named(dataset: Dataset, masks: object) -> None:
+    change_meta(dataset, "masks", value=masks)
+    assert "'masks' is not a mapping of names to lists" in texts(check(dataset.path))
+    with pytest.raises(DatasetError, match="'masks' is not a mapping of names to lists"):
+        _ = Dataset.open(dataset.path).masks
+
+
 def test_what_recover_and_rebuild_make_is_right_again(dataset: Dataset) -> None:
     (dataset.path / VIEW).unlink()
     change_meta(dataset, "statistics", value={})

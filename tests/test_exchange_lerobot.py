@@ -7,6 +7,7 @@ golden dataset of ``tests/data`` was written by lerobot 0.4.4 there.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -379,6 +380,51 @@ def arrays_with_objects(root: Path) -> None:
     np.savez(root / "meta/simtoreal/episode-000001.npz", evil=np.array([{"a": 1}], dtype=object))
 
 
+def change_column(file: Path, name: str, values: pa.Array) -> None:
+    table = pq.read_table(file)
+    pq.write_table(table.set_column(table.schema.get_field_index(name), name, values), file)
+
+
+def length_of_nan(root: Path) -> None:
+    change_column(root / "meta/episodes/chunk-000/file-001.parquet", "length", pa.array([np.nan]))
+
+
+def video_from_nan(root: Path) -> None:
+    file = root / "meta/episodes/chunk-000/file-001.parquet"
+    change_column(file, "videos/observation.images.wrist/from_timestamp", pa.array([np.nan]))
+
+
+def task_without_number(root: Path) -> None:
+    file = root / "meta/tasks.parquet"
+    change_column(file, "task_index", pa.array([None] * pq.read_table(file).num_rows, pa.int64()))
+
+
+def text_as_number(root: Path) -> None:
+    change_info(root, codebase_version="v2.1")
+    (root / "meta/tasks.jsonl").write_text('{"task_index": "first", "task": "lift"}')
+
+
+def change_sidecar(root: Path, **entries: object) -> None:
+    file = root / "meta/simtoreal.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **entries}))
+
+
+def endless_mask(root: Path) -> None:
+    change_sidecar(root, masks={"chosen": [math.inf]})
+
+
+def negative_size(root: Path) -> None:
+    change_sidecar(root, shapes={"step/extra": [[-1], "float32"]})
+
+
+def broken_deflate(root: Path) -> None:
+    file = root / "meta/simtoreal/episode-000001.npz"
+    np.savez_compressed(file, extra=np.random.default_rng(0).normal(size=1000))
+    content = bytearray(file.read_bytes())
+    content[200:260] = b"\xff" * 60
+    file.write_bytes(content)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -396,6 +442,13 @@ def arrays_with_objects(root: Path) -> None:
         (unknown_version, "codebase_version is 'v9.0'"),
         (no_json, "info.json: is not valid JSON"),
         (arrays_with_objects, "episode-000001.npz: is damaged"),
+        (length_of_nan, "meta: the tables of tasks and episodes are damaged"),
+        (video_from_nan, "from_timestamp' is nan"),
+        (task_without_number, "meta: the tables of tasks and episodes are damaged"),
+        (text_as_number, "meta: the tables of tasks and episodes are damaged"),
+        (endless_mask, "simtoreal.json: is damaged"),
+        (negative_size, "'shapes' names types that are not numbers, or negative sizes"),
+        (broken_deflate, "episode-000001.npz: is damaged"),
     ],
 )
 def test_damaged_and_hostile_datasets_are_refused_by_name(copy: Path, tmp_path: Path, damage, message: str) -> None:

@@ -163,6 +163,28 @@ def test_unknown_rate_is_asked_for_and_not_guessed(tmp_path: Path) -> None:
     assert dataset.task["env_id"] == "Lift"
 
 
+def test_constants_that_json_cannot_say_are_left_out_with_a_note(tmp_path: Path) -> None:
+    file = foreign_file(tmp_path / "lift.hdf5")
+    with h5py.File(file, "a") as handle:
+        for demo in handle["data"].values():
+            demo["mass"], demo["limit"] = np.array([1.5]), np.array([np.nan, 1.0])
+    with RobomimicReader(file) as reader:
+        result = import_dataset(reader, tmp_path / "out")
+    assert (result.episodes, result.skipped) == (2, ())
+    assert result.notes.count("left out 'limit', which is too large or not finite") == 1
+    assert Dataset.open(tmp_path / "out").episodes[0].extra["constants"] == {"mass": [1.5]}
+
+
+def test_failed_import_leaves_the_folder_for_the_next(tmp_path: Path) -> None:
+    file = foreign_file(tmp_path / "lift.hdf5")
+    with h5py.File(file, "a") as handle:
+        for demo in handle["data"].values():
+            demo["actions"][0] = np.nan
+    with pytest.raises(DatasetError, match="no episode could be imported"):
+        imported(file, tmp_path / "out")
+    assert len(imported(foreign_file(tmp_path / "right.hdf5"), tmp_path / "out").episodes) == 2
+
+
 def test_dense_rewards_do_not_mark_success(tmp_path: Path) -> None:
     file = foreign_file(tmp_path / "dense.hdf5")
     with h5py.File(file, "a") as handle:
@@ -212,7 +234,7 @@ def bad_mask(file: h5py.File) -> None:
         (declared_only, "declares .* bytes but stores 0"),
         (pickled, "object' has type object; expected numbers"),
         (no_demos, "'data' holds no demo_<number>"),
-        (broken_json, "attribute 'env_args' is not JSON"),
+        (broken_json, "attribute 'env_args': is not valid JSON"),
         (bad_mask, "'mask/worse' is not a list of demo names"),
     ],
 )

@@ -22,7 +22,8 @@ from simtoreal import cli
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.exchange import ImportResult, import_dataset
 from simtoreal.data_collection.replay_buffer_import import ReplayBufferReader
-from simtoreal.data_collection.zarr_store import declared_size, open_array, open_store
+from simtoreal.data_collection.zarr_codecs import declared_size
+from simtoreal.data_collection.zarr_store import open_array, open_store
 from simtoreal.envs.errors import DatasetError
 
 ENDS = (10, 17, 30)
@@ -135,6 +136,20 @@ def test_chunks_across_every_axis_and_missing_ones(tmp_path: Path) -> None:
     np.testing.assert_array_equal(state[:2], arrays["state"][5:7])
     assert not state[2:9].any()  # rows 7 to 13 have the fill value
     np.testing.assert_array_equal(state[9:], arrays["state"][14:16])
+
+
+def test_fill_values_are_those_of_the_description(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "s.zarr", pusht())
+    for chunk in (store / "data/state").glob("1.*"):
+        chunk.unlink()
+    for fill, expected in ((None, 0.0), (2.5, 2.5), ("NaN", np.nan), ("-Infinity", -np.inf)):
+        describe(store, "data/state", fill_value=fill)
+        rows = open_array(open_store(store), "data/state").rows(7, 14)
+        np.testing.assert_array_equal(rows, np.full((7, 5), expected, np.float32))
+    for fill in ("none", [1, 2], {}):
+        describe(store, "data/state", fill_value=fill)
+        with pytest.raises(DatasetError, match="not the description of a zarr"):
+            open_array(open_store(store), "data/state")
 
 
 def test_umi_actions_are_the_next_poses(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from simtoreal.data_collection.foreign_embodiment import foreign_embodiment
 from simtoreal.envs import rotation
 from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.panda import HOME_RAD, panda_embodiment
@@ -421,6 +422,9 @@ def test_limits_come_from_the_robot_yaml(tmp_path: Path) -> None:
         return GateLimits.for_embodiment(panda_embodiment(), load_robot_config(path).limits)
 
     assert limits("{}") == GateLimits.for_embodiment(panda_embodiment())
+    foreign = foreign_embodiment(name="hand", control_hz=20, action_dim=3)
+    with pytest.raises(ConfigError, match="workspace of 'hand' is not known"):
+        GateLimits.for_embodiment(foreign)
     changed = limits("{ max_speed_m_s: 0.25, joint_margin_rad: 0.1 }")
     assert (changed.max_speed_m_s, changed.joint_margin_rad, changed.max_step_m) == (0.25, 0.1, 0.08)
     for text, message in {
