@@ -200,11 +200,13 @@ class _Connection:
                     break
         finally:
             unwatch()
+            await self._socket.close(code=WSCloseCode.POLICY_VIOLATION)
+            # Closed first and woken: wait_for of Python 3.11 may swallow a cancellation.
+            self._dirty.set()
             for task in (sender, stopper):
                 task.cancel()
                 with contextlib.suppress(asyncio.CancelledError, ConnectionError, TimeoutError):
                     await task
-            await self._socket.close(code=WSCloseCode.POLICY_VIOLATION)
 
     async def _receive(self, text: str) -> bool:
         """Take over a message; returns False if the connection has to be closed for it."""

@@ -19,6 +19,7 @@ from simtoreal.envs.action import integrate_action
 pytestmark = pytest.mark.realtime
 
 STOP_WITHIN_NS = 150_000_000
+ATTEMPTS = 3
 
 
 def test_demonstration_on_the_twin_is_exact_and_a_closed_page_stops_the_arm(tmp_path: Path):
@@ -27,8 +28,15 @@ def test_demonstration_on_the_twin_is_exact_and_a_closed_page_stops_the_arm(tmp_
         page = open_page(browser, opened, gamepad=True)
         person = GamepadOperator(page, opened)
         start_recording(page, opened)
-        person.demonstrate(seconds=90)
-        assert opened.session.board.snapshot.success
+        for _ in range(ATTEMPTS):
+            person.demonstrate(seconds=60)
+            if opened.session.board.snapshot.success:
+                break
+            # A machine too busy for the twin's clock loses episodes to the gate; a person records again.
+            assert opened.session.board.snapshot.note != "goal not reached", "nothing went wrong but the driving"
+            page.keyboard.press("ArrowLeft")
+            wait_for(lambda: state(opened) == "recording", "the next attempt")
+        assert opened.session.board.snapshot.success, opened.session.board.snapshot
         page.keyboard.press("ArrowRight")
         wait_for(lambda: opened.session.board.snapshot.kept == 1, "the episode")
         wait_for(lambda: state(opened) == "ready", "ready")
