@@ -17,7 +17,7 @@ from simtoreal import cli
 from simtoreal.data_collection.check import CheckResult, check
 from simtoreal.data_collection.compatibility import Scores
 from simtoreal.data_collection.dataset import META, VIEW, Dataset
-from simtoreal.data_collection.edit import merge, split
+from simtoreal.data_collection.edit import merge, recover, split
 from simtoreal.data_collection.edit_episodes import Edit, edit, parse_numbers
 from simtoreal.data_collection.episode import read_episode
 from simtoreal.data_collection.filters import Filter, FilteredEpisode, read_filter, write_filter
