@@ -14,7 +14,8 @@ import simtoreal
 from simtoreal.data_collection import inspect_plots as plots
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.inspection import Inspection
-from simtoreal.envs.files import atomic_path
+from simtoreal.envs import html_page
+from simtoreal.envs.figures import to_svg
 from simtoreal.envs.video import tile
 
 TEMPLATE = Path(__file__).with_name("inspect.html")
@@ -29,15 +30,7 @@ def write_page(inspection: Inspection, path: Path) -> Path:
     Raises:
         DatasetError: an episode that is to be shown is damaged.
     """
-    import jinja2
-
-    template = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    text = template.render(**page_context(inspection))
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
+    return html_page.write_page(TEMPLATE, page_context(inspection), path)
 
 
 def page_context(inspection: Inspection) -> dict[str, Any]:
@@ -71,7 +64,7 @@ def page_context(inspection: Inspection) -> dict[str, Any]:
             for name in list(inspection.suspicious)[:SHOWN_EPISODES]
         ],
         "more_suspicious": list(inspection.suspicious)[SHOWN_EPISODES:],
-        "plots": {name: plots.to_svg(figure) for name, figure in figures.items() if figure is not None},
+        "plots": {name: to_svg(figure) for name, figure in figures.items() if figure is not None},
         "operators": operator_table(summary["operators"]),
         "starts": summary["starts"],
         "sensors": sensor_table(episodes),

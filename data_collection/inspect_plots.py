@@ -2,52 +2,25 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simtoreal.envs.figures import COLORS, TEXT_COLOR, new_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe-Ito: distinguishable with colour-vision deficiency.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
-_TEXT, _GRID = "#39424e", "#e3e8ee"
 _MOST_BARS = 40
 
 
-def _axes(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = [figure.add_subplot(1, columns, index + 1) for index in range(columns)]
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_color("#aab2bd")
-        ax.tick_params(colors=_TEXT, labelsize=8.5)
-        ax.grid(color=_GRID, linewidth=0.7)
-        ax.set_axisbelow(True)
-    return figure, axes
-
-
 def _label(ax: Axes, x: str, y: str, title: str = "") -> None:
-    ax.set_xlabel(x, fontsize=9, color=_TEXT)
-    ax.set_ylabel(y, fontsize=9, color=_TEXT)
+    ax.set_xlabel(x, fontsize=9, color=TEXT_COLOR)
+    ax.set_ylabel(y, fontsize=9, color=TEXT_COLOR)
     if title:
-        ax.set_title(title, fontsize=9.5, color=_TEXT, loc="left")
-
-
-def to_svg(figure: Figure) -> str:
-    """Return a figure as SVG text without a header, to put into a page; equal figures give equal text."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "simtoreal", "svg.fonttype": "none"}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+        ax.set_title(title, fontsize=9.5, color=TEXT_COLOR, loc="left")
 
 
 def _colors(names: Sequence[str]) -> dict[str, str]:
@@ -57,7 +30,7 @@ def _colors(names: Sequence[str]) -> dict[str, str]:
 
 def episodes_plot(episodes: Sequence[Mapping[str, Any]], period_s: float) -> Figure:
     """Length, idle share and jerk of every episode in their order, coloured by operator; failures are crosses."""
-    figure, axes = _axes(10.4, 2.9, 3)
+    figure, axes = new_figure(10.4, 2.9, 3)
     colors = _colors([episode["operator"] for episode in episodes])
     order = np.arange(len(episodes))
     panels = {
@@ -93,7 +66,7 @@ def saturation_plot(episodes: Sequence[Mapping[str, Any]], names: Sequence[str])
     weights = np.array([episode["steps"] for episode in episodes], dtype=np.float64)
     mean, worst = np.average(shares, axis=0, weights=weights), shares.max(axis=0)
     count = min(len(names), _MOST_BARS)
-    figure, (ax,) = _axes(10.4, 2.5)
+    figure, (ax,) = new_figure(10.4, 2.5)
     ax.bar(np.arange(count), 100 * mean[:count], color=COLORS[0], width=0.7, label="all steps")
     ax.plot(np.arange(count), 100 * worst[:count], "_", color=COLORS[1], markersize=11, mew=2, label="worst episode")
     small = count > 12
@@ -110,7 +83,7 @@ def timing_plot(episodes: Sequence[Mapping[str, Any]], period_s: float) -> Figur
     rows = [(index, e["timing"]) for index, e in enumerate(episodes) if e["timing"] is not None]
     if not rows:
         return None
-    figure, axes = _axes(10.4, 2.3, 2)
+    figure, axes = new_figure(10.4, 2.3, 2)
     order = [index for index, _ in rows]
     axes[0].plot(order, [timing["rate_hz"] for _, timing in rows], "o", color=COLORS[0], markersize=3.2)
     axes[0].axhline(1 / period_s, color="#8893a0", linewidth=1, linestyle="--")
@@ -131,7 +104,7 @@ def starts_plot(starts: Sequence[Mapping[str, Any]], episodes: Sequence[Mapping[
     if not starts:
         return None
     shown = list(starts)[:4]
-    figure, axes = _axes(min(10.4, 3.4 * len(shown) + 0.6), 3.2, len(shown))
+    figure, axes = new_figure(min(10.4, 3.4 * len(shown) + 0.6), 3.2, len(shown))
     success = np.array([episode["success"] for episode in episodes])
     for ax, start in zip(axes, shown, strict=True):
         points = np.array(start["points"])
@@ -151,7 +124,7 @@ def motion_plot(episodes: Sequence[Mapping[str, Any]]) -> Figure | None:
     things = sorted({name for episode in moved for name in episode["scene_motion"]["things"]})
     if not moved or not things:
         return None
-    figure, axes = _axes(10.4, 2.6, 3)
+    figure, axes = new_figure(10.4, 2.6, 3)
     factors = [e["scene_motion"]["speed_factor"] for e in moved if "speed_factor" in e["scene_motion"]]
     axes[0].hist(factors, bins=np.linspace(0, 1, 16).tolist(), color=COLORS[6])
     _label(axes[0], "speed factor u", "episodes")

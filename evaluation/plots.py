@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,30 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simtoreal.envs.figures import COLORS, TEXT_COLOR, new_figure
 from simtoreal.envs.files import atomic_path
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-# Okabe-Ito: distinguishable with colour-vision deficiency.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
-_GRID = "#d9dee5"
-_TEXT = "#39424e"
-
-
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = [figure.add_subplot(1, columns, index + 1) for index in range(columns)]
-    for ax in axes:
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.spines[["left", "bottom"]].set_color("#aab2bd")
-        ax.tick_params(colors=_TEXT, labelsize=9)
-        ax.grid(color=_GRID, linewidth=0.7)
-        ax.set_axisbelow(True)
-    return figure, axes
 
 
 def success_plot(arms: Sequence[Mapping[str, Any]]) -> Figure:
@@ -44,7 +24,7 @@ def success_plot(arms: Sequence[Mapping[str, Any]]) -> Figure:
     """
     from scipy.stats import beta
 
-    figure, (ax,) = _figure(7.2, 0.75 + 0.62 * len(arms))
+    figure, (ax,) = new_figure(7.2, 0.75 + 0.62 * len(arms))
     grid = np.linspace(0.0, 1.0, 401)
     for row, arm in enumerate(arms):
         color = COLORS[row % len(COLORS)]
@@ -55,11 +35,13 @@ def success_plot(arms: Sequence[Mapping[str, Any]]) -> Figure:
         ax.plot([100 * arm["success_rate"]], [-row], "o", color=color, markersize=8)
         letters = f"  {arm['letters']}" if arm.get("letters") else ""
         text = f"{100 * arm['success_rate']:.0f} %  ({arm['successes']}/{arm['n']}){letters}"
-        ax.text(102, -row, text, va="center", ha="left", color=_TEXT, fontsize=9)
+        ax.text(102, -row, text, va="center", ha="left", color=TEXT_COLOR, fontsize=9)
     ax.set_yticks([-row for row in range(len(arms))], [str(arm["label"]) for arm in arms])
     ax.set_ylim(-len(arms) + 0.6, 0.8)
     ax.set_xlim(0, 100)
-    ax.set_xlabel("success rate [%]: measured (dot), 95 % interval (bar), posterior (shape)", fontsize=9, color=_TEXT)
+    ax.set_xlabel(
+        "success rate [%]: measured (dot), 95 % interval (bar), posterior (shape)", fontsize=9, color=TEXT_COLOR
+    )
     ax.grid(axis="y", visible=False)
     return figure
 
@@ -72,14 +54,14 @@ def learning_plot(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    figure, axes = _figure(7.2, 2.6, columns=max(1, len(curves)))
+    figure, axes = new_figure(7.2, 2.6, columns=max(1, len(curves)))
     for ax, (title, runs) in zip(axes, curves.items(), strict=False):
         for index, (name, points) in enumerate(runs.items()):
             steps, values = np.asarray(points, dtype=np.float64).T
             marker = "o" if len(steps) < 12 else ""
             ax.plot(steps, values, color=COLORS[index], linewidth=1.6, label=name, marker=marker, markersize=3.5)
-        ax.set_title(title, fontsize=10, color=_TEXT)
-        ax.set_xlabel("optimisation step", fontsize=9, color=_TEXT)
+        ax.set_title(title, fontsize=10, color=TEXT_COLOR)
+        ax.set_xlabel("optimisation step", fontsize=9, color=TEXT_COLOR)
         if all(value > 0 for points in runs.values() for _, value in points):
             ax.set_yscale("log")
             ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
@@ -97,17 +79,17 @@ def timing_plot(loops: Mapping[str, Mapping[str, Any]]) -> Figure:
         loops: title -> mapping with ``period_error_histogram`` (``edges_ms`` and ``counts``, the last class open) and
             ``p99_period_error_ms``.
     """
-    figure, axes = _figure(7.2, 2.7, columns=len(loops))
+    figure, axes = new_figure(7.2, 2.7, columns=len(loops))
     for ax, (title, loop), color in zip(axes, loops.items(), COLORS, strict=False):
         edges, counts = (loop["period_error_histogram"][key] for key in ("edges_ms", "counts"))
         names = [f"{low:g}-{high:g}" for low, high in itertools.pairwise(edges)] + [f"> {edges[-1]:g}"]
         bars = ax.bar(range(len(counts)), counts, color=color, width=0.85)
-        ax.bar_label(bars, labels=[f"{count:,}" if count else "" for count in counts], fontsize=7, color=_TEXT)
+        ax.bar_label(bars, labels=[f"{count:,}" if count else "" for count in counts], fontsize=7, color=TEXT_COLOR)
         ax.set_yscale("symlog", linthresh=1)
         ax.set_ylim(0, max([1, *counts]) * 4)
         ax.set_xticks(range(len(counts)), names, rotation=50, ha="right", fontsize=7.5)
-        ax.set_title(f"{title}: 99 % within {loop['p99_period_error_ms']:.2g} ms", fontsize=10, color=_TEXT)
-        ax.set_xlabel("lateness [ms]", fontsize=9, color=_TEXT)
+        ax.set_title(f"{title}: 99 % within {loop['p99_period_error_ms']:.2g} ms", fontsize=10, color=TEXT_COLOR)
+        ax.set_xlabel("lateness [ms]", fontsize=9, color=TEXT_COLOR)
         ax.grid(axis="x", visible=False)
     return figure
 
@@ -117,14 +99,3 @@ def save_png(figure: Figure, path: Path) -> Path:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=160)
     return path
-
-
-def to_svg(figure: Figure) -> str:
-    """Return a figure as an SVG element to put into a page; text stays text in the page's font."""
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "simtoreal", "font.family": "sans-serif"}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]

@@ -16,7 +16,7 @@ from typing import Any
 import simtoreal
 from simtoreal.data_collection.summary import summarize
 from simtoreal.envs.errors import CheckpointError, SimtorealError
-from simtoreal.envs.files import atomic_path
+from simtoreal.envs.html_page import write_page
 from simtoreal.envs.provenance import git_commit, machine, versions
 from simtoreal.evaluation import film, report_sections
 from simtoreal.evaluation.results import Evaluation, load_evaluation
@@ -118,15 +118,7 @@ def write_report(sources: ReportSources, path: Path) -> Path:
     Raises:
         SimtorealError: there is nothing to report, or a folder that was named cannot be read.
     """
-    import jinja2
-
-    template = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    text = template.render(**build_context(sources))
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    return path
+    return write_page(TEMPLATE, build_context(sources), path)
 
 
 def build_context(sources: ReportSources) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from simtoreal.envs.figures import to_svg
 from simtoreal.envs.randomization import RANDOMIZATIONS
 from simtoreal.evaluation import film, plots
 from simtoreal.evaluation.compare import NOT_DISTINGUISHABLE, compare
@@ -113,7 +114,7 @@ def success(evaluations: Sequence[Evaluation], deployment: Evaluation | None) ->
     return {
         "text": "Every rate has its number of episodes and a 95 % interval (Beta posterior under a uniform prior)."
         + (" No initial condition of these episodes was demonstrated." if checked else ""),
-        "svg": plots.to_svg(plots.success_plot(drawn)),
+        "svg": to_svg(plots.success_plot(drawn)),
         "table": {"columns": ["policy, world", "success", "episodes", "95 % interval", "median time"], "rows": rows},
         "verdicts": verdicts,
     }
@@ -219,7 +220,7 @@ def learning(runs: Mapping[str, Path], trained: Mapping[str, Mapping[str, Any]])
         "other; the success rates above are."
         if len(runs) > 1
         else "One training run, one seed.",
-        "svg": plots.to_svg(plots.learning_plot(curves)) if curves else "",
+        "svg": to_svg(plots.learning_plot(curves)) if curves else "",
         "table": {"columns": ["policy", "parameters", "steps", "training time", "per step"], "rows": rows},
     }
 
@@ -261,7 +262,7 @@ def deployment(deployed: Evaluation | None) -> dict[str, Any] | None:
     return {
         "text": f"The policy drove the {world(deployed)} over ROS 2 topics in real time. Control loop, inference, "
         "safety gate and robot are processes of their own, and the gate stands between policy and robot.",
-        "svg": plots.to_svg(plots.timing_plot(loops)) if loops else "",
+        "svg": to_svg(plots.timing_plot(loops)) if loops else "",
         "timing": {"columns": ["real time", "measured"], "rows": rows},
         "gap": {"columns": ["what the twin changes", "by"], "rows": changes} if changes else None,
     }
