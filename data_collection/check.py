@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 
 from simtoreal.data_collection import filters
-from simtoreal.data_collection.dataset import EPISODES, META, VIEW, Dataset, read_meta
+from simtoreal.data_collection.dataset import EPISODES, META, VIEW, Dataset, read_meta, step_shapes
 from simtoreal.data_collection.derive import origin_problems
 from simtoreal.data_collection.episode import (
     CHECKSUMS,
@@ -196,9 +196,7 @@ class _Checker:
                 yield f"'step/{name}' has {array.shape[1]} columns, but names for {len(columns)}"
 
     def _array_problems(self, info: EpisodeInfo, arrays: Arrays, file: Path) -> Iterator[str]:
-        expected = {"actions": (self.embodiment.action.dim,), "rewards": (), "dones": ()}
-        expected |= {f"obs/{c.name}_image": (c.height, c.width, 3) for c in self.embodiment.cameras}
-        expected |= {"obs/proprio": (self.embodiment.proprio.dim,)}
+        expected = {**step_shapes(self.embodiment), "rewards": (), "dones": ()}
         for name, array in arrays.items():
             if len(array) != info.steps:
                 yield f"'{name}' has {len(array)} rows, the episode {info.steps} steps"

@@ -18,8 +18,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import h5py
-
 from simtoreal.data_collection.episode import (
     Arrays,
     EpisodeInfo,
@@ -182,21 +180,19 @@ def _check_episode(file: Path, embodiment: Embodiment, dataset: Path) -> Episode
                 f"{file}: was recorded with another embodiment (digest {info.embodiment}) than its dataset {dataset} "
                 f"(digest {embodiment_digest(embodiment)}). Move it to a dataset of its own."
             )
-        _check_shape(handle, "actions", (info.steps, embodiment.action.dim), file)
-        for camera in embodiment.cameras:
-            name = f"obs/{camera.name}_image"
-            if name in handle:
-                _check_shape(handle, name, (info.steps, camera.height, camera.width, 3), file)
-        if "obs/proprio" in handle:
-            _check_shape(handle, "obs/proprio", (info.steps, embodiment.proprio.dim), file)
+        for name, shape in step_shapes(embodiment).items():
+            if name in handle and handle[name].shape != (info.steps, *shape):
+                raise EmbodimentMismatchError(
+                    f"{file}: '{name}' has shape {handle[name].shape}, but the dataset's embodiment says "
+                    f"{(info.steps, *shape)}."
+                )
     return info
 
 
-def _check_shape(handle: h5py.File, name: str, expected: tuple[int, ...], file: Path) -> None:
-    if handle[name].shape != expected:
-        raise EmbodimentMismatchError(
-            f"{file}: '{name}' has shape {handle[name].shape}, but the dataset's embodiment says {expected}."
-        )
+def step_shapes(embodiment: Embodiment) -> dict[str, tuple[int, ...]]:
+    """Array -> shape of one step, for the arrays whose shape the embodiment decides; episodes may lack observations."""
+    images = {f"obs/{camera.name}_image": (camera.height, camera.width, 3) for camera in embodiment.cameras}
+    return {"actions": (embodiment.action.dim,), **images, "obs/proprio": (embodiment.proprio.dim,)}
 
 
 def split_masks(episodes: list[EpisodeInfo]) -> dict[str, list[str]]:

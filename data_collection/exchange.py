@@ -16,7 +16,7 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from simtoreal.data_collection.dataset import EPISODES, META, VIEW, Dataset, read_meta
+from simtoreal.data_collection.dataset import EPISODES, META, VIEW, Dataset, read_meta, step_shapes
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors
 from simtoreal.data_collection.foreign_embodiment import IMAGE_SUFFIX
 from simtoreal.data_collection.writer import DatasetWriter
@@ -129,8 +129,7 @@ def import_dataset(reader: Reader, output: Path, *, progress: Progress | None = 
 
 def _check_layout(arrays: Arrays, embodiment: Embodiment, where: str) -> None:
     """Raise :class:`DatasetError` unless names, types and sizes are those of a dataset of ``embodiment``."""
-    expected = {"actions": (embodiment.action.dim,), "obs/proprio": (embodiment.proprio.dim,)}
-    expected |= {f"obs/{camera.name}{IMAGE_SUFFIX}": (camera.height, camera.width, 3) for camera in embodiment.cameras}
+    expected = step_shapes(embodiment)
     for name, array in arrays.items():
         if not _ARRAY_NAME.fullmatch(name) or array.dtype.kind not in "iufb":
             raise DatasetError(f"{where}: array '{name}' of type {array.dtype} is not one that an episode has.")

@@ -13,7 +13,7 @@ from simtoreal.data_collection import filters
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.diversity import dataset_diversity
 from simtoreal.data_collection.diversity_unlabelled import unlabelled_diversity
-from simtoreal.data_collection.episode import EpisodeInfo, array_names, open_episode
+from simtoreal.data_collection.episode import Arrays, EpisodeInfo, array_names, open_episode
 from simtoreal.data_collection.inspect_findings import Finding, dataset_findings, episode_findings
 from simtoreal.data_collection.inspect_motion import MotionScale, describe_motion, idle_steps
 from simtoreal.data_collection.inspect_sensors import (
@@ -32,10 +32,13 @@ from simtoreal.data_collection.inspect_set import (
 )
 from simtoreal.envs.errors import DatasetError, SimtorealError
 
-# Paths of the first observation that may drift are listed by name only up to this many dimensions per array.
+# Of every array of the first observation, this many dimensions are watched for drift.
 _DRIFT_DIMENSIONS = 64
 # Of logarithms: an outlier differs by a factor of two at least.
 _LOG_DEVIATION = 0.15
+
+Layout = dict[str, tuple[tuple[int, ...], str]]
+"""Array -> shape of one step and type."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,10 +88,9 @@ def inspect(path: str | Path, *, images: bool = True, progress: Callable[[int, i
     mark_layouts(episodes, layouts)
     compatibility = _compatibility(dataset, episodes)
     duplicates = find_duplicates(prints)
+    by_name = {episode["name"]: episode for episode in episodes}
     for pair in duplicates:
-        episodes[int(np.flatnonzero([e["name"] == pair["second"] for e in episodes])[0])]["duplicate_of"] = pair[
-            "first"
-        ]
+        by_name[pair["second"]]["duplicate_of"] = pair["first"]
     summary = {
         "episodes": len(episodes),
         "steps": sum(episode["steps"] for episode in episodes),
@@ -124,7 +126,7 @@ def inspect(path: str | Path, *, images: bool = True, progress: Callable[[int, i
 
 def describe_episode(
     dataset: Dataset, info: EpisodeInfo, scale: MotionScale, *, images: bool
-) -> tuple[dict[str, Any], Fingerprint, dict[str, np.ndarray], dict[str, tuple[tuple[int, ...], str]]]:
+) -> tuple[dict[str, Any], Fingerprint, Arrays, Layout]:
     """Return what :func:`inspect` says about an episode, its fingerprint, where it began, and the layout of its arrays.
 
     Raises:
@@ -181,9 +183,9 @@ def mark_outliers(episodes: list[dict[str, Any]]) -> None:
                 episode["outlier"][name] = float(deviation)
 
 
-def mark_layouts(episodes: list[dict[str, Any]], layouts: list[dict[str, tuple[tuple[int, ...], str]]]) -> None:
+def mark_layouts(episodes: list[dict[str, Any]], layouts: list[Layout]) -> None:
     """Add ``layout`` to every episode: what its arrays have that the first episode of its task has not, or lack."""
-    first: dict[str, dict[str, tuple[tuple[int, ...], str]]] = {}
+    first: dict[str, Layout] = {}
     for episode, layout in zip(episodes, layouts, strict=True):
         wanted = first.setdefault(episode["task"], layout)
         # Observations and actions must agree; which logs there are beside them may differ.
@@ -217,9 +219,7 @@ def _operators(episodes: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows.values(), key=lambda row: -row["steps"])
 
 
-def _drift_series(
-    dataset: Dataset, episodes: list[dict[str, Any]], starts: list[dict[str, np.ndarray]]
-) -> dict[str, list[float]]:
+def _drift_series(dataset: Dataset, episodes: list[dict[str, Any]], starts: list[Arrays]) -> dict[str, list[float]]:
     series: dict[str, list[float]] = {}
     shared = [
         name

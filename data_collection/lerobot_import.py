@@ -8,6 +8,7 @@ import json
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,21 @@ _SKIPPED_TYPES = ("string", "language", "audio")
 _ACTION_KEYS = ("action", "actions")
 _STATE_KEYS = ("observation.state", "state")
 _REWARD_KEYS = ("next.reward", "reward")
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Where an episode is in its parquet file: ``entry.steps`` rows of ``columns`` from ``start`` on."""
+
+    entry: EpisodeEntry
+    file: ParquetRows
+    columns: Mapping[str, Any]
+    start: int
+
+    def numbers(self, feature: str, shape: tuple[int, ...]) -> np.ndarray:
+        """Rows ``(T, *shape)`` of a feature; ``(T,)`` for the shape ``(1,)``."""
+        column = self.columns[feature].slice(self.start, self.entry.steps)
+        return to_numpy(column, shape, f"{self.entry.data}: '{feature}'")
 
 
 class LeRobotReader:
@@ -141,22 +157,18 @@ class LeRobotReader:
     def read(self, episode: str) -> tuple[Arrays, EpisodeInfo]:
         """See :class:`~simtoreal.data_collection.exchange.Reader`."""
         entry = self._entries[episode]
-        rows, columns, start = self._rows(entry)
+        rows = self._rows(entry)
         sidecar = self._episode_sidecar(entry)
-        arrays = (
-            self._own_content(entry, rows, columns, start)
-            if self._own is not None
-            else self._foreign_content(entry, rows, columns, start)
-        )
+        arrays = self._foreign_content(rows) if self._own is None else self._own_content(rows)
         if sidecar is not None:
             extra = layout.inside(self.root, layout.EPISODE_ARRAYS, {"episode_index": entry.index}, str(self.root))
             arrays |= _read_arrays(extra) if extra.is_file() else {}
             info = EpisodeInfo.from_json(sidecar, path=self.root, steps=entry.steps)
             return arrays, dataclasses.replace(info, embodiment=embodiment_digest(self.embodiment))
-        return arrays, self._info(entry, arrays, columns, start)
+        return arrays, self._info(rows, arrays)
 
-    def _rows(self, entry: EpisodeEntry) -> tuple[ParquetRows, dict[str, Any], int]:
-        """File, its columns (without images) and the first row of an episode, which must be whole and in order."""
+    def _rows(self, entry: EpisodeEntry) -> _Rows:
+        """Return the rows of an episode, which must be whole and in order; their columns are those without images."""
         if self._table is None or self._table[0] != entry.data:
             file = ParquetRows(entry.data)
             wanted = [name for name, kind in self._kinds.items() if kind not in (*_IMAGE_TYPES, *_SKIPPED_TYPES)]
@@ -171,16 +183,14 @@ class LeRobotReader:
         frames = to_numpy(columns["frame_index"].slice(start, entry.steps), (1,), f"{where}: 'frame_index'")
         if not np.array_equal(frames, np.arange(entry.steps)):
             raise DatasetError(f"{where}: 'frame_index' does not count from 0 to {entry.steps - 1}.")
-        return file, columns, start
+        return _Rows(entry, file, columns, start)
 
-    def _feature(
-        self, feature: str, entry: EpisodeEntry, rows: ParquetRows, columns: dict[str, Any], start: int
-    ) -> np.ndarray:
+    def _feature(self, feature: str, rows: _Rows) -> np.ndarray:
         """Rows of one feature of one episode, images as uint8 ``(T, H, W, 3)``."""
-        shape, kind = self.index.features[feature]["shape"], self._kinds[feature]
+        shape, kind, entry = self.index.features[feature]["shape"], self._kinds[feature], rows.entry
         where = f"{entry.data}: '{feature}'"
         if kind not in _IMAGE_TYPES:
-            return to_numpy(columns[feature].slice(start, entry.steps), shape, where)
+            return rows.numbers(feature, shape)
         if len(shape) == 3 and shape[0] == 3 != shape[2]:
             shape = (*shape[1:], 3)  # some datasets declare (channels, height, width)
         if len(shape) != 3 or shape[2] != 3:
@@ -190,17 +200,18 @@ class LeRobotReader:
             path, start_s = entry.videos[feature]
             return decode(path, start_s, entry.steps, self.index.fps, shape)
         images = np.empty((entry.steps, *shape), dtype=np.uint8)
-        for row, encoded in enumerate(rows.images(feature, start, start + entry.steps)):
-            images[row] = _decode_image(encoded, shape, f"{where}, row {start + row}")
+        for row, encoded in enumerate(rows.file.images(feature, rows.start, rows.start + entry.steps)):
+            images[row] = _decode_image(encoded, shape, f"{where}, row {rows.start + row}")
         return images
 
-    def _own_content(self, entry: EpisodeEntry, rows: ParquetRows, columns: dict[str, Any], start: int) -> Arrays:
+    def _own_content(self, rows: _Rows) -> Arrays:
         arrays: Arrays = {}
+        entry = rows.entry
         for name, (shape, kind) in self._shapes.items():
             total = entry.steps * int(np.prod(shape, dtype=np.int64)) * kind.itemsize
             require_size(total, f"{self.root}: '{name}' of episode {entry.index}")
             if name in self._own_arrays:
-                values = self._feature(self._own_arrays[name], entry, rows, columns, start)
+                values = self._feature(self._own_arrays[name], rows)
                 if values.size != entry.steps * int(np.prod(shape, dtype=np.int64)):
                     raise DatasetError(f"{self.root}: '{name}' has another size than {layout.SIDECAR} says.")
                 arrays[name] = values.reshape(entry.steps, *shape).astype(kind)
@@ -208,11 +219,11 @@ class LeRobotReader:
                 arrays[name] = np.zeros((entry.steps, *shape), dtype=kind)
         return arrays
 
-    def _foreign_content(self, entry: EpisodeEntry, rows: ParquetRows, columns: dict[str, Any], start: int) -> Arrays:
-        steps = entry.steps
+    def _foreign_content(self, rows: _Rows) -> Arrays:
+        steps = rows.entry.steps
         arrays: Arrays = {"rewards": np.zeros(steps, np.float32), "states": np.empty((steps, 0))}
         for feature, name in self._names.items():
-            values = self._feature(feature, entry, rows, columns, start)
+            values = self._feature(feature, rows)
             if name == "actions":
                 values = values.reshape(steps, -1).astype(np.float32)
             elif name == "rewards":
@@ -242,12 +253,12 @@ class LeRobotReader:
             return None
         return json.dumps(content["episode"])
 
-    def _info(self, entry: EpisodeEntry, arrays: Arrays, columns: dict[str, Any], start: int) -> EpisodeInfo:
-        where = f"{entry.data}: 'task_index'"
-        numbers = to_numpy(columns["task_index"].slice(start, entry.steps), (1,), where)
+    def _info(self, rows: _Rows, arrays: Arrays) -> EpisodeInfo:
+        entry = rows.entry
+        numbers = rows.numbers("task_index", (1,))
         unknown = sorted(set(numbers.tolist()) - set(self.index.tasks))
         if unknown:
-            raise DatasetError(f"{where} names task {unknown[0]}, which meta/tasks does not have.")
+            raise DatasetError(f"{entry.data}: 'task_index' names task {unknown[0]}, which meta/tasks does not have.")
         used = list(dict.fromkeys(numbers.tolist()))
         texts = tuple(self.index.tasks[number] for number in used)
         # Also replaces what an export of ours stored: lerobot's tools number tasks anew.
