@@ -24,7 +24,7 @@ from simtoreal.policies.config import BCConfig
 from simtoreal.policies.training_data import open_training_data
 from simtoreal.robot.twin_world import TICK_S, TwinWorld
 
-FAST = dataclasses.replace(SCENE_MOTIONS["move"], object_speed_m_s=1.0, target_speed_m_s=1.0, object_turn_deg_s=90.0)
+FAST = dataclasses.replace(SCENE_MOTIONS["move"], object_speed_m_s=0.5, target_speed_m_s=0.5, object_turn_deg_s=90.0)
 IDLE = np.zeros((8, 7), np.float32)
 
 
@@ -156,23 +156,35 @@ def test_decorrelated_channels_have_factors_of_their_own() -> None:
 
 
 def test_stops_within_the_margin_of_the_gripper() -> None:
-    env = make_vector_env("reach", 8, observe="state", motion=dataclasses.replace(FAST, object_moves_s=60.0))
-    rollout_env = ScriptedExpert(env.task, env.embodiment)
-    rows: list[tuple[np.ndarray, np.ndarray]] = []
+    env = make_vector_env("lift", 8, observe="state", motion=dataclasses.replace(FAST, object_moves_s=60.0))
+    expert = ScriptedExpert(env.task, env.embodiment)
+    rows: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
 
     class Gap(Listener):
         def on_step(self, step: Step) -> None:
-            distance = np.linalg.norm(
-                step.observation["object_state"][:, :2] - step.observation["proprio"][:, :2], axis=1
-            )
-            height = step.observation["proprio"][:, 2] - step.observation["object_state"][:, 2]
-            gap = np.maximum(distance - 0.02, height)
-            rows.append((gap, np.hypot(*(step.info["scene_motion"][f"goal_v{axis}_m_s"] for axis in "xy"))))
+            apart = step.observation["proprio"][:, :3] - step.observation["object_state"][:, :3]
+            gap = np.maximum(np.linalg.norm(apart[:, :2], axis=1) - 0.02, apart[:, 2] - 0.02)
+            speed = np.hypot(*(step.info["scene_motion"][f"cube_v{axis}_m_s"] for axis in "xy"))
+            rows.append((gap, speed, step.info["contacts"]["cube"]))
 
-    rollout(env, rollout_env, range(30), listeners=[Gap()])
-    gaps, speeds = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    rollout(env, expert, range(30), listeners=[Gap()])
+    gaps, speeds, touched = (np.concatenate(parts) for parts in zip(*rows, strict=True))
     assert (speeds[gaps < FAST.margin_m - 1e-6] == 0).all()
-    assert (speeds[gaps > FAST.margin_m + 0.02] > 0).mean() > 0.9
+    assert (speeds[(gaps > FAST.margin_m + 0.02) & ~touched] > 0).mean() > 0.9
+
+
+def test_a_point_moves_until_it_is_reached() -> None:
+    env = make_vector_env("reach", 8, observe="state", motion=FAST)
+    still: list[float] = []
+
+    class Speeds(Listener):
+        def on_step(self, step: Step) -> None:
+            speed = np.hypot(*(step.info["scene_motion"][f"goal_v{axis}_m_s"] for axis in "xy"))
+            still.extend(speed == 0)
+
+    results = rollout(env, ScriptedExpert(env.task, env.embodiment), range(30), listeners=[Speeds()])
+    assert sum(result.success for result in results) >= 28
+    assert not np.any(still)
 
 
 def test_displaced_camera_keeps_looking_at_the_same_point_of_the_table() -> None:
