@@ -150,7 +150,9 @@ class GamepadOperator:
             action = self.expert.act(observation, [""], np.array([0]))[0, 0]
             is_open = session.board.snapshot.gripper_open
             # The other rotation axes are hardly needed: the stick turns about the vertical one.
+            # It turns as patiently as it moves, which the style does not cover.
             x, y, z, turn = (float(action[index]) for index in (0, 1, 2, 5))
+            turn *= 2 * self.expert.style.gain
             axes = [
                 float(np.sign(v) * (abs(v) * (1 - DEAD_ZONE) + DEAD_ZONE) if v else 0.0) for v in (-y, -x, -turn, -z)
             ]

@@ -14,19 +14,22 @@ from teleop_browser import GamepadOperator, browser_context, open_page, running,
 
 from simtoreal.commands.teleop import Config
 from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.expert import OperatorStyle
 from simtoreal.envs.action import integrate_action
 
 pytestmark = pytest.mark.realtime
 
 STOP_WITHIN_NS = 150_000_000
 ATTEMPTS = 3
+# Camera, network, gate and arm add to the delay of the eye.
+PATIENT = OperatorStyle(name="patient", speed=0.6, gain=0.1)
 
 
 def test_demonstration_on_the_twin_is_exact_and_a_closed_page_stops_the_arm(tmp_path: Path):
     config = Config(task="pick_place", output=tmp_path / "data", backend="ros", port=0, operator="Hedy")
     with running(config) as opened, browser_context(tmp_path / "profile") as browser:
         page = open_page(browser, opened, gamepad=True)
-        person = GamepadOperator(page, opened)
+        person = GamepadOperator(page, opened, PATIENT)
         start_recording(page, opened)
         for _ in range(ATTEMPTS):
             person.demonstrate(seconds=60)
