@@ -132,6 +132,12 @@ def demo_stages(config: Config) -> list[Stage]:
             ),
         ),
         Stage(
+            name="inspection",
+            title="Inspect the demonstrations",
+            command=("data", "inspect", "{output}/demonstrations", "--output", "{output}/inspection"),
+            needs=("demonstrations",),
+        ),
+        Stage(
             name="policy",
             title="Train the image diffusion policy",
             command=("train", *data, "--output", "{output}/policy", *_located(profile.policy_flags)),
@@ -297,6 +303,7 @@ def _print_summary(config: Config, results: dict[str, Any], records: list[StageR
         "control loop", f"{robot['missed_periods']} missed periods, p99 error {robot['p99_period_error_ms']:.2f} ms"
     )
     table.add_row("time in all", ", ".join(f"{r.stage.name} {format_duration(r.seconds)}" for r in records))
+    table.add_row("inspection of the demonstrations", str(config.output / "inspection" / "inspect.html"))
     table.add_row("report", results["report"])
     table.add_row("results", str(config.output / "results.json"))
     console.print(table)
