@@ -68,7 +68,8 @@ def export_lerobot(
     plan = layout.plan_features(dataset, chosen, codec=codec)
     if codec is not None:
         for name, feature in plan.cameras.items():
-            require_encodable(codec, *plan.shapes[name][0][:2], camera=feature.removeprefix(layout.CAMERAS))
+            height, width = plan.shapes[name][0][:2]
+            require_encodable(codec, height, width, camera=feature.removeprefix(layout.CAMERAS))
     lock = lock_folder(output)
     try:
         return _Export(dataset, plan, output, codec).run(chosen, progress)

@@ -109,7 +109,11 @@ def _features(info: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
         valid = isinstance(shape, list) and all(isinstance(size, int) and 0 < size < 2**24 for size in shape)
         if not valid or not isinstance(feature.get("dtype"), str) or "/" in name or name in ("", ".", ".."):
             raise DatasetError(f"{path}: feature '{name}' is malformed; expected a dtype and a shape.")
-        found[name] = {"dtype": feature["dtype"], "shape": tuple(shape), "names": _flat_names(feature.get("names"))}
+        found[name] = {
+            "dtype": feature["dtype"],
+            "shape": tuple(shape),
+            "names": _flat_names(feature.get("names")),
+        }
     return found
 
 

@@ -100,7 +100,7 @@ def plan_features(dataset: Dataset, episodes: Sequence[EpisodeInfo], *, codec: s
     if f"obs/{PROPRIO}" in shapes:
         arrays[f"obs/{PROPRIO}"] = STATE
         width = shapes[f"obs/{PROPRIO}"][0][0]
-        names = embodiment.proprio.names if embodiment.proprio.dim == width else ()
+        names: Sequence[str] = embodiment.proprio.names if embodiment.proprio.dim == width else ()
         features[STATE] = _feature("float32", (width,), names)
     else:
         state_parts = tuple(

@@ -89,7 +89,8 @@ class ParquetRows:
         if name not in self.names:
             raise DatasetError(f"{self.path}: has no column '{name}'.")
         metadata = self._file.metadata
-        first, groups, offset = 0, [], 0
+        groups: list[int] = []
+        first = offset = 0
         for group in range(metadata.num_row_groups):
             end = offset + metadata.row_group(group).num_rows
             if offset < stop and end > start:

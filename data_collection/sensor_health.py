@@ -48,15 +48,20 @@ class SensorTrack:
         observed, newest = int(info["timestamp_ns"]), max(int(value) for value in captured.values())
         received, dropped = info.get("received_frames", {}), info.get("dropped_frames", {})
         for name, capture in captured.items():
-            sensor = self._sensors.setdefault(name, _Sensor(self._control_ns))
+            sensor = self._sensors.get(name) or _Sensor(self._control_ns)
             sensor.add(observed, newest, int(capture), int(info["receive_ns"][name]))
             if name in received:
                 sensor.received, sensor.dropped = int(received[name]), int(dropped[name])
+            # Only now: displays read from other threads, and a sensor without a measurement has no state.
+            self._sensors[name] = sensor
 
     @property
     def sensors(self) -> dict[str, dict[str, Any]]:
-        """Newest state by sensor: ``age_ms``, ``period_ms``, ``late`` (older than a period), counts so far."""
-        return {name: sensor.newest() for name, sensor in self._sensors.items()}
+        """Newest state by sensor: ``age_ms``, ``period_ms``, ``late`` (older than a period), counts so far.
+
+        Safe to read from any thread.
+        """
+        return {name: sensor.newest() for name, sensor in list(self._sensors.items())}
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """By sensor, JSON-compatible, as stored in ``EpisodeInfo.extra["sensors"]``.

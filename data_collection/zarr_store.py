@@ -170,7 +170,7 @@ class StoredArray:
     compressor: dict[str, Any] | None
     order: str
     separator: str
-    fill: np.generic
+    fill: Any
 
     @property
     def where(self) -> str:

@@ -7,10 +7,18 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from simtoreal.data_collection.exchange import Reader
 from simtoreal.envs.errors import SimtorealError
 
 
-def survive_damage(open_reader: Callable[[Path], object], source: Path, scratch: Path, *, rounds: int) -> int:
+def read_all(open_reader: Callable[[Path], Reader], source: Path) -> None:
+    """Read every episode of ``source``."""
+    with open_reader(source) as reader:
+        for episode in reader.episodes:
+            reader.read(episode)
+
+
+def survive_damage(open_reader: Callable[[Path], Reader], source: Path, scratch: Path, *, rounds: int) -> int:
     """Damage a copy of ``source`` in a new way ``rounds`` times and read it; return how often that was noticed.
 
     Any other exception than a :class:`SimtorealError` is the test's failure.
@@ -22,9 +30,7 @@ def survive_damage(open_reader: Callable[[Path], object], source: Path, scratch:
         (shutil.copytree if source.is_dir() else shutil.copyfile)(source, target)
         _damage(target, random.Random(seed))
         try:
-            with open_reader(target) as reader:  # type: ignore[attr-defined]
-                for episode in reader.episodes:
-                    reader.read(episode)
+            read_all(open_reader, target)
         except SimtorealError as error:
             messages.append((str(target), str(error)))
         shutil.rmtree(target.parent)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from exchange_damage import survive_damage
+from exchange_damage import read_all, survive_damage
 from exchange_data import LENGTHS, assert_same, episode_arrays, make_dataset, pictures
 
 pytest.importorskip("pyarrow")
@@ -453,14 +453,8 @@ def broken_deflate(root: Path) -> None:
 )
 def test_damaged_and_hostile_datasets_are_refused_by_name(copy: Path, tmp_path: Path, damage, message: str) -> None:
     damage(copy)
-
-    def read_all() -> None:
-        with LeRobotReader(copy) as reader:
-            for episode in reader.episodes:
-                reader.read(episode)
-
     with pytest.raises(DatasetError, match=message):
-        read_all()
+        read_all(LeRobotReader, copy)
 
 
 @pytest.mark.parametrize("damage", [cut_table, missing_video, short_video])

@@ -11,7 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from exchange_damage import survive_damage
+from exchange_damage import read_all, survive_damage
 from exchange_data import LENGTHS, assert_same, make_dataset
 
 from simtoreal import cli
@@ -242,14 +242,8 @@ def test_hostile_files_are_refused_by_name(tmp_path: Path, damage, message: str)
     file = foreign_file(tmp_path / "lift.hdf5")
     with h5py.File(file, "a") as handle:
         damage(handle)
-
-    def read_all() -> None:
-        with RobomimicReader(file) as reader:
-            for episode in reader.episodes:
-                reader.read(episode)
-
     with pytest.raises(DatasetError, match=message):
-        read_all()
+        read_all(RobomimicReader, file)
 
 
 def test_our_view_of_a_dataset_is_no_file_to_import(dataset: Dataset) -> None:

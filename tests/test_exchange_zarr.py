@@ -16,7 +16,7 @@ pytest.importorskip("zarr")
 
 import numcodecs
 import zarr
-from exchange_damage import survive_damage
+from exchange_damage import read_all, survive_damage
 
 from simtoreal import cli
 from simtoreal.data_collection.dataset import Dataset
@@ -273,14 +273,8 @@ def third_version(store: Path) -> None:
 def test_damaged_and_hostile_stores_are_refused_by_name(tmp_path: Path, damage, message: str) -> None:
     store = write_store(tmp_path / "pusht.zarr", pusht())
     damage(store)
-
-    def read_all() -> None:
-        with ReplayBufferReader(store) as reader:
-            for episode in reader.episodes:
-                reader.read(episode)
-
     with pytest.raises(DatasetError, match=message):
-        read_all()
+        read_all(ReplayBufferReader, store)
 
 
 def test_image_of_another_size_than_declared_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from point_world import HORIZON, PointExpert, PointVectorEnv, fails
 from simtoreal.commands import data_info
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.recorder import NewTake, Recorder, memory_takes, stream_takes
-from simtoreal.data_collection.sensor_health import SensorHealth
+from simtoreal.data_collection.sensor_health import SensorHealth, SensorTrack
 from simtoreal.data_collection.summary import summarize
 from simtoreal.data_collection.writer import DatasetWriter
 from simtoreal.envs.errors import DatasetError
@@ -263,3 +263,19 @@ def test_steps_that_report_something_else_are_refused(tmp_path: Path, change, me
 
     with pytest.raises(DatasetError, match=message):
         record_stamped(tmp_path, Changing(1))
+
+
+def test_sensors_can_be_read_while_one_is_added() -> None:
+    track = SensorTrack(0.05)
+
+    class ReadMeanwhile(dict[str, int]):
+        """As a display in another thread would, between the lines of ``add``."""
+
+        def __getitem__(self, name: str) -> int:
+            seen.append(track.sensors)
+            return super().__getitem__(name)
+
+    seen: list[dict[str, object]] = []
+    track.add({"timestamp_ns": 30, "capture_ns": {"front": 10}, "receive_ns": ReadMeanwhile(front=20)})
+    assert seen == [{}]
+    assert track.sensors["front"]["age_ms"] == pytest.approx(20e-6)
