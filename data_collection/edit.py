@@ -42,7 +42,7 @@ def recover(path: str | Path) -> Recovery:
     """Bring a dataset back into a readable state after a crash, a full disk or a lost file.
 
     Parts of killed writers become episodes with ``failure="aborted"`` (not used for training by default),
-    unreadable files move to ``damaged/``, and the description is rebuilt from what is there.
+    files that cannot be read to the last value move to ``damaged/``, and the description is rebuilt from what is there.
 
     Raises:
         DatasetError: not a dataset, being written by a process, or the disk is full.
@@ -56,8 +56,7 @@ def recover(path: str | Path) -> Recovery:
     with DatasetWriter(path, Embodiment.from_dict(meta["embodiment"]), {}) as writer:
         for file in sorted(episodes.glob("[0-9]*.hdf5")):
             try:
-                with open_episode(file) as handle:
-                    read_info(handle, file)
+                read_episode(file)
             except DatasetError as error:
                 set_aside.append((_set_aside(file, path), str(error)))
         listed = meta["episodes"] if isinstance(meta.get("episodes"), dict) else {}

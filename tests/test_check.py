@@ -208,6 +208,15 @@ def test_masks_of_another_kind_are_named(dataset: Dataset, masks: object) -> Non
         _ = Dataset.open(dataset.path).masks
 
 
+def test_recover_sets_episodes_aside_whose_values_cannot_be_used(dataset: Dataset) -> None:
+    change_array(dataset, "obs/proprio", 2, np.nan)
+    result = recover(dataset.path)
+    ((file, why),) = result.set_aside
+    assert file.parent.name == "damaged"
+    assert "'obs/proprio' holds values that are not finite" in why
+    assert len(Dataset.open(dataset.path).episodes) == len(dataset.episodes) - 1
+
+
 def test_what_recover_and_rebuild_make_is_right_again(dataset: Dataset) -> None:
     (dataset.path / VIEW).unlink()
     change_meta(dataset, "statistics", value={})
