@@ -9,20 +9,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from simtoreal.data_collection.expert_align import align
 from simtoreal.data_collection.expert_avoid import weave
+from simtoreal.data_collection.expert_drawer import close_drawer, open_drawer
+from simtoreal.data_collection.expert_scene import Goal, Memory, Scene, above, nearest, ramp, wrap
 from simtoreal.data_collection.operator_style import AXES, OperatorStyle
 from simtoreal.envs import rotation
 from simtoreal.envs.action import action_towards, integrate_action
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.rollout import Observation
-from simtoreal.envs.scene_layout import DRAWER_HANDLE_X_M
 from simtoreal.envs.scene_motion import MARGIN_M, free_gap
 from simtoreal.envs.task import ObjectSpec, TaskSpec
 
@@ -32,45 +32,6 @@ CLEARANCE_M = 0.06
 FINGER_HALF_M = 0.014
 # An axis of a route is done when the commanded target is this close.
 ROUTE_TOLERANCE_M = 0.004
-
-
-@dataclass
-class _Goal:
-    """Where the end effector should go next: position (m), yaw of the gripper (rad), fingers, speed factor."""
-
-    position: np.ndarray
-    yaw: float
-    closed: bool
-    speed: float = 1.0
-
-
-@dataclass
-class Scene:
-    """Live state of one episode, read from its observation."""
-
-    tcp: np.ndarray
-    tcp_yaw: float
-    target: np.ndarray
-    opening: float
-    poses: dict[str, tuple[np.ndarray, float]]
-    openings: dict[str, float]
-
-
-@dataclass
-class Memory:
-    """What the expert remembers of one episode."""
-
-    rng: np.random.Generator
-    number: int = 0
-    plan_step: int = 0
-    closing: int = 0
-    releasing: int = 0
-    retreating: bool = False
-    quaternion: np.ndarray | None = None
-    held: set[str] = field(default_factory=set)
-    seen: dict[str, np.ndarray] = field(default_factory=dict)
-    route: list[np.ndarray] | None = None
-    wall: float | None = None
 
 
 class ScriptedExpert:
@@ -181,7 +142,7 @@ class ScriptedExpert:
 
     # The plan -----------------------------------------------------------------------------------------------
 
-    def _goal(self, scene: Scene, memory: Memory) -> _Goal:
+    def _goal(self, scene: Scene, memory: Memory) -> Goal:
         while memory.plan_step < len(self.task.plan):
             step = self.task.plan[memory.plan_step]
             goal = getattr(self, f"_{step.skill}")(scene, memory, **self._resolve(step.arguments))
@@ -190,12 +151,12 @@ class ScriptedExpert:
             memory.plan_step += 1
             memory.closing = memory.releasing = 0
             memory.retreating = False
-        return _Goal(scene.target, scene.tcp_yaw, bool(memory.held), 1.0)
+        return Goal(scene.target, scene.tcp_yaw, bool(memory.held), 1.0)
 
     def _resolve(self, arguments: dict[str, Any]) -> dict[str, Any]:
         return {key: self.task.object(value) if isinstance(value, str) else value for key, value in arguments.items()}
 
-    def _back_to_pick(self, scene: Scene, memory: Memory, item: ObjectSpec) -> _Goal:
+    def _back_to_pick(self, scene: Scene, memory: Memory, item: ObjectSpec) -> Goal:
         """The object was lost: return to the step that picks it."""
         for index, step in enumerate(self.task.plan):
             if step.skill == "pick" and step.arguments["object"] == item.name:
@@ -206,14 +167,14 @@ class ScriptedExpert:
 
     # Skills: return the goal of this step, or None when the skill is done --------------------------------------
 
-    def _reach(self, scene: Scene, memory: Memory, point: ObjectSpec) -> _Goal:
+    def _reach(self, scene: Scene, memory: Memory, point: ObjectSpec) -> Goal:
         goal = scene.poses[point.name][0].copy()
         route = [AXES.index(axis) for axis in self.style.route]
         ahead = [index for index, axis in enumerate(route) if abs(goal[axis] - scene.target[axis]) > ROUTE_TOLERANCE_M]
         if ahead:
             later = route[ahead[0] + 1 :]
             goal[later] = scene.target[later]
-        return _Goal(goal, _nearest(0.0, scene.tcp_yaw, math.pi), True)
+        return Goal(goal, nearest(0.0, scene.tcp_yaw, math.pi), True)
 
     def _grasp_point(self, scene: Scene, item: ObjectSpec) -> np.ndarray:
         """Cubes are held in the middle, tall things near the top so that the hand stays clear."""
@@ -226,9 +187,9 @@ class ScriptedExpert:
         wide_enough = scene.opening * self.embodiment.gripper_max_opening_m > width - 0.008
         return bool(wide_enough and np.linalg.norm(scene.tcp - self._grasp_point(scene, item)) < 0.03)
 
-    def _pick(self, scene: Scene, memory: Memory, object: ObjectSpec) -> _Goal | None:
+    def _pick(self, scene: Scene, memory: Memory, object: ObjectSpec) -> Goal | None:
         point = self._grasp_point(scene, object)
-        yaw = _nearest(scene.poses[object.name][1], scene.tcp_yaw, math.pi / 2)
+        yaw = nearest(scene.poses[object.name][1], scene.tcp_yaw, math.pi / 2)
         error = float(np.hypot(*(scene.tcp - point)[:2]))
         if memory.closing:
             memory.closing += 1
@@ -236,34 +197,34 @@ class ScriptedExpert:
                 memory.held.add(object.name)
                 return None
             if memory.closing < GIVE_UP_STEPS:
-                return _Goal(np.array([*point[:2], scene.target[2]]), yaw, True, 0.5)
+                return Goal(np.array([*point[:2], scene.target[2]]), yaw, True, 0.5)
             memory.closing = 0
-        aligned = abs(_wrap(yaw - scene.tcp_yaw)) < 0.1
+        aligned = abs(wrap(yaw - scene.tcp_yaw)) < 0.1
         if error < 0.006 and aligned and abs(scene.tcp[2] - point[2]) < 0.008:
             memory.closing = 1
-            return _Goal(point, yaw, True, 0.5)
-        height = self.style.approach_height_m * _ramp(error if aligned else max(error, 0.04), 0.006, 0.035)
-        detour = np.array([*self.style.approach_offset_m, 0.0]) * _ramp(scene.tcp[2] - point[2], 0.03, 0.12)
-        return _Goal(_above(point + detour, height), yaw, False)
+            return Goal(point, yaw, True, 0.5)
+        height = self.style.approach_height_m * ramp(error if aligned else max(error, 0.04), 0.006, 0.035)
+        detour = np.array([*self.style.approach_offset_m, 0.0]) * ramp(scene.tcp[2] - point[2], 0.03, 0.12)
+        return Goal(above(point + detour, height), yaw, False)
 
-    def _lift(self, scene: Scene, memory: Memory, object: ObjectSpec, height_m: float) -> _Goal:
+    def _lift(self, scene: Scene, memory: Memory, object: ObjectSpec, height_m: float) -> Goal:
         if not self._holds(scene, object):
             return self._back_to_pick(scene, memory, object)
         goal = np.array([*scene.target[:2], height_m + object.half_height_m])
-        return _Goal(goal, scene.tcp_yaw, True)
+        return Goal(goal, scene.tcp_yaw, True)
 
     def _place(
         self, scene: Scene, memory: Memory, object: ObjectSpec, onto: ObjectSpec, tolerance: float = 0.008
-    ) -> _Goal | None:
+    ) -> Goal | None:
         support, _ = scene.poses[onto.name]
         surface = support[2] + onto.top_m
         return self._put_down(scene, memory, object, support[:2], surface, None, tolerance, surface)
 
-    def _insert(self, scene: Scene, memory: Memory, object: ObjectSpec, into: ObjectSpec) -> _Goal | None:
+    def _insert(self, scene: Scene, memory: Memory, object: ObjectSpec, into: ObjectSpec) -> Goal | None:
         hole, yaw = scene.poses[into.name]
         rim = hole[2] + 2 * into.size_m[2]
         # Turning the gripper turns the peg with it: aim for the gripper yaw at which the faces line up.
-        turn = _nearest(yaw - scene.poses[object.name][1], 0.0, math.pi / 2)
+        turn = nearest(yaw - scene.poses[object.name][1], 0.0, math.pi / 2)
         return self._put_down(scene, memory, object, hole[:2], hole[2] + 0.004, scene.tcp_yaw + turn, 0.0025, rim)
 
     def _put_down(
@@ -276,7 +237,7 @@ class ScriptedExpert:
         yaw: float | None,
         tolerance: float,
         rim: float,
-    ) -> _Goal | None:
+    ) -> Goal | None:
         """Carry the held object over ``place``, lower it to ``floor`` (m), let go and retreat.
 
         ``rim`` is the height the object must clear until it is within ``tolerance`` of the place.
@@ -289,20 +250,20 @@ class ScriptedExpert:
             memory.releasing += 1
             memory.held.discard(item.name)
             if memory.releasing < 4:
-                return _Goal(scene.target.copy(), scene.tcp_yaw, False)
+                return Goal(scene.target.copy(), scene.tcp_yaw, False)
             if scene.tcp[2] > position[2] + item.half_height_m + CLEARANCE_M:
                 return None if error < 0.05 else self._back_to_pick(scene, memory, item)
-            return _Goal(_above(scene.target, 0.05), scene.tcp_yaw, False)
+            return Goal(above(scene.target, 0.05), scene.tcp_yaw, False)
         if not self._holds(scene, item):
             return self._back_to_pick(scene, memory, item)
-        turn = 0.0 if yaw is None else _wrap(yaw - scene.tcp_yaw)
+        turn = 0.0 if yaw is None else wrap(yaw - scene.tcp_yaw)
         inside = base < rim - 0.003 and error < 0.01
         if (error < tolerance or inside) and base < floor + 0.005:
             memory.releasing = 1
-            return _Goal(scene.target.copy(), scene.tcp_yaw, False)
+            return Goal(scene.target.copy(), scene.tcp_yaw, False)
         aligned = abs(turn) < 0.06
         apart = max(error, 0.0 if aligned or inside else 0.05)
-        height = floor if inside else rim + CLEARANCE_M * _ramp(apart, tolerance, tolerance + 0.03)
+        height = floor if inside else rim + CLEARANCE_M * ramp(apart, tolerance, tolerance + 0.03)
         if not inside and error < tolerance and aligned:
             height = floor
         # Where the hand must be for the object to be there; absolute, so that latency cannot wind it up.
@@ -313,19 +274,19 @@ class ScriptedExpert:
         if base < rim + 0.6 * CLEARANCE_M and error > 0.05:
             goal[:2] = scene.tcp[:2] + 0.25 * offset
         slow = 0.25 if tolerance < 0.005 and error < 0.02 else (0.6 if error < 0.03 else 1.0)
-        return _Goal(goal, scene.tcp_yaw if yaw is None else scene.tcp_yaw + turn, True, slow)
+        return Goal(goal, scene.tcp_yaw if yaw is None else scene.tcp_yaw + turn, True, slow)
 
-    def _push(self, scene: Scene, memory: Memory, object: ObjectSpec, to: ObjectSpec) -> _Goal | None:
+    def _push(self, scene: Scene, memory: Memory, object: ObjectSpec, to: ObjectSpec) -> Goal | None:
         block, goal = scene.poses[object.name][0], scene.poses[to.name][0]
         offset = goal[:2] - block[:2]
         distance = float(np.hypot(*offset))
         if distance < 0.012:
             memory.retreating = True
         if memory.retreating:
-            return _Goal(_above(scene.target, 0.05), scene.tcp_yaw, True) if distance < 0.03 else self._again(memory)
+            return Goal(above(scene.target, 0.05), scene.tcp_yaw, True) if distance < 0.03 else self._again(memory)
         direction = offset / distance
         reach = object.half_extent_m * (abs(direction[0]) + abs(direction[1])) + FINGER_HALF_M
-        yaw = _nearest(math.atan2(direction[1], direction[0]), scene.tcp_yaw, math.pi / 2)
+        yaw = nearest(math.atan2(direction[1], direction[0]), scene.tcp_yaw, math.pi / 2)
         relative = scene.tcp[:2] - block[:2]
         along = float(relative @ direction)
         across = float(abs(relative[0] * direction[1] - relative[1] * direction[0]))
@@ -335,84 +296,25 @@ class ScriptedExpert:
             # Not behind the block: go around above it.
             start = block[:2] - direction * (reach + 0.025)
             apart = float(np.hypot(*(scene.tcp[:2] - start)))
-            return _Goal(np.array([*start, height + 0.08 * _ramp(apart, 0.01, 0.03)]), yaw, True)
+            return Goal(np.array([*start, height + 0.08 * ramp(apart, 0.01, 0.03)]), yaw, True)
         if scene.tcp[2] > height + 0.012:
-            return _Goal(np.array([*behind, height]), yaw, True)
+            return Goal(np.array([*behind, height]), yaw, True)
         # Lead the contact point by what remains, at most 2.5 cm, steering along the line to the goal.
         lead = block[:2] - direction * (reach - min(distance, 0.03))
-        return _Goal(np.array([*lead, height]), yaw, True, 0.35)
+        return Goal(np.array([*lead, height]), yaw, True, 0.35)
 
-    def _weave(self, scene: Scene, memory: Memory, finish: ObjectSpec) -> _Goal | None:
-        move = weave(self.task, scene, memory, finish)
-        return None if move is None else _Goal(*move)
+    def _weave(self, scene: Scene, memory: Memory, finish: ObjectSpec) -> Goal | None:
+        return weave(self.task, scene, memory, finish)
 
-    def _align(self, scene: Scene, memory: Memory, object: ObjectSpec, to: ObjectSpec) -> _Goal | None:
-        move = align(scene, memory, object, to)
-        return None if move is None else _Goal(*move)
+    def _align(self, scene: Scene, memory: Memory, object: ObjectSpec, to: ObjectSpec) -> Goal | None:
+        return align(scene, memory, object, to)
 
-    def _again(self, memory: Memory) -> _Goal | None:
+    def _again(self, memory: Memory) -> Goal | None:
         memory.retreating = False
         return None
 
-    def _drawer_frame(self, scene: Scene, drawer: ObjectSpec, x: float) -> np.ndarray:
-        """Point at ``x`` along the drawer's axis (metres from its front, negative towards the robot)."""
-        position, yaw = scene.poses[drawer.name]
-        height = position[2] + drawer.size_m[2] + 0.004
-        return np.array([position[0] + x * math.cos(yaw), position[1] + x * math.sin(yaw), height])
+    def _open(self, scene: Scene, memory: Memory, drawer: ObjectSpec) -> Goal | None:
+        return open_drawer(scene, memory, drawer)
 
-    def _open(self, scene: Scene, memory: Memory, drawer: ObjectSpec) -> _Goal | None:
-        """Hook the closed fingers behind the handle and pull."""
-        opening = scene.openings[drawer.name]
-        yaw = _nearest(scene.poses[drawer.name][1], scene.tcp_yaw, math.pi)
-        if opening > 0.125:
-            memory.retreating = True
-        hook = self._drawer_frame(scene, drawer, DRAWER_HANDLE_X_M + 0.024 - opening)
-        if memory.retreating:
-            return _Goal(_above(scene.target, 0.05), yaw, True) if scene.tcp[2] < hook[2] + 0.08 else None
-        error = float(np.hypot(*(scene.tcp - hook)[:2]))
-        aligned = abs(_wrap(yaw - scene.tcp_yaw)) < 0.08
-        if scene.tcp[2] > hook[2] + 0.01 or error > 0.03:
-            height = 0.08 * _ramp(error if aligned else 0.05, 0.006, 0.03)
-            return _Goal(_above(hook, height), yaw, True)
-        pull = self._drawer_frame(scene, drawer, DRAWER_HANDLE_X_M + 0.024 - opening - 0.035)
-        return _Goal(pull, yaw, True, 0.5)
-
-    def _close(self, scene: Scene, memory: Memory, drawer: ObjectSpec) -> _Goal | None:
-        """Push the handle with the closed fingers."""
-        opening = scene.openings[drawer.name]
-        yaw = _nearest(scene.poses[drawer.name][1], scene.tcp_yaw, math.pi)
-        if opening < 0.006:
-            memory.retreating = True
-        front = self._drawer_frame(scene, drawer, DRAWER_HANDLE_X_M - 0.025 - opening)
-        if memory.retreating:
-            back = self._drawer_frame(scene, drawer, DRAWER_HANDLE_X_M - 0.08 - opening)
-            return _Goal(back, yaw, True, 0.5)
-        relative = scene.tcp - front
-        along = float(relative[0] * math.cos(yaw) + relative[1] * math.sin(yaw))
-        across = float(abs(relative[1] * math.cos(yaw) - relative[0] * math.sin(yaw)))
-        if scene.tcp[2] > front[2] + 0.015 or across > 0.03 or along > 0.02:
-            start = self._drawer_frame(scene, drawer, DRAWER_HANDLE_X_M - 0.04 - opening)
-            error = float(np.hypot(*(scene.tcp - start)[:2]))
-            return _Goal(_above(start, 0.1 * _ramp(error, 0.01, 0.04)), yaw, True)
-        push = self._drawer_frame(scene, drawer, DRAWER_HANDLE_X_M - 0.018 - opening + 0.04)
-        return _Goal(push, yaw, True, 0.5)
-
-
-def _above(point: np.ndarray, height_m: float) -> np.ndarray:
-    return np.array([point[0], point[1], point[2] + height_m])
-
-
-def _wrap(angle: float) -> float:
-    """Angle in [-pi, pi)."""
-    return (angle + math.pi) % (2 * math.pi) - math.pi
-
-
-def _nearest(angle: float, reference: float, period: float) -> float:
-    """The angle equal to ``angle`` modulo ``period`` that is nearest to ``reference``, kept within one turn."""
-    candidate = angle + round((reference - angle) / period) * period
-    return candidate if abs(candidate) < math.pi else angle
-
-
-def _ramp(value: float, low: float, high: float) -> float:
-    """0 below ``low``, 1 above ``high``, linear between."""
-    return min(1.0, max(0.0, (value - low) / (high - low)))
+    def _close(self, scene: Scene, memory: Memory, drawer: ObjectSpec) -> Goal | None:
+        return close_drawer(scene, memory, drawer)

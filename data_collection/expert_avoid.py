@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from simtoreal.data_collection.expert_scene import Goal, Memory, Scene
 from simtoreal.envs.task import ObjectSpec, TaskSpec
-
-if TYPE_CHECKING:
-    from simtoreal.data_collection.expert import Memory, Scene
 
 HEIGHT_M = 0.02
 # Before and after a row the gripper is in line with its gap.
@@ -20,11 +17,8 @@ ARRIVED_M = 0.018
 # An episode keeps its own place in each gap, as people do.
 JITTER_M = (0.005, 0.008)
 
-Move = tuple[np.ndarray, float, bool, float]
-"""Where to go: position (3,) m, yaw of the gripper (rad), fingers closed, speed factor."""
 
-
-def weave(task: TaskSpec, scene: Scene, memory: Memory, finish: ObjectSpec) -> Move | None:
+def weave(task: TaskSpec, scene: Scene, memory: Memory, finish: ObjectSpec) -> Goal | None:
     """Go down before the first row, through one gap of every row, and beyond ``finish``.
 
     The gaps are digits of the episode's number: consecutive seeds go through all combinations in turn, so a set of
@@ -42,7 +36,7 @@ def weave(task: TaskSpec, scene: Scene, memory: Memory, finish: ObjectSpec) -> M
     if scene.tcp[2] > HEIGHT_M + 0.015:
         away = float(np.hypot(*(scene.tcp[:2] - memory.route[0])))
         position[2] += 0.2 * min(1.0, max(0.0, (away - 0.015) / 0.085))
-    return position, 0.0, True, 1.0
+    return Goal(position, 0.0, True)
 
 
 def gaps(posts: np.ndarray) -> list[tuple[float, list[float]]]:
