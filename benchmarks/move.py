@@ -56,7 +56,7 @@ class Study:
 
 STUDIES = {
     "pick_place": Study(
-        operator=OperatorStyle(name="person_paced", speed=0.3, gain=0.3), budgets=(3000, 6000), training_steps=1500
+        operator=OperatorStyle(name="person_paced", speed=0.3, gain=0.3), budgets=(3000, 2000, 6000), training_steps=1500
     ),
     "reach": Study(
         operator=OperatorStyle(name="person_paced", speed=0.2, gain=0.2), budgets=(2000, 4000), training_steps=1500
@@ -91,8 +91,8 @@ def planned() -> list[Run]:
     motion = SCENE_MOTIONS["move"]
     runs = []
     for task, study in STUDIES.items():
-        for seed in SEEDS:
-            for budget in study.budgets:
+        for budget in study.budgets:
+            for seed in SEEDS:
                 runs.append(Run(task=task, arm=STATIC, budget=budget, seed=seed))
                 runs.append(Run(task=task, arm=MOVE, budget=budget, seed=seed, motion=motion))
                 runs.append(Run(task=task, arm=SAME_EPISODES, budget=budget, seed=seed))
@@ -228,7 +228,7 @@ def summarize(output: Path) -> None:
     done = [json.loads(path.read_text()) for path in sorted((output / "results").glob("*.json"))]
     arms, comparisons = [], {}
     for task, study in STUDIES.items():
-        for budget in study.budgets:
+        for budget in sorted(study.budgets):
             found = {arm: _select(done, task, arm, budget) for arm in dict.fromkeys(entry["arm"] for entry in done)}
             order = sorted((arm for arm in found if found[arm]), key=lambda arm: (arm != STATIC, arm != MOVE))
             for arm in order:
