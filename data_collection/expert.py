@@ -93,22 +93,29 @@ class ScriptedExpert:
     def _scene_displacement(self, scene: Scene, memory: Memory) -> np.ndarray:
         """How far ``(2,)`` metres the scene moved by itself since the last step; the hand goes along with it.
 
-        Following without this lags behind, which a policy would learn as a distance to keep. Within the margin of
-        :class:`~simtoreal.envs.scene_motion.SceneMotion` nothing moves unless it is pushed.
+        Following without this lags behind, which a policy would learn as a distance to keep.
         """
-        task, poses = self.task, {name: pose[0] for name, pose in scene.poses.items()}
-        before, memory.seen = memory.seen, {name: position.copy() for name, position in poses.items()}
-        if not task.moving_object or not before or memory.closing or memory.releasing:
-            return np.zeros(2)
+        name, before = memory.moving, memory.seen
+        after = {item: pose[0].copy() for item, pose in scene.poses.items()}
+        memory.seen, memory.moving = after, self._moving(scene, memory)
+        return (after[name] - before[name])[:2] if name else np.zeros(2)
+
+    def _moving(self, scene: Scene, memory: Memory) -> str:
+        """The object that may move by itself until the next step, or an empty name.
+
+        Within the margin of :class:`~simtoreal.envs.scene_motion.SceneMover` nothing moves unless it is pushed.
+        """
+        task = self.task
+        if not task.moving_object or memory.closing or memory.releasing:
+            return ""
         item, point, half_width, half_height = task.object(task.moving_object), scene.tcp, 0.0, 0.0
         if item.name in memory.held:
             if not task.moving_target:
-                return np.zeros(2)
-            point, half_width, half_height = poses[item.name], item.half_extent_m, item.half_height_m
+                return ""
+            point, half_width, half_height = scene.poses[item.name][0], item.half_extent_m, item.half_height_m
             item = task.object(task.moving_target)
-        if free_gap(point[None], half_width, half_height, poses[item.name][None], item)[0] < MARGIN_M:
-            return np.zeros(2)
-        return (poses[item.name] - before[item.name])[:2]
+        gap = free_gap(point[None], half_width, half_height, scene.poses[item.name][0][None], item)[0]
+        return item.name if gap > MARGIN_M else ""
 
     def _actions(
         self, targets: np.ndarray, goals: np.ndarray, speeds: np.ndarray, follow: np.ndarray, memories: list[Memory]

@@ -43,6 +43,7 @@ class Memory:
     quaternion: np.ndarray | None = None
     held: set[str] = field(default_factory=set)
     seen: dict[str, np.ndarray] = field(default_factory=dict)
+    moving: str = ""
     route: list[np.ndarray] | None = None
     wall: float | None = None
 

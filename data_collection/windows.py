@@ -12,6 +12,7 @@ import numpy as np
 
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors, open_episode, read_episode
+from simtoreal.data_collection.scene_frame import relate_to_scene
 from simtoreal.envs.errors import ConfigError, DatasetError
 from simtoreal.envs.files import atomic_path
 
@@ -37,8 +38,7 @@ class WindowSampler:
         actions: array used as the action, e.g. ``"step/target"`` for absolute targets.
         keep: one (T,) bool array per episode, False at steps not to learn from; None keeps all.
         displacement: one (T, A) array per episode: how far the scene moved by itself during each step, in units of the
-            actions. Windows then hold actions relative to the scene at time t; see
-            :mod:`simtoreal.data_collection.scene_frame`.
+            actions, which are then related to the scene; see :mod:`simtoreal.data_collection.scene_frame`.
         memory_map: keep the joined arrays in files below the dataset instead of in memory, for datasets larger
             than it; the operating system then caches what is used.
 
@@ -76,6 +76,8 @@ class WindowSampler:
         if not lengths:
             raise ConfigError("there is no episode to draw windows from.")
         self.actions = np.ascontiguousarray(joined.pop(""), dtype=np.float32)
+        if displacement is not None:
+            self.actions = relate_to_scene(self.actions, displacement)
         self.observations = joined
         self.episode_starts = np.concatenate([[0], np.cumsum(lengths)[:-1]])
         # Row t of the joined arrays belongs to the episode that covers rows `_first[t]` … `_last[t]`.
@@ -85,7 +87,6 @@ class WindowSampler:
         self._history = np.arange(1 - observation_steps, 1)
         self._future = np.arange(horizon)
         self.keep = _join_masks(keep, lengths)
-        self.displacement = None if displacement is None else np.concatenate(displacement)
         self._windows = np.flatnonzero(self.keep)
         # (W,) index of the episode of every window.
         self.episode_of_window = episode[self._windows]
@@ -117,10 +118,6 @@ class WindowSampler:
         future = rows[:, None] + self._future
         clipped = np.minimum(future, last)
         taken = self.actions.take(clipped, axis=0)
-        if self.displacement is not None:
-            # An action answers to what was seen to move: the step before it.
-            seen = np.maximum(clipped - 1, self._first[rows][:, None])
-            taken -= self.displacement.take(seen, axis=0) * (clipped > self._first[rows][:, None])[..., None]
         return {
             "observation": {key: array.take(past, axis=0) for key, array in self.observations.items()},
             "actions": taken,

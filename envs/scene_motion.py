@@ -25,6 +25,8 @@ from simtoreal.envs.task import ObjectSpec, TaskSpec
 
 # Keeps the motion's random numbers apart from those of the initial condition, which stays the same with and without.
 _STREAM = 0x4D4F5645
+# A target begins to move when both fingers have held the object for this long.
+HELD_S = 0.3
 # Free space that a moving thing keeps to the other objects, and at which it stops before the gripper.
 CLEARANCE_M = 0.02
 MARGIN_M = 0.03
@@ -34,18 +36,21 @@ MARGIN_M = 0.03
 class SceneMotion:
     """How a scene moves. Speeds are caps: an episode's speed is its speed factor u times the cap.
 
+    Nothing moves before the arm is driven. The object stops ``MARGIN_M`` before the gripper, the target ``MARGIN_M``
+    before the held object.
+
     Attributes:
         object_speed_m_s: cap of the manipulated object's velocity per axis, before it is first touched.
         object_turn_deg_s: cap of its rotation about z.
-        target_speed_m_s: cap of the target's velocity per axis, while the object is held or pushed.
+        target_speed_m_s: cap of the target's velocity per axis, once the object is held, or while it is pushed.
         camera_turn_deg_s: cap of the azimuth rate of cameras fixed to the world.
         camera_slide_m_s: cap of the rate of their distance and height.
-        object_moves_s, target_moves_s: the object and the target move for at most this long per episode.
+        object_moves_s, target_moves_s: the object and the target move for at most this long per episode, counted from
+            the first motion that is commanded.
         camera_azimuth_deg, camera_distance_m, camera_height_m: ranges around the nominal camera pose, in cylindrical
             coordinates about the point it looks at; the episode starts anywhere in them. Zero ranges leave the
             cameras alone.
         turn_limit_deg: the object turns back when it is this far from its initial yaw.
-        margin_m: gap to the gripper (object) or to the held object (target) below which the motion stops.
         speed_beta: parameters of the Beta distribution of u.
         correlated: one u and directions of any length for all channels, as released; otherwise every channel draws
             its own u and directions have length 1.
@@ -62,20 +67,24 @@ class SceneMotion:
     camera_distance_m: tuple[float, float] = (0.0, 0.0)
     camera_height_m: tuple[float, float] = (0.0, 0.0)
     turn_limit_deg: float = 60.0
-    margin_m: float = MARGIN_M
     speed_beta: tuple[float, float] = (2.0, 5.0)
     correlated: bool = True
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
+            if isinstance(value, bool):
+                continue
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not all(np.isfinite(number) for number in numbers):
+                raise ConfigError(f"scene motion '{field.name}' is {value}; expected finite numbers")
             if field.name.startswith("camera_") and isinstance(value, tuple):
                 if len(value) != 2 or value[0] > value[1]:
                     raise ConfigError(f"scene motion '{field.name}' is {value}; expected (low, high), low <= high")
             elif field.name == "speed_beta":
                 if len(value) != 2 or min(value) <= 0:
                     raise ConfigError(f"scene motion 'speed_beta' is {value}; expected two positive numbers")
-            elif not isinstance(value, bool) and not (np.isfinite(value) and value >= 0):
+            elif value < 0:
                 raise ConfigError(f"scene motion '{field.name}' is {value}; expected a number >= 0")
 
     @property
@@ -86,12 +95,14 @@ class SceneMotion:
     @property
     def places_cameras(self) -> bool:
         """Whether camera poses differ between episodes or within one."""
-        return any(low < high for low, high in self._camera_ranges)
+        return any(low != 0 or high != 0 for low, high in self._camera_ranges)
 
     @property
     def active(self) -> bool:
         """Whether anything moves within an episode."""
-        return self.moves_objects or (self.places_cameras and max(self.camera_turn_deg_s, self.camera_slide_m_s) > 0)
+        turning = self.camera_turn_deg_s > 0 and np.ptp(self.camera_azimuth_deg) > 0
+        sliding = self.camera_slide_m_s > 0 and max(np.ptp(self.camera_distance_m), np.ptp(self.camera_height_m)) > 0
+        return bool(self.moves_objects or turning or sliding)
 
     @property
     def _camera_ranges(self) -> tuple[tuple[float, float], ...]:
@@ -187,6 +198,7 @@ class SceneMover:
         self.turn_rates = np.zeros(count)
         self.moved_s = np.zeros((count, 2))
         self.touched = np.zeros(count, dtype=bool)
+        self.held_s = np.zeros(count)
         self.camera_signs = np.ones((count, 3))
         self.camera_offsets = np.zeros((count, 3))
         self.camera_positions = np.zeros((count, len(self.cameras), 3))
@@ -206,7 +218,7 @@ class SceneMover:
         low, high = np.transpose(self.motion._camera_ranges)
         self.camera_offsets[slot] = rng.uniform(low, high)
         self.turned[slot] = self.turn_rates[slot] = 0.0
-        self.velocities[slot], self.moved_s[slot], self.touched[slot] = 0.0, 0.0, False
+        self.velocities[slot], self.moved_s[slot], self.touched[slot], self.held_s[slot] = 0.0, 0.0, False, 0.0
 
     def advance(self, scene: SceneView, rows: np.ndarray, period_s: float) -> list[PlanarMotion]:
         """Move by ``period_s`` in the simulations ``rows`` and return what to overwrite."""
@@ -214,20 +226,19 @@ class SceneMover:
         self._move_cameras(rows, period_s)
         if not self.motion.moves_objects:
             return []
-        item = self.moving[0]
-        held = (
-            scene.touches[item.name].any(axis=-1) if item.name in scene.touches else np.zeros(len(self.touched), bool)
-        )
-        self.touched[rows] |= held[rows]
+        touching = scene.touches[self.moving[0].name]
+        self.touched[rows] |= touching.any(axis=-1)[rows]
+        # One finger may brush by, and closing takes a moment in which nobody looks at the target yet.
+        self.held_s[rows] = np.where(touching.all(axis=-1), self.held_s + period_s, 0.0)[rows]
         moved = [self._move_object(scene, rows[~self.touched[rows]], period_s)]
         if len(self.moving) > 1:
-            moved.append(self._move_target(scene, rows[held[rows]], period_s))
+            moved.append(self._move_target(scene, rows[self.held_s[rows] > HELD_S], period_s))
         return [motion for motion in moved if len(motion.rows)]
 
     def _move_object(self, scene: SceneView, rows: np.ndarray, period_s: float) -> PlanarMotion:
         item, motion = self.moving[0], self.motion
         gap = free_gap(scene.positions["tcp"], 0.0, 0.0, scene.positions[item.name], item)
-        rows = rows[(self.moved_s[rows, 0] < motion.object_moves_s) & (gap[rows] > motion.margin_m)]
+        rows = rows[(self.moved_s[rows, 0] < motion.object_moves_s) & (gap[rows] > MARGIN_M)]
         positions = self._bounce(scene, rows, 0, motion.object_speed_m_s * self.factors[rows, 0], period_s)
         yaws = self.turn_signs[rows] * np.deg2rad(motion.object_turn_deg_s) * self.factors[rows, 0] * period_s
         self.turned[rows] += yaws
@@ -240,7 +251,7 @@ class SceneMover:
         (held, item), motion = self.moving, self.motion
         centre = scene.positions[held.name]
         gap = free_gap(centre, held.half_extent_m, held.half_height_m, scene.positions[item.name], item)
-        rows = rows[(self.moved_s[rows, 1] < motion.target_moves_s) & (gap[rows] > motion.margin_m)]
+        rows = rows[(self.moved_s[rows, 1] < motion.target_moves_s) & (gap[rows] > MARGIN_M)]
         positions = self._bounce(scene, rows, 1, motion.target_speed_m_s * self.factors[rows, 1], period_s)
         return PlanarMotion(item.name, rows, positions, np.zeros(len(rows)))
 
@@ -304,7 +315,8 @@ class SceneMover:
 
     def log(self) -> dict[str, np.ndarray]:
         """Parameters and speeds of the last step by name, each ``(N,)`` float64; see ``info["scene_motion"]``."""
-        entries = {"speed_factor": self.factors[:, 0].copy()}
+        names = ("object", "target", "camera")
+        entries = {f"speed_factor_{name}": self.factors[:, index].copy() for index, name in enumerate(names)}
         for which, item in enumerate(self.moving):
             for axis, letter in enumerate("xy"):
                 entries[f"{item.name}_v{letter}_m_s"] = self.velocities[:, which, axis].copy()

@@ -145,6 +145,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         self._hold = np.zeros(count, dtype=np.int64)
         self._latency = np.zeros(count, dtype=np.int64)
         self._ended = np.zeros(count, dtype=bool)
+        self._driven = np.zeros(count, dtype=bool)
         self._seeds = np.zeros(count, dtype=np.int64)
         self._instructions = np.full(count, "", dtype=object)
         self._faults = np.full(count, "", dtype=object)
@@ -335,7 +336,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         commands = pose_to_control(self._position, self._quaternion, self._opening)
         self._commands[slots] = commands[slots][:, None]
         self.fields["ctrl"][slots] = commands[slots]
-        self._steps[slots], self._hold[slots], self._ended[slots] = 0, 0, False
+        self._steps[slots], self._hold[slots], self._ended[slots], self._driven[slots] = 0, 0, False, False
         self._faults[slots] = ""
         if self._mover is not None:
             for slot in slots:
@@ -407,7 +408,8 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
             commands = history[np.arange(len(history)), self._latency[slots]]
         self.fields["ctrl"][slots] = commands
         self._steps[slots] += 1
-        self._move_scene(np.flatnonzero(running), self.embodiment.control_period_s)
+        self._driven[running] |= np.abs(actions[running, :6]).max(axis=-1) > 0
+        self._move_scene(np.flatnonzero(running & self._driven), self.embodiment.control_period_s)
         if everyone or running.any():
             self._step_physics(None if everyone else slots)
 

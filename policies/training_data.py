@@ -61,6 +61,7 @@ class TrainingData:
         source: where the data come from, for messages.
         seeds: initial conditions of the episodes, which an evaluation must not reuse.
         probabilities: ``(len(train),)`` of drawing each window; None draws all of them evenly.
+        notes: which episodes of the mask were left out and why, one line each.
     """
 
     embodiment: Embodiment
@@ -71,6 +72,7 @@ class TrainingData:
     source: str
     seeds: tuple[int, ...] = ()
     probabilities: np.ndarray | None = None
+    notes: tuple[str, ...] = ()
 
     def fingerprint(self) -> str:
         """Return a digest of the embodiment and of the vectors and actions, which changes when the data change."""
@@ -84,9 +86,6 @@ class TrainingData:
                 keep = getattr(windows, "keep", None)
                 if keep is not None and not keep.all():
                     digest.update(keep.tobytes())
-                displacement = getattr(windows, "displacement", None)
-                if displacement is not None:
-                    digest.update(displacement.tobytes())
         if self.probabilities is not None:
             digest.update(self.probabilities.tobytes())
         return digest.hexdigest()[:32]
@@ -108,6 +107,52 @@ def fit_all(windows: Windows, embodiment: Embodiment, config: PolicyConfig) -> d
     return {key: fit_statistics(value, dimension_names(embodiment, key), key) for key, value in values.items()}
 
 
+@dataclass(frozen=True)
+class EpisodeChoice:
+    """Episodes to learn from, held-out ones, and what was left out of the mask."""
+
+    train: list[EpisodeInfo]
+    valid: list[EpisodeInfo]
+    notes: tuple[str, ...] = ()
+
+
+def choose_episodes(dataset: Dataset, mask: str, *, hold_out: bool = True, weighted: bool = False) -> EpisodeChoice:
+    """Return the episodes of ``mask`` to learn from and those of ``valid``, which are held out whatever the mask.
+
+    Failures of a mask that follows from other things than success (``static``, ``move``) are left out. They are
+    learnt from if the mask asks for them (``all``, ``failure``, or one that somebody wrote into ``meta.json``), or if
+    windows are weighted, which is for data of mixed quality.
+
+    Args:
+        dataset: with the mask.
+        mask: its name.
+        hold_out: False learns from all of the mask, and holds out what else is in ``valid``.
+        weighted: windows are drawn by the quality of their episodes.
+
+    Raises:
+        DatasetError: there is no such mask, or nothing of it is left.
+    """
+    named = dataset.filter(mask)
+    valid = dataset.filter("valid") if "valid" in dataset.masks else []
+    failures = weighted or mask in ("all", "failure") or mask in dataset.meta.get("masks", {})
+    wanted = [episode for episode in named if failures or episode.success]
+    apart = {episode.name for episode in valid} if hold_out else set()
+    train = [episode for episode in wanted if episode.name not in apart]
+    failed, kept_apart = len(named) - len(wanted), len(wanted) - len(train)
+    notes = []
+    if failed:
+        notes.append(f"{failed} failures of mask '{mask}' are left out; --mask all or --weighting learns from failures")
+    if kept_apart:
+        notes.append(f"{kept_apart} episodes of mask '{mask}' are held out (mask 'valid')")
+    if not train:
+        raise DatasetError(
+            f"{dataset.path}: mask '{mask}' leaves nothing to learn from: {'; '.join(notes)}. "
+            "Collect more, or choose another mask."
+        )
+    taken = {episode.name for episode in train}
+    return EpisodeChoice(train, [episode for episode in valid if episode.name not in taken], tuple(notes))
+
+
 def open_training_data(
     path: str | Path,
     config: PolicyConfig,
@@ -117,18 +162,20 @@ def open_training_data(
     weighting: Weighting | None = None,
     scene_frame: bool = True,
     embodiment: Embodiment | None = None,
+    hold_out: bool = True,
 ) -> TrainingData:
     """Open a dataset folder for a policy.
 
     Args:
         path: dataset folder.
         config: gives keys and window sizes.
-        mask: episodes to learn from; those of ``valid`` are held out.
+        mask: episodes to learn from, without those of ``valid`` and, mostly, failures; see :func:`choose_episodes`.
         filter: learn only from the steps that this filter of the dataset keeps (``simtoreal data filter``).
         weighting: draw some episodes more often; by default all windows alike.
         scene_frame: relate the actions of demonstrations in a moving scene to the scene; see
             :mod:`simtoreal.data_collection.scene_frame`.
         embodiment: required of the data, if given.
+        hold_out: False learns from every episode of the mask, also from those of ``valid``.
 
     Raises:
         ConfigError: the weighting does not suit the data, or the filter keeps no step of the episodes to learn from.
@@ -142,11 +189,9 @@ def open_training_data(
                 f"{path}: the policy reads '{key}', but the data have no such camera. "
                 f"{closest(key, dataset.embodiment.image_keys)} Set image_keys of the policy."
             )
-    chosen = dataset.filter(mask)
-    taken = {episode.name for episode in chosen}
-    held_out = [episode for episode in dataset.filter("valid") if episode.name not in taken] if (
-        "valid" in dataset.masks
-    ) else []  # fmt: skip
+    weighted = weighting is not None and weighting.method != "uniform"
+    choice = choose_episodes(dataset, mask, hold_out=hold_out, weighted=weighted)
+    chosen, held_out = choice.train, choice.valid
     kept: dict[str, np.ndarray] | None = None
     if filter is not None:
         covered = (*chosen, *held_out)
@@ -173,7 +218,7 @@ def open_training_data(
 
     train = windows(chosen)
     probabilities = None
-    if weighting is not None and weighting.method != "uniform":
+    if weighting is not None and weighted:
         probabilities = window_probabilities(weighting, *read_returns(dataset, chosen), train.episode_of_window)
     return TrainingData(
         embodiment=dataset.embodiment,
@@ -184,6 +229,7 @@ def open_training_data(
         source=str(path),
         seeds=tuple(episode.seed for episode in (*chosen, *held_out)),
         probabilities=probabilities,
+        notes=choice.notes,
     )
 
 

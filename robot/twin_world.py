@@ -22,6 +22,8 @@ TICK_S = 0.01
 # otherwise the last command of the previous episode would tear it away.
 ENGAGE_DISTANCE_M = 0.05
 ENGAGE_ANGLE_RAD = 0.3
+# A commanded pose further than this from the first one is motion.
+DRIVEN_M = 0.001
 
 
 class TwinWorld(TabletopVectorEnv):
@@ -53,6 +55,7 @@ class TwinWorld(TabletopVectorEnv):
         self.reset(seed=[seed])
         self.latency = sample_latency(int(self._latency[0]), self.embodiment.control_period_s, seed)
         self.engaged, self.ticks = False, 0
+        self._began_at = self._position[0].copy()
 
     def command_pose(self, position: np.ndarray, quaternion: np.ndarray) -> None:
         """Pull the TCP to a pose: ``(3,)`` m and unit quaternion ``(4,)`` wxyz, base frame.
@@ -88,7 +91,9 @@ class TwinWorld(TabletopVectorEnv):
         self.ticks += 1
         if self.fault:
             return
-        if self.engaged:
+        # As in simulation, the scene waits for the first commanded motion.
+        self._driven[0] |= bool(np.linalg.norm(self._position[0] - self._began_at) > DRIVEN_M)
+        if self._driven[0]:
             self._move_scene(np.array([0]), TICK_S)
         self._step_physics(None)
         if self.ticks % self.ticks_per_control == 0:

@@ -19,12 +19,13 @@ from simtoreal.data_collection.windows import WindowSampler
 from simtoreal.envs import load_task, make_vector_env
 from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.rollout import Listener, Step, rollout
-from simtoreal.envs.scene_motion import SCENE_MOTIONS, SceneMotion, displace_camera, load_motion
+from simtoreal.envs.scene_motion import MARGIN_M, SCENE_MOTIONS, SceneMotion, displace_camera, load_motion
 from simtoreal.policies.config import BCConfig
 from simtoreal.policies.training_data import open_training_data
 from simtoreal.robot.twin_world import TICK_S, TwinWorld
 
 FAST = dataclasses.replace(SCENE_MOTIONS["move"], object_speed_m_s=0.5, target_speed_m_s=0.5, object_turn_deg_s=90.0)
+DRIVEN = np.tile(np.array([0, 0, 0.1, 0, 0, 0, 1], np.float32), (8, 1))
 IDLE = np.zeros((8, 7), np.float32)
 
 
@@ -73,11 +74,11 @@ def test_expert_demonstrates_in_a_moving_scene(demonstrated: tuple[_Watch, list]
 def test_one_speed_factor_per_episode_from_the_beta_distribution(demonstrated: tuple[_Watch, list]) -> None:
     watch, _ = demonstrated
     for seed in range(40):
-        assert len(set(watch.of(seed)["speed_factor"])) == 1
+        assert len(set(watch.of(seed)["speed_factor_object"])) == 1
     env = make_vector_env("pick_place", 400, observe="state", motion="move")
     env.reset(seed=0)
     _, _, _, _, info = env.step(np.zeros((400, 7), np.float32))
-    factors = info["scene_motion"]["speed_factor"]
+    factors = info["scene_motion"]["speed_factor_object"]
     # Beta(2, 5): mean 0.286, standard deviation 0.160; the mean of 400 has a standard error of 0.008.
     assert abs(factors.mean() - 2 / 7) < 0.03
     assert abs(factors.std() - 0.16) < 0.02
@@ -88,7 +89,7 @@ def test_speed_stays_below_its_cap_and_inside_the_box(demonstrated: tuple[_Watch
     spec = load_task("pick_place").initial["cube"]
     for seed in range(40):
         rows = watch.of(seed)
-        bound = rows["speed_factor"] * FAST.object_speed_m_s + 1e-9
+        bound = rows["speed_factor_object"] * FAST.object_speed_m_s + 1e-9
         for axis in "xy":
             assert (np.abs(rows[f"cube_v{axis}_m_s"]) <= bound).all()
         moving = np.hypot(rows["cube_vx_m_s"], rows["cube_vy_m_s"]) > 0
@@ -141,7 +142,7 @@ def test_motion_depends_on_the_seed_only() -> None:
     wide.reset(seed=50)
     narrow.reset(seed=[53])
     for _ in range(10):
-        one, two = wide.step(IDLE), narrow.step(IDLE[:1])
+        one, two = wide.step(DRIVEN), narrow.step(DRIVEN[:1])
         assert np.array_equal(one[0]["object_state"][3], two[0]["object_state"][0])
         for name, values in one[4]["scene_motion"].items():
             if not name.startswith("front"):
@@ -169,8 +170,8 @@ def test_stops_within_the_margin_of_the_gripper() -> None:
 
     rollout(env, expert, range(30), listeners=[Gap()])
     gaps, speeds, touched = (np.concatenate(parts) for parts in zip(*rows, strict=True))
-    assert (speeds[gaps < FAST.margin_m - 1e-6] == 0).all()
-    assert (speeds[(gaps > FAST.margin_m + 0.02) & ~touched] > 0).mean() > 0.9
+    assert (speeds[gaps < MARGIN_M - 1e-6] == 0).all()
+    assert (speeds[(gaps > MARGIN_M + 0.02) & ~touched] > 0).mean() > 0.9
 
 
 def test_a_point_moves_until_it_is_reached() -> None:
@@ -213,7 +214,7 @@ def test_moving_cameras_change_the_image_and_are_logged() -> None:
     first = env.reset(seed=3)[0]["front_image"]
     images, azimuths, logged = [first], [], []
     for _ in range(12):
-        observation, *_, info = env.step(IDLE[:2])
+        observation, *_, info = env.step(DRIVEN[:2])
         images.append(observation["front_image"])
         azimuths.append(info["scene_motion"]["camera_azimuth_deg"])
         logged.append([info["scene_motion"][f"front_{letter}_m"] for letter in "xyz"])
@@ -228,7 +229,7 @@ def test_moving_cameras_change_the_image_and_are_logged() -> None:
 def test_views_differ_between_episodes_and_rest_within_one() -> None:
     env = make_vector_env("pick_place", 4, image_size=32, motion="views")
     env.reset(seed=0)
-    logs = [env.step(IDLE[:4])[4]["scene_motion"]["camera_azimuth_deg"] for _ in range(3)]
+    logs = [env.step(DRIVEN[:4])[4]["scene_motion"]["camera_azimuth_deg"] for _ in range(3)]
     assert np.array_equal(logs[0], logs[2])
     assert len(np.unique(logs[0])) == 4
 
@@ -242,6 +243,8 @@ def test_bad_settings_name_what_is_wrong() -> None:
         SceneMotion(object_speed_m_s=float("nan"))
     with pytest.raises(ConfigError, match="camera_azimuth_deg"):
         SceneMotion(camera_azimuth_deg=(10.0, -10.0))
+    with pytest.raises(ConfigError, match=r"camera_azimuth_deg.*finite"):
+        SceneMotion(camera_azimuth_deg=(float("nan"), 10.0))
     with pytest.raises(ConfigError, match="has no 'speed'"):
         load_motion({"speed": 1.0})
 
@@ -292,13 +295,47 @@ def test_twin_moves_its_scene_the_same_way_once_the_arm_is_driven() -> None:
     assert np.allclose(world.truth()["object_state"], before, atol=1e-4)
     pose = world._position[0].copy(), world._quaternion[0].copy()
     for _ in range(10):
+        pose[0][2] += 0.002
         for _ in range(round(0.05 / TICK_S)):
             world.command_pose(*pose)
             world.tick()
-        moved = env.step(IDLE[:1])[0]["object_state"][0]
+        moved = env.step(DRIVEN[:1])[0]["object_state"][0]
     assert np.linalg.norm(moved[:2] - np.array(before)[:2]) > 0.005
     assert np.allclose(np.array(world.truth()["object_state"])[:2], moved[:2], atol=2e-3)
-    assert world.truth()["scene_motion"]["speed_factor"] > 0
+    assert world.truth()["scene_motion"]["speed_factor_object"] > 0
+
+
+@pytest.mark.parametrize("task", ["pick_place", "stack", "insert", "lift", "push", "reach"])
+def test_expert_goes_along_with_exactly_what_moved(task: str) -> None:
+    """What is subtracted from a label is what the demonstrator followed, also while the gripper closes."""
+
+    class Noting(ScriptedExpert):
+        def _scene_displacement(self, scene, memory):  # type: ignore[no-untyped-def]
+            followed = super()._scene_displacement(scene, memory)
+            notes.setdefault(memory.number, []).append(followed)
+            return followed
+
+    class Moved(Listener):
+        def on_step(self, step: Step) -> None:
+            rates = step.info["scene_motion"]
+            for row, seed in enumerate(step.info["init_id"]):
+                velocity = [sum(v[row] for k, v in rates.items() if k.endswith(f"_v{axis}_m_s")) for axis in "xy"]
+                moved.setdefault(int(seed), []).append(np.array(velocity) * 0.05)
+
+    notes: dict[int, list[np.ndarray]] = {}
+    moved: dict[int, list[np.ndarray]] = {}
+    slow = OperatorStyle(speed=0.3, gain=0.3)
+    spec = dataclasses.replace(load_task(task), horizon=300)
+    env = make_vector_env(spec, 12, observe="state", motion="move")
+    rollout(env, Noting(spec, env.embodiment, style=slow), range(12), listeners=[Moved()])
+    following = 0
+    for seed in range(12):
+        followed, happened = np.array(notes[seed]), np.array(moved[seed])
+        apart = np.linalg.norm(followed[1:] - happened[:-1], axis=-1)
+        # What slides by itself after it was let go is followed too, which is right.
+        assert (apart[np.any(happened[:-1] != 0, axis=-1)] < 2e-4).mean() > 0.97
+        following += int(np.any(happened != 0, axis=-1).sum())
+    assert following > 100
 
 
 def test_labels_relative_to_the_scene_are_those_of_a_scene_at_rest() -> None:
@@ -311,10 +348,23 @@ def test_labels_relative_to_the_scene_are_those_of_a_scene_at_rest() -> None:
     actions[1:] += displacement[:-1]
     arrays = [{"actions": actions, "obs/proprio": np.zeros((10, 2), np.float32)}]
     windows = WindowSampler(arrays, horizon=4, keys=("proprio",), displacement=[displacement])
+    assert np.allclose(windows.actions, own, atol=1e-6)
     batch = windows.batch(np.arange(10))
     assert np.allclose(batch["actions"][batch["action_mask"]], own, atol=1e-6)
     plain = WindowSampler(arrays, horizon=4, keys=("proprio",)).batch(np.array([1]))["actions"][0]
     assert np.allclose(plain, own + velocity)
+
+
+def test_nothing_moves_before_the_arm_is_driven() -> None:
+    env = make_vector_env("pick_place", 8, observe="state", motion=FAST)
+    before = env.reset(seed=0)[0]["object_state"]
+    for _ in range(30):
+        observation, *_, info = env.step(IDLE)
+    assert np.allclose(observation["object_state"], before, atol=1e-4)
+    assert not np.any(info["scene_motion"]["cube_vx_m_s"])
+    env.step(DRIVEN)
+    # From the first motion on it goes its way, also while the operator rests.
+    assert np.linalg.norm(env.step(IDLE)[0]["object_state"][:, :2] - before[:, :2], axis=1).min() > 0
 
 
 def test_expert_in_a_moving_scene_acts_as_in_one_at_rest() -> None:
