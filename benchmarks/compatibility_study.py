@@ -159,7 +159,7 @@ def run_arm(
         if content["seeds"] == list(seeds):
             return [bool(value) for value in content["outcomes"]]
     shutil.rmtree(folder, ignore_errors=True)
-    windows = open_training_data(data, policy, mask=mask, filter=filter)
+    windows = open_training_data(data, policy, mask=mask, filter=filter, hold_out=False)
     train(policy, trainer, windows, folder)
     env = state_env(task, num_envs, position=position)
     actor = PolicyActor(load_policy(folder).policy)

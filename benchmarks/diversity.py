@@ -78,7 +78,7 @@ def measure(task: str, policy: str, seed: int, output: Path) -> dict[str, Any]:
     if not result.is_file():
         print(f"{task} {policy} seed {seed}", flush=True)
         config = policy_config(policy, task)
-        data = open_training_data(output / task / "data", config, mask="all")
+        data = open_training_data(output / task / "data", config, mask="all", hold_out=False)
         trainer = TrainerConfig(
             steps=settings["steps"],
             batch_size=BATCH,

@@ -178,7 +178,7 @@ def execute(run: Run, output: Path) -> None:
     study = STUDIES[run.task]
     dataset = Dataset.open(plan.output)
     policy = DiffusionConfig(image_keys=("front_image",), vision=VisionConfig(image_steps=run.image_steps))
-    data = open_training_data(plan.output, policy, mask="success", scene_frame=run.scene_frame)
+    data = open_training_data(plan.output, policy, mask="success", scene_frame=run.scene_frame, hold_out=False)
     trainer = TrainerConfig(steps=study.training_steps, batch_size=BATCH, seed=run.seed)
     folder = output / "runs" / run.name
     train(policy, trainer, data, folder, resume=True, device="cpu")

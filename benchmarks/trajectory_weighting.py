@@ -154,7 +154,7 @@ def measure(policy: str, method: Method, seed: int, output: Path) -> Path:
     if not (evaluation / "results.json").is_file():
         print(f"{policy} {method} seed {seed}", flush=True)
         data = open_training_data(
-            output / "data", policy_config(policy), mask="all", weighting=Weighting(method=method)
+            output / "data", policy_config(policy), mask="all", weighting=Weighting(method=method), hold_out=False
         )
         trainer = TrainerConfig(
             steps=STEPS[policy], batch_size=128, seed=seed, checkpoint_every=250, validate_every=10_000, log_every=50
@@ -177,7 +177,8 @@ def describe(output: Path) -> list[str]:
     operators = np.array([episode.operator for episode in dataset.filter("all")])
     lines = []
     for method in METHODS:
-        data = open_training_data(output / "data", policy_config("bc"), mask="all", weighting=Weighting(method=method))
+        weighting = Weighting(method=method)
+        data = open_training_data(output / "data", policy_config("bc"), mask="all", weighting=weighting, hold_out=False)
         windows = data.train.episode_of_window  # type: ignore[attr-defined]
         p = np.full(len(windows), 1 / len(windows)) if data.probabilities is None else data.probabilities
         share = p[operators[windows] == "expert"].sum()

@@ -102,7 +102,7 @@ class Dataset:
     def masks(self) -> dict[str, list[str]]:
         """Name -> episode numbers. ``train`` and ``valid`` are derived unless ``meta.json`` sets them.
 
-        Every filter has a mask of its name with the episodes that it accepts.
+        Every filter has a mask of its name with the successes that it accepts.
 
         Raises:
             DatasetError: a filter or the masks in ``meta.json`` are damaged.
@@ -112,7 +112,11 @@ class Dataset:
             raise DatasetError(
                 f"{self.path / META}: 'masks' is not a mapping of names to lists of episode numbers. Correct it."
             )
-        return {**split_masks(self.episodes), **filter_masks(self.path), **own}
+        derived = split_masks(self.episodes)
+        # A failure may agree with the base data in every step; it is still not worth imitating.
+        good = set(derived.get("success", ()))
+        accepted = {name: [one for one in members if one in good] for name, members in filter_masks(self.path).items()}
+        return {**derived, **accepted, **own}
 
     def filter(self, mask: str | None = None) -> list[EpisodeInfo]:
         """Episodes of a mask (``train``, ``valid``, ``success``, ``failure`` or one of the dataset's own), or all.

@@ -6,7 +6,7 @@
       filters/compatible.json   how it was made, thresholds, scores and verdict of every episode, table per operator
       filters/compatible.npz    per episode ``<name>`` (T,) bool keep, ``<name>/lik`` and ``<name>/nov`` (T,) float32
 
-The names of the accepted episodes are the mask of the same name (``simtoreal train --mask compatible``); the steps are
+The accepted episodes, successes only, are the mask of the same name (``simtoreal train --mask compatible``); the steps are
 what ``simtoreal train --filter compatible`` learns from.
 """
 
@@ -48,7 +48,7 @@ class FilteredEpisode:
         base: the episode is base data itself and was kept without being judged.
         compatibility: mean over its steps, in [0, 1].
         bad_steps, kept_steps: counts.
-        accepted: at most the tolerated number of steps is bad.
+        accepted: a success, of which at most the tolerated number of steps is bad.
     """
 
     steps: int

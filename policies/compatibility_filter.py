@@ -45,8 +45,8 @@ def filter_dataset(
 ) -> Filter:
     """Score every episode and decide which of its steps to learn from.
 
-    Episodes that are base data themselves (merged into the dataset, say) are kept whole. An episode is accepted when
-    at most ``tolerance`` of its steps are bad, whatever the method.
+    Episodes that are base data themselves (merged into the dataset, say) are kept whole. A success is accepted
+    when at most ``tolerance`` of its steps are bad, whatever the method; a failure never is.
 
     Args:
         dataset: to be filtered; only read.
@@ -92,7 +92,7 @@ def filter_dataset(
             compatibility=float(limits[key].compatibility(scores[key]).mean()),
             bad_steps=bad,
             kept_steps=int(keep[key].sum()),
-            accepted=own[key] or bad <= limits[key].tolerance,
+            accepted=own[key] or (episode.success and bad <= limits[key].tolerance),
         )
     settings: dict[str, Any] = {
         "method": method, "against": scorer.base, "scorer": dataclasses.asdict(scorer.config),

@@ -23,6 +23,7 @@ from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import DatasetError, closest
 from simtoreal.policies.config import PolicyConfig
 from simtoreal.policies.normalization import ACTIONS, Statistics, dimension_names, fit_statistics
+from simtoreal.policies.training_episodes import choose_episodes
 from simtoreal.policies.weighting import Weighting, read_returns, window_probabilities
 
 # Above this part of the free memory the joined arrays are mapped from files instead of held.
@@ -107,52 +108,6 @@ def fit_all(windows: Windows, embodiment: Embodiment, config: PolicyConfig) -> d
     return {key: fit_statistics(value, dimension_names(embodiment, key), key) for key, value in values.items()}
 
 
-@dataclass(frozen=True)
-class EpisodeChoice:
-    """Episodes to learn from, held-out ones, and what was left out of the mask."""
-
-    train: list[EpisodeInfo]
-    valid: list[EpisodeInfo]
-    notes: tuple[str, ...] = ()
-
-
-def choose_episodes(dataset: Dataset, mask: str, *, hold_out: bool = True, weighted: bool = False) -> EpisodeChoice:
-    """Return the episodes of ``mask`` to learn from and those of ``valid``, which are held out whatever the mask.
-
-    Failures of a mask that follows from other things than success (``static``, ``move``) are left out. They are
-    learnt from if the mask asks for them (``all``, ``failure``, or one that somebody wrote into ``meta.json``), or if
-    windows are weighted, which is for data of mixed quality.
-
-    Args:
-        dataset: with the mask.
-        mask: its name.
-        hold_out: False learns from all of the mask, and holds out what else is in ``valid``.
-        weighted: windows are drawn by the quality of their episodes.
-
-    Raises:
-        DatasetError: there is no such mask, or nothing of it is left.
-    """
-    named = dataset.filter(mask)
-    valid = dataset.filter("valid") if "valid" in dataset.masks else []
-    failures = weighted or mask in ("all", "failure") or mask in dataset.meta.get("masks", {})
-    wanted = [episode for episode in named if failures or episode.success]
-    apart = {episode.name for episode in valid} if hold_out else set()
-    train = [episode for episode in wanted if episode.name not in apart]
-    failed, kept_apart = len(named) - len(wanted), len(wanted) - len(train)
-    notes = []
-    if failed:
-        notes.append(f"{failed} failures of mask '{mask}' are left out; --mask all or --weighting learns from failures")
-    if kept_apart:
-        notes.append(f"{kept_apart} episodes of mask '{mask}' are held out (mask 'valid')")
-    if not train:
-        raise DatasetError(
-            f"{dataset.path}: mask '{mask}' leaves nothing to learn from: {'; '.join(notes)}. "
-            "Collect more, or choose another mask."
-        )
-    taken = {episode.name for episode in train}
-    return EpisodeChoice(train, [episode for episode in valid if episode.name not in taken], tuple(notes))
-
-
 def open_training_data(
     path: str | Path,
     config: PolicyConfig,
@@ -169,7 +124,8 @@ def open_training_data(
     Args:
         path: dataset folder.
         config: gives keys and window sizes.
-        mask: episodes to learn from, without those of ``valid`` and, mostly, failures; see :func:`choose_episodes`.
+        mask: episodes to learn from, without those of ``valid`` and, mostly, failures; see
+            :func:`~simtoreal.policies.training_episodes.choose_episodes`.
         filter: learn only from the steps that this filter of the dataset keeps (``simtoreal data filter``).
         weighting: draw some episodes more often; by default all windows alike.
         scene_frame: relate the actions of demonstrations in a moving scene to the scene; see

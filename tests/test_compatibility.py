@@ -262,8 +262,8 @@ def test_a_filter_reads_back_as_written_and_leaves_the_episodes_alone(dataset):
 
 def test_training_neither_starts_at_nor_learns_from_a_dropped_step(dataset):
     write_filter(dataset.path, make_filter(dataset))
-    data = open_training_data(dataset.path, STATE_BC, mask="success", filter="compatible")
-    everything = open_training_data(dataset.path, STATE_BC, mask="success")
+    data = open_training_data(dataset.path, STATE_BC, mask="success", filter="compatible", hold_out=False)
+    everything = open_training_data(dataset.path, STATE_BC, mask="success", hold_out=False)
     assert len(everything.train) == 60
     assert len(data.train) == 60 - 2 * 3
     batch = data.train.batch(np.arange(len(data.train)))
@@ -283,7 +283,7 @@ def test_what_is_dropped_does_not_decide_the_scale(dataset):
     for name in ("000003", "000004"):
         selection.keep[name][:] = False
     write_filter(dataset.path, selection)
-    data = open_training_data(dataset.path, STATE_BC, mask="success", filter="compatible")
+    data = open_training_data(dataset.path, STATE_BC, mask="success", filter="compatible", hold_out=False)
     assert data.statistics["actions"].high[0] < 0.36
 
 

@@ -153,7 +153,7 @@ def test_weights_of_a_dataset_with_failures(tmp_path):
         )  # fmt: skip
         rollout(env, _Idle(), range(16, 20), listeners=[idle])
     config = BCConfig(image_keys=(), state_keys=("proprio", "object_state"), horizon=4, execute_steps=2)
-    data = open_training_data(tmp_path, config, mask="all", weighting=Weighting(method="return"))
+    data = open_training_data(tmp_path, config, mask="all", weighting=Weighting(method="return"), hold_out=False)
     operators = {episode.name: episode.operator for episode in _episodes(tmp_path)}
     assert json.dumps(sorted(set(operators.values()))) == '["careful", "hasty", "idle"]'
     mass = np.bincount(data.train.episode_of_window, data.probabilities)

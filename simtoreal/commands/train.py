@@ -48,7 +48,8 @@ class Config:
     policy: str = "diffusion"
     """Type of the policy; ``simtoreal list policies`` names them."""
     mask: str = "train"
-    """Episodes to learn from (a mask of the dataset); those of ``valid`` are held out."""
+    """Episodes to learn from (a mask of the dataset). Those of ``valid`` are held out whatever the mask. Failures are
+    learnt from only with ``all``, ``failure``, a mask you set yourself, or --weighting."""
     filter: str | None = None
     """Learn only from the steps that this filter keeps; ``simtoreal data filter`` makes one."""
     weighting: Literal["uniform", "return", "advantage", "top"] = "uniform"
@@ -109,6 +110,9 @@ def main(config: Config) -> None:
     data = open_training_data(
         config.data, policy, mask=config.mask, filter=config.filter, weighting=weighting, scene_frame=config.scene_frame
     )
+    if first:
+        for note in data.notes:
+            console.print(note, soft_wrap=True)
     if first and data.probabilities is not None:
         console.print(
             f"weighting by {config.weighting}: as if {100 * effective_share(data.probabilities):.0f} % of the windows"
