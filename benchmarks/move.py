@@ -56,7 +56,9 @@ class Study:
 
 STUDIES = {
     "pick_place": Study(
-        operator=OperatorStyle(name="person_paced", speed=0.3, gain=0.3), budgets=(3000, 2000, 6000), training_steps=1500
+        operator=OperatorStyle(name="person_paced", speed=0.3, gain=0.3),
+        budgets=(3000, 2000, 6000),
+        training_steps=1500,
     ),
     "reach": Study(
         operator=OperatorStyle(name="person_paced", speed=0.2, gain=0.2), budgets=(2000, 4000), training_steps=1500

@@ -39,7 +39,8 @@ class Config:
     randomization: Literal["none", "training", "standard", "hard"] = "none"
     """Domain randomisation of masses, friction, gains, latency, colours, lights and cameras."""
     style: str = "expert"
-    """How the expert moves: expert, careful, hasty, from_left or from_right; stored as the operator."""
+    """How the expert moves, stored as the operator: expert, careful, hasty, from_left, from_right; for reach2d also
+    straight, up_right, right_up."""
     noise: float | None = None
     """Standard deviation of noise on the expert's translation (fraction of the action limit); default: the style's."""
     keep_failures: bool = False
