@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from simtoreal.data_collection.compatibility import collection_mode
 from simtoreal.data_collection.episode import (
     Arrays,
     EpisodeInfo,
@@ -201,8 +202,8 @@ def step_shapes(embodiment: Embodiment) -> dict[str, tuple[int, ...]]:
 
 def split_masks(episodes: list[EpisodeInfo]) -> dict[str, list[str]]:
     """Masks that follow from the episodes: ``all``, ``success``, ``failure``, ``train``/``valid`` over the successful
-    ones, and ``static``/``move`` where some were collected with scene motion (a world model must not learn from those
-    that things move by themselves).
+    ones, and ``static``/``move``, those collected without and with scene motion (a world model must not learn from the
+    latter that things move by themselves). A mask without members does not exist.
 
     Every tenth success validates. Which episodes do only depends on their order, so the split of a growing dataset
     is stable.
@@ -213,7 +214,6 @@ def split_masks(episodes: list[EpisodeInfo]) -> dict[str, list[str]]:
     train = [name for name in successes if name not in set(valid)]
     everything = [episode.name for episode in episodes]
     masks = {"all": everything, "success": successes, "failure": failures, "train": train, "valid": valid}
-    moved = [episode.name for episode in episodes if "motion" in episode.extra]
-    if moved:
-        masks |= {"move": moved, "static": [episode.name for episode in episodes if "motion" not in episode.extra]}
+    for episode in episodes:
+        masks.setdefault(collection_mode(episode.extra), []).append(episode.name)
     return {name: members for name, members in masks.items() if members}

@@ -130,3 +130,11 @@ def test_train_says_what_it_leaves_out(dataset, tmp_path, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "1 failures of mask 'move' are left out" in printed
     assert "1 episodes of mask 'move' are held out" in printed
+
+
+def test_every_dataset_has_a_mask_of_still_scenes(dataset, tmp_path):
+    still = plane_dataset(tmp_path / "still", ["up_right"] * 3)
+    assert numbers(still.filter("static")) == {0, 1, 2}
+    assert "move" not in still.masks
+    assert numbers(choose_episodes(still, "static").train) == {0, 1}
+    assert numbers(dataset.filter("static")) | numbers(dataset.filter("move")) == set(range(13))
