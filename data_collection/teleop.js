@@ -315,7 +315,7 @@ function showCounters(counters) {
   if (performance.now() - countersShown < 500) return;
   countersShown = performance.now();
   const rows = Object.entries(counters).flatMap(([name, value]) => {
-    const shown = Number.isInteger(value) ? String(value) : value.toFixed(1);
+    const shown = value === null ? "?" : Number.isInteger(value) ? String(value) : value.toFixed(1);
     return [make("dt", "", COUNTERS[name] || name.replaceAll("_", " ")), make("dd", value > 0 && !UNREMARKABLE.includes(name) ? "attention" : "", shown)];
   });
   if (clock.best < Infinity) rows.push(make("dt", "", "round trip"), make("dd", "", `${clock.best.toFixed(1)} ms`));

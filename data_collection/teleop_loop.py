@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,6 +32,7 @@ from simtoreal.envs.rollout import EpisodeResult, Listener, Observation, Step, i
 
 # Rate at which the page is told about a session in which nothing moves.
 IDLE_POST_S = 0.1
+_log = logging.getLogger(__name__)
 
 
 class SessionEnd(Exception):
@@ -70,6 +73,7 @@ class TeleopSession(Listener):
         store: where takes go.
         board: what the page shows.
         coaches: judges of takes with a scene at rest (False) and in motion (True), as far as there are any.
+        unjudged: for the others what the operator is told, by mode as in ``coaches``.
         pace: see :class:`TeleopActor`.
         set_motion: lets the scene move in the next episodes, or not; None where it cannot.
         view: shows the scene as it is now; None to show the images that are recorded.
@@ -86,6 +90,7 @@ class TeleopSession(Listener):
         board: Board,
         *,
         coaches: Mapping[bool, Coach] | None = None,
+        unjudged: Mapping[bool, str] | None = None,
         pace: RealTimePace | None = None,
         set_motion: Callable[[bool], None] | None = None,
         view: Callable[[], None] | None = None,
@@ -94,6 +99,7 @@ class TeleopSession(Listener):
         self.options, self.board = options, board
         self._env, self._hub, self._page, self._store = env, hub, page, store
         self._coaches, self._pace, self._counters = dict(coaches or {}), pace, counters
+        self._unjudged, self._coach_problem = dict(unjudged or {}), ""
         self._set_motion, self._view = set_motion, view
         self._actor = TeleopActor(hub, page, pace, self._show)
         self._seed = options.first_seed
@@ -111,7 +117,11 @@ class TeleopSession(Listener):
     # ---- what happens
 
     def run(self) -> None:
-        """Run takes until the operator stops the session; a running take is discarded then."""
+        """Run takes until the operator stops the session.
+
+        However it ends (stop, signal, error), a take that the operator has not discarded is stored: a running one with
+        ``failure="aborted"``, one that waits for a decision with ``failure="unreviewed"``.
+        """
         self.board.episodes = self._store.episodes()
         try:
             while self._state != FINISHED:
@@ -123,9 +133,10 @@ class TeleopSession(Listener):
         except SessionEnd:
             pass
         finally:
-            self._store.discard()
+            rescued = self._rescue()
             self._state = FINISHED
-            self.board.post(state=FINISHED, active=False, note="the session has ended")
+            note = f"the session has ended; {rescued}" if rescued else "the session has ended"
+            self.board.post(state=FINISHED, active=False, review=None, note=note, alarm=self._store.alarm)
 
     def end(self) -> None:
         """End the session soon, as if the operator had; for other threads."""
@@ -165,14 +176,15 @@ class TeleopSession(Listener):
         self._coach = self._coaches.get(self._move)
         if recording:
             self._store.begin(self._operator, move=self._move)
+            self._coach_problem = ""
             if self._coach is not None:
-                self._coach.reset()
+                self._consult(self._coach.reset)
         try:
             rollout(self._env, self._actor, [self._seed], listeners=[self], stop=self._stopped)
         except SimtorealError as error:
-            self._store.discard()
+            rescued = self._rescue()
             self._state, self._waiting, self._decision = READY, True, ""
-            self.board.post(state=READY, note=str(error))
+            self.board.post(state=READY, note=f"{error}{'. ' if rescued else ''}{rescued}")
             return
         finally:
             self._hub.interrupt()
@@ -196,14 +208,16 @@ class TeleopSession(Listener):
     def _finish_take(self) -> None:
         self._state, self._decision = REVIEW, ""
         self._forget_events()
-        review, pictures, self.board.media = self._store.review(self._coach)
-        self._verdict = review
+        found = self._store.review(self._coach)
+        self.board.media, self._verdict = found.media, found.verdict
+        self._coach_problem = found.problem or self._coach_problem
         goal = "goal reached" if self._success else "goal not reached"
         if self.options.judge == "operator":
             goal = "accept if the goal was reached"
         failed = self._result.failure if self._result and self._result.failure not in ("", "timeout") else ""
-        note = failed or goal
-        self.board.post(state=REVIEW, note=note, review={"verdict": review, "take": pictures}, active=False)
+        note = self._remark(failed or goal)
+        shown = {"verdict": found.verdict, "take": found.pictures}
+        self.board.post(state=REVIEW, note=note, review=shown, active=False, alarm=self._alarm)
 
     def _decide(self) -> None:
         """Act on the operator's decision, or on the end of an episode."""
@@ -218,11 +232,10 @@ class TeleopSession(Listener):
             self._keep(overridden=rejected)
             self._seed += 1
             note = self.board.snapshot.note
+        elif decision == "stop":
+            raise SessionEnd
         else:
             self._store.discard()
-        if decision == "stop":
-            self._state = FINISHED
-            return
         if decision == "next":
             self._seed += 1
         again = decision in ("record", "rerecord")
@@ -235,7 +248,7 @@ class TeleopSession(Listener):
         failure = "" if success else "not_reached"
         kept, message = self._store.keep(success=success, failure=failure, overridden=overridden)
         self.board.episodes = self._store.episodes()
-        self.board.post(kept=self.board.snapshot.kept + kept, note=message, alarm=self._store.alarm)
+        self.board.post(kept=self.board.snapshot.kept + kept, note=message, alarm=self._alarm)
 
     def _wait_for_decision(self) -> None:
         while not self._decision:
@@ -261,7 +274,7 @@ class TeleopSession(Listener):
         self._begun = False
         self.latest = observation, info
         self._show_scene(observation)
-        self._show(state=self._state, instruction=str(info.get("instruction", "")), note="")
+        self._show(state=self._state, instruction=str(info.get("instruction", "")), note=self._remark())
 
     def on_step(self, step: Step) -> None:
         """See :class:`~simtoreal.envs.rollout.Listener`."""
@@ -280,13 +293,40 @@ class TeleopSession(Listener):
         observation = {key: value[0] for key, value in step.next_observation.items()}
         self.latest = observation, index_info(step.info, 0)
         self._show_scene(observation)
-        self._show(note=str(step.info.get("robot_fault", [""])[0]))
+        self._show(note=str(step.info.get("robot_fault", [""])[0]) or self._remark())
 
     def _record(self, step: Step) -> None:
         self._store.on_step(step)
         if self._coach is not None:
             before = {key: value[0] for key, value in step.observation.items()}
-            self._gauge = float(self._coach.step(before, step.action[0]))
+            self._gauge = self._consult(self._coach.step, before, step.action[0])
+
+    def _consult(self, ask: Callable[..., float | None], *arguments: Any) -> float | None:
+        """Ask the coach something; if it fails, this take goes on without it. A person's take is worth more."""
+        try:
+            answer = ask(*arguments)
+            if answer is not None and not math.isfinite(answer):
+                raise ValueError(f"its answer is {answer}")
+        except Exception as error:
+            _log.exception("the coach failed")
+            self._coach_problem = f"no verdict on this take, the coach failed: {error or type(error).__name__}"
+            self._coach = None
+            return None
+        return None if answer is None else float(answer)
+
+    def _rescue(self) -> str:
+        success = self._success and self.options.judge == "simulation"
+        rescued = self._store.rescue(finished=self._state == REVIEW, success=success)
+        self.board.episodes = self._store.episodes()
+        return rescued
+
+    @property
+    def _alarm(self) -> str:
+        return self._store.alarm or self._coach_problem
+
+    def _remark(self, note: str = "") -> str:
+        """``note``, and that nobody judges such takes although somebody judges others."""
+        return "; ".join(text for text in (note, self._unjudged.get(self._move, "")) if text)
 
     def on_episode(self, slot: int, result: EpisodeResult) -> None:
         """See :class:`~simtoreal.envs.rollout.Listener`."""
@@ -300,7 +340,7 @@ class TeleopSession(Listener):
         self.board.post_frames(images)
 
     def _show(self, **changes: Any) -> None:
-        counters = {"lost_devices": self._hub.losses, "rejected_messages": self._page.rejected}
+        counters: dict[str, float] = {"lost_devices": self._hub.losses, "rejected_messages": self._page.rejected}
         counters["stale_inputs"] = self._page.stale
         counters |= {**self._store.counters(), **self._counters()}
         if self._pace is not None:
@@ -309,5 +349,5 @@ class TeleopSession(Listener):
             operator=self._operator, move=self._move if self._set_motion else None, active=self._hub.active,
             needs_release=self._hub.needs_release, steps=self._steps, seconds=self._steps * self.options.period_s,
             success=self._success, gripper_open=self._hub.gripper > 0, gauge=self._gauge, counters=counters,
-            alarm=self._store.alarm, task=self.options.task, **changes,
+            alarm=self._alarm, task=self.options.task, **changes,
         )  # fmt: skip

@@ -13,10 +13,11 @@ import hmac
 import importlib.resources
 import json
 import logging
+import math
 import secrets
 import threading
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ STATUS_PERIOD_S = 0.05
 # Images on their way to the page; it confirms every one that it has drawn.
 MOST_IN_FLIGHT = 2
 SEND_TIMEOUT_S = 2.0
+# A page that says nothing for so long has gone, even if its connection has not been told: another one may take over.
+SILENT_S = 2.0
+SILENCE_CHECKS = 8
+CLOSE_TIMEOUT_S = 1.0
 START_TIMEOUT_S = 10.0
 REFUSED = 4001
 FILES = {"": ("teleop.html", "text/html"), "teleop.js": ("teleop.js", "text/javascript"),
@@ -156,7 +161,7 @@ class TeleopServer:
     async def _websocket(self, request: web.Request) -> web.StreamResponse:
         if request.headers.get("Origin") != f"http://{request.headers['Host']}":
             raise web.HTTPForbidden
-        socket = web.WebSocketResponse(max_msg_size=MAX_MESSAGE_BYTES, compress=False, timeout=1.0)
+        socket = web.WebSocketResponse(max_msg_size=MAX_MESSAGE_BYTES, compress=False, timeout=CLOSE_TIMEOUT_S)
         await socket.prepare(request)
         if self.controlled:
             await socket.send_json({"type": "refused", "why": "another page controls the robot; close it first"})
@@ -164,7 +169,7 @@ class TeleopServer:
             return socket
         self.controlled = True
         self._page.connect()
-        connection = _Connection(self, socket)
+        connection = _Connection(self, socket, request.transport)
         try:
             await connection.run()
         finally:
@@ -176,8 +181,11 @@ class TeleopServer:
 class _Connection:
     """The page that controls."""
 
-    def __init__(self, server: TeleopServer, socket: web.WebSocketResponse) -> None:
-        self._server, self._socket = server, socket
+    def __init__(
+        self, server: TeleopServer, socket: web.WebSocketResponse, transport: asyncio.Transport | None
+    ) -> None:
+        self._server, self._socket, self._transport = server, socket, transport
+        self._quiet = 0
         self._board, self._page, self._loop = server._board, server._page, server._loop
         self._dirty = asyncio.Event()
         self._shown = self._sent = 0
@@ -192,21 +200,52 @@ class _Connection:
                 self._loop.call_soon_threadsafe(self._dirty.set)
 
         unwatch = self._board.watch(tell)
-        sender = asyncio.create_task(self._send())
-        stopper = asyncio.create_task(self._close_when_stopped())
+        ends = {
+            self._send(): WSCloseCode.INTERNAL_ERROR,
+            self._server._stopped.wait(): WSCloseCode.GOING_AWAY,
+            self._silence(): WSCloseCode.POLICY_VIOLATION,
+        }
+        tasks = [asyncio.create_task(self._close_after(work, code)) for work, code in ends.items()]
         try:
             async for message in self._socket:
+                self._quiet = 0
                 if message.type is not WSMsgType.TEXT or not await self._receive(message.data):
                     break
         finally:
             unwatch()
-            await self._socket.close(code=WSCloseCode.POLICY_VIOLATION)
+            await self._close(WSCloseCode.POLICY_VIOLATION)
             # Closed first and woken: wait_for of Python 3.11 may swallow a cancellation.
             self._dirty.set()
-            for task in (sender, stopper):
+            for task in tasks:
                 task.cancel()
-                with contextlib.suppress(asyncio.CancelledError, ConnectionError, TimeoutError):
+                with contextlib.suppress(asyncio.CancelledError):
                     await task
+
+    async def _close_after(self, work: Coroutine[Any, Any, Any], code: int) -> None:
+        """Close the connection when ``work`` ends, in whatever way: half a connection would lock everybody out."""
+        try:
+            await work
+        except (ConnectionError, TimeoutError) as error:
+            _log.warning("the teleoperation page does not take what it is sent (%s)", type(error).__name__)
+        except Exception:
+            _log.exception("the teleoperation page is disconnected")
+        await self._close(code)
+
+    async def _silence(self) -> None:
+        """Return when the page has said nothing for ``SILENT_S``. A pong of its browser does not count."""
+        while self._quiet < SILENCE_CHECKS:
+            # Counted, not timed: messages that wait while this process is busy are read before the next check.
+            await asyncio.sleep(SILENT_S / SILENCE_CHECKS)
+            self._quiet += 1
+        _log.warning("the teleoperation page is silent; disconnected")
+
+    async def _close(self, code: int, why: str = "") -> None:
+        """Close in bounded time: whoever does not read cannot be told."""
+        try:
+            await asyncio.wait_for(self._socket.close(code=code, message=why[:100].encode()), 2 * CLOSE_TIMEOUT_S)
+        except (ConnectionError, TimeoutError):
+            if self._transport is not None:
+                self._transport.abort()
 
     async def _receive(self, text: str) -> bool:
         """Take over a message; returns False if the connection has to be closed for it."""
@@ -214,12 +253,12 @@ class _Connection:
         self._credit = min(MOST_MESSAGES_PER_S, self._credit + (now - self._credit_at) * MOST_MESSAGES_PER_S) - 1
         self._credit_at = now
         if self._credit < 0:
-            await self._refuse("too many messages")
+            await self._close(WSCloseCode.POLICY_VIOLATION, "too many messages")
             return False
         try:
             message = parse_message(text)
         except MessageError as error:
-            await self._refuse(str(error))
+            await self._close(WSCloseCode.POLICY_VIOLATION, str(error))
             return False
         if message["type"] == "ping":
             answer = {"type": "pong", "at": message["at"], "server_ms": time.monotonic_ns() * 1e-6}
@@ -230,13 +269,6 @@ class _Connection:
         else:
             self._page.feed(message)
         return True
-
-    async def _refuse(self, why: str) -> None:
-        await self._socket.close(code=WSCloseCode.POLICY_VIOLATION, message=why[:100].encode())
-
-    async def _close_when_stopped(self) -> None:
-        await self._server._stopped.wait()
-        await self._socket.close(code=WSCloseCode.GOING_AWAY)
 
     async def _send(self) -> None:
         """Send what is new, the newest only, as fast as the page takes it."""
@@ -260,7 +292,7 @@ class _Connection:
             await self._send_frames()
 
     async def _post(self, content: dict[str, Any]) -> None:
-        await asyncio.wait_for(self._socket.send_str(json.dumps(content, allow_nan=False)), SEND_TIMEOUT_S)
+        await asyncio.wait_for(self._socket.send_str(json.dumps(_finite(content), allow_nan=False)), SEND_TIMEOUT_S)
 
     async def _send_frames(self) -> None:
         frames = self._board.frames
@@ -279,3 +311,12 @@ class _Connection:
         self._in_flight.append(frames.number)
         await asyncio.wait_for(self._socket.send_bytes(payload), SEND_TIMEOUT_S)
         self._server.frames_sent += 1
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with null for numbers that JSON does not know: one strange counter must not end the connection."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

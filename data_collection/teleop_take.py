@@ -1,45 +1,70 @@
-"""Takes of a collection session: recorded while they run, reviewed, then kept or gone without a trace."""
+"""Takes of a collection session: recorded while they run, reviewed, then kept, or gone if the operator says so.
+
+Only :meth:`TakeStore.discard` removes anything; whatever else ends a take stores it (:meth:`TakeStore.rescue`).
+"""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
-from pathlib import Path
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from simtoreal.data_collection.coaching import Coach
 from simtoreal.data_collection.dataset import Dataset
-from simtoreal.data_collection.episode import Arrays, EpisodeInfo
+from simtoreal.data_collection.episode import ABORTED, Arrays, EpisodeInfo
 from simtoreal.data_collection.recorder import Recorder
-from simtoreal.data_collection.takes import StreamTake
+from simtoreal.data_collection.takes import StreamTake, read_part
 from simtoreal.data_collection.teleop_pictures import strip
 from simtoreal.data_collection.teleop_session import describe_review
 from simtoreal.data_collection.writer import DatasetWriter
 from simtoreal.envs.embodiment import Embodiment
-from simtoreal.envs.errors import DatasetError
+from simtoreal.envs.errors import DatasetError, DiskError
 from simtoreal.envs.rollout import EpisodeResult, Listener, Observation, Step
+
+UNREVIEWED = "unreviewed"
+"""``EpisodeInfo.failure`` of a finished take whose session ended before the operator decided about it."""
+_log = logging.getLogger(__name__)
 
 
 class _ReviewedTake(StreamTake):
     """A take on disk whose steps can be looked at before it is kept, and which then learns what the review said."""
 
-    def __init__(self, part: Path, store: Callable[[Arrays, EpisodeInfo], object], info: EpisodeInfo) -> None:
-        super().__init__(part, store, info)
-        self.rows: list[Arrays] = []
-        self.verdict: dict[str, Any] = {}
-
-    def append(self, row: Arrays) -> None:
-        super().append(row)
-        self.rows.append(row)
+    verdict: Mapping[str, Any] = {}
 
     def keep(self, info: EpisodeInfo) -> None:
         super().keep(dataclasses.replace(info, extra={**info.extra, **self.verdict}))
 
     def arrays(self) -> Arrays:
-        """All steps so far, as in an episode file."""
-        return {name: np.stack([row[name] for row in self.rows]) for name in self.rows[0]} if self.rows else {}
+        """All steps on disk, as in an episode file; read back, because a long take would fill the memory.
+
+        Raises:
+            DatasetError, OSError: they cannot be read.
+        """
+        with contextlib.suppress(DiskError):  # what was written before is there all the same
+            self.finish()
+        return read_part(self._part)[1] if self.flushed else {}
+
+
+@dataclass(kw_only=True)
+class TakeReview:
+    """What there is to see of a finished take.
+
+    Attributes:
+        verdict: of the coach, as the page shows it; None without one.
+        pictures: ids of pictures of the take by camera.
+        media: the pictures (JPEG) by id.
+        problem: why something of this is missing; empty if nothing is.
+    """
+
+    verdict: dict[str, Any] | None = None
+    pictures: dict[str, str] = field(default_factory=dict)
+    media: dict[str, bytes] = field(default_factory=dict)
+    problem: str = ""
 
 
 class TakeStore(Listener):
@@ -94,6 +119,11 @@ class TakeStore(Listener):
     def _raise(self, text: str) -> None:
         self.alarm = text
 
+    @property
+    def steps(self) -> int:
+        """Steps of the take that runs or waits for a decision."""
+        return 0 if self._take is None else self._take.flushed + self._take.waiting
+
     def counters(self) -> dict[str, float]:
         """Numbers about the recording and its sensors to show."""
         if self._recorder is None:
@@ -129,24 +159,30 @@ class TakeStore(Listener):
             for name, reached in step.info.get("milestones", {}).items():
                 self._milestones[name] = self._milestones.get(name, False) or bool(reached[0])
 
-    def review(self, coach: Coach | None) -> tuple[dict[str, Any] | None, dict[str, str], dict[str, bytes]]:
-        """Look at the finished take.
-
-        Returns:
-            The coach's verdict as the page shows it (None without a coach), ids of pictures of the take by camera,
-            and the pictures (JPEG) by id.
-        """
-        arrays = self._take.arrays() if self._take is not None else {}
-        media: dict[str, bytes] = {}
-        if not arrays:
-            return None, {}, media
+    def review(self, coach: Coach | None) -> TakeReview:
+        """Look at the finished take; what cannot be read, shown or judged is a problem to report, and no more."""
+        found = TakeReview()
         self._number += 1
-        whole: dict[str, str] = {}
-        for camera in self._cameras(arrays):
-            whole[camera] = self._picture(media, arrays[f"obs/{camera}_image"])
-        if coach is None:
-            return None, whole, media
+        try:
+            arrays = self._take.arrays() if self._take is not None else {}
+            for camera in self._cameras(arrays):
+                found.pictures[camera] = self._picture(found.media, arrays[f"obs/{camera}_image"])
+        except Exception as error:
+            _log.exception("a take cannot be looked at")
+            found.problem = f"this take cannot be looked at: {error}"
+            return found
+        if coach is not None and arrays:
+            try:
+                found.verdict = self._judge(coach, arrays, found.media)
+            except Exception as error:
+                _log.exception("the coach failed")
+                found.problem = f"no verdict on this take, the coach failed: {error or type(error).__name__}"
+        return found
+
+    def _judge(self, coach: Coach, arrays: Arrays, media: dict[str, bytes]) -> dict[str, Any]:
         verdict = coach.review(arrays)
+        if not np.isfinite(verdict.compatibility):
+            raise ValueError(f"its compatibility is {verdict.compatibility}")
         pictures: dict[str, str] = {}
         for index, snippet in enumerate(verdict.snippets):
             for camera in self._cameras(arrays)[:1]:
@@ -160,7 +196,7 @@ class TakeStore(Listener):
         if self._take is not None:
             score = {key: described[key] for key in ("accepted", "compatibility", "bad_steps", "tolerance")}
             self._take.verdict = {"compatibility": score}
-        return described, whole, media
+        return described
 
     def keep(self, *, success: bool, failure: str, overridden: bool) -> tuple[bool, str]:
         """Store the take.
@@ -173,12 +209,12 @@ class TakeStore(Listener):
         Returns:
             Whether it is stored, and a sentence for the operator.
         """
-        if self._recorder is None or self._take is None or not self._take.rows:
+        steps = self.steps
+        if self._recorder is None or self._take is None or not steps:
             self.discard()
             return False, "the take has no steps, so there is nothing to keep"
-        steps = len(self._take.rows)
-        if "compatibility" in self._take.verdict:
-            self._take.verdict["compatibility"]["overridden"] = overridden
+        if score := self._take.verdict.get("compatibility"):
+            self._take.verdict = {"compatibility": {**score, "overridden": overridden}}
         ended = EpisodeResult(
             episode=0, seed=self._seed, success=success, steps=steps,
             duration_s=steps * self._embodiment.control_period_s,
@@ -195,8 +231,31 @@ class TakeStore(Listener):
             return False, self.alarm or "nothing of the take could be stored"
         return True, self.alarm or f"episode {self._known[-1]['name']} is stored"
 
+    def rescue(self, *, finished: bool, success: bool) -> str:
+        """Store a take that nobody decided about; call it on every way out, it never raises an ``Exception``.
+
+        Args:
+            finished: it was waiting for the operator's decision.
+            success: whether a finished one reached the goal.
+
+        Returns:
+            A sentence about it; empty if there was none.
+        """
+        if not self.steps:
+            self.discard()
+            return ""
+        failure = UNREVIEWED if finished else ABORTED
+        try:
+            kept, message = self.keep(success=success and finished, failure=failure, overridden=False)
+        except Exception as error:  # its journal stays
+            _log.exception("a take could not be stored")
+            kept, message = False, str(error) or type(error).__name__
+        if kept:
+            return f"{message} (not discarded: {failure})"
+        return f"{message}; what is on disk of the take stays for 'simtoreal data recover'"
+
     def discard(self) -> None:
-        """Leave nothing behind of a running take."""
+        """Leave nothing behind of a running take: the operator does not want it."""
         if self._recorder is not None:
             self._recorder.discard()
         self._recorder = self._take = None

@@ -523,16 +523,19 @@ def test_takes_are_kept_repeated_and_discarded(tmp_path):
         ("ready", 0, ("record",)),
         ("recording", 4, ("finish",)),
         ("review", 4, ("left",)),
-        ("recording", 9, ("stop",)),  # seed 7 is lost with the end
+        ("recording", 9, ("stop",)),  # seed 7 ends with the session
     ]
     board, _ = run_session(tmp_path / "data", lines)
     stored = Dataset.open(tmp_path / "data")
-    assert [(e.seed, e.steps >= n, e.operator, e.source) for e, n in zip(stored.episodes, (5, 7), strict=True)] == [
-        (3, True, "Ada", "teleop"), (4, True, "Ada", "teleop"),
+    assert [(e.seed, e.steps >= n, e.operator, e.source) for e, n in zip(stored.episodes, (5, 7, 9), strict=True)] == [
+        (3, True, "Ada", "teleop"), (4, True, "Ada", "teleop"), (7, True, "Ada", "teleop"),
     ]  # fmt: skip
-    assert all(not e.success and e.failure == "not_reached" for e in stored.episodes)
-    assert sorted(path.name for path in (tmp_path / "data/episodes").iterdir()) == ["000000.hdf5", "000001.hdf5"]
-    assert [row["name"] for row in board.episodes] == ["000000", "000001"]
+    assert [(e.success, e.failure) for e in stored.episodes] == [
+        (False, "not_reached"), (False, "not_reached"), (False, "aborted"),
+    ]  # fmt: skip
+    names = ["000000", "000001", "000002"]
+    assert sorted(path.name for path in (tmp_path / "data/episodes").iterdir()) == [f"{name}.hdf5" for name in names]
+    assert [row["name"] for row in board.episodes] == names
     assert (board.snapshot.state, board.snapshot.kept) == ("finished", 2)
 
 

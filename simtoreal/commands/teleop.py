@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +25,13 @@ CONTROL_PRIORITY = 10
 # Seconds after which another Python thread gets its turn. With the default of 5 ms an operator's message would wait
 # that long whenever the control loop computes.
 SWITCH_INTERVAL_S = 0.0005
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Open the printed address in a browser on this machine. Ctrl-C, or Escape on the page, ends the session; takes
-    that were accepted are stored, a running one is discarded. The same command continues the dataset."""
+    """Open the printed address in a browser on this machine. Ctrl-C, or Escape on the page, ends the session; only
+    takes that you discard are lost, a running one is stored as aborted. The same command continues the dataset."""
 
     task: str = "pick_place"
     """Task name or yaml file."""
@@ -124,7 +126,10 @@ def main(config: Config) -> None:
         with contextlib.suppress(KeyboardInterrupt):
             collection.session.run()
         kept, stored = collection.session.board.snapshot.kept, len(collection.session.board.episodes)
-    console.print(f"Collected {kept} episodes of {config.task} in {config.output} ({stored} in all)", highlight=False)
+        note = collection.session.board.snapshot.note
+    console.print(
+        f"Collected {kept} episodes of {config.task} in {config.output} ({stored} in all); {note}", highlight=False
+    )
 
 
 @contextlib.contextmanager
@@ -157,7 +162,7 @@ def open_collection(config: Config, leaving: Callable[[], None] = lambda: None) 
     embodiment = panda_embodiment(config.image_size)
     task = dataclasses.replace(written, horizon=max(1, round(config.seconds * embodiment.control_hz)))
     motion = load_motion(config.motion)
-    reference, coaches = _coaches(config, embodiment)
+    reference, coaches, missing = _coaches(config, embodiment)
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with contextlib.ExitStack() as stack:
@@ -184,8 +189,11 @@ def open_collection(config: Config, leaving: Callable[[], None] = lambda: None) 
             operator=config.operator.strip(),
             move=config.move,
         )
+        unjudged = {move: text for move, text in missing.items() if movable or not move}
+        for text in unjudged.values():
+            _log.warning("%s", text)
         session = TeleopSession(
-            options, backend.env, hub, page, store, board, coaches=coaches,
+            options, backend.env, hub, page, store, board, coaches=coaches, unjudged=unjudged,
             pace=RealTimePace(embodiment.control_period_s) if backend.paced else None,
             set_motion=(lambda move: backend.set_motion(motion if move else None)) if movable else None,
             view=backend.view, counters=backend.counters,
@@ -214,10 +222,10 @@ def _movable(backend: _Backend, motion: Any) -> bool:
     return True
 
 
-def _coaches(config: Config, embodiment: Embodiment) -> tuple[Any, dict[bool, Any]]:
-    """Return the reference dataset, and its coaches for a scene at rest (False) and in motion (True)."""
+def _coaches(config: Config, embodiment: Embodiment) -> tuple[Any, dict[bool, Any], dict[bool, str]]:
+    """Return the reference dataset, its coaches for a scene at rest (False) and in motion (True), and why one lacks."""
     if config.coach is None:
-        return None, {}
+        return None, {}, {}
     from rich.console import Console
 
     from simtoreal.data_collection.compatibility import MOVING, STATIC
@@ -229,6 +237,7 @@ def _coaches(config: Config, embodiment: Embodiment) -> tuple[Any, dict[bool, An
     # On the robot there is no scene truth to compare.
     keys = ("proprio",) if config.backend == "ros" and config.encoder is None else ()
     coaches: dict[bool, Any] = {}
+    missing: dict[bool, str] = {}
     problem: DatasetError | None = None
     with Console().status("training the coach, or reading it"):
         for move, mode in ((False, STATIC), (True, MOVING)):
@@ -236,9 +245,10 @@ def _coaches(config: Config, embodiment: Embodiment) -> tuple[Any, dict[bool, An
                 coaches[move] = CompatibilityCoach.open(config.coach, encoder=config.encoder, keys=keys, mode=mode)
             except DatasetError as error:  # the base data need not have both
                 problem = error
+                missing[move] = f"takes with the scene {'in motion' if move else 'at rest'} are not judged: {error}"
     if not coaches and problem is not None:
         raise problem
-    return reference, coaches
+    return reference, coaches, missing
 
 
 def _open_backend(
