@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from simtoreal.data_collection.compatibility import Scores, collection_mode
 from simtoreal.data_collection.dataset import EPISODES, META, Dataset, read_meta
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors
 from simtoreal.data_collection.filters import FOLDER as FILTERS
-from simtoreal.data_collection.filters import Filter, read_filter, write_filter
+from simtoreal.data_collection.filters import Filter, FilteredEpisode, action_digest, read_filter, write_filter
 from simtoreal.data_collection.writer import DatasetWriter
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import DatasetError
@@ -122,19 +125,24 @@ def _carry_masks(members: Sequence[Member], names: Sequence[str]) -> dict[str, l
 
 
 def _carry_filters(members: Sequence[Member], names: Sequence[str], output: Path) -> list[str]:
-    """Write the filters that all sources have in the same form; say which ones could not be carried over."""
+    """Write the filters that all sources have in the same form or are the base data of; say which are left out."""
     sources = _sources(members)
     known = sorted({path.stem for source in sources for path in (source.path / FILTERS).glob("*.json")})
     notes = []
     for name in known:
         having = [source for source in sources if (source.path / FILTERS / f"{name}.json").is_file()]
-        if len(having) < len(sources):
-            notes.append(f"filter '{name}' is left out: {len(sources) - len(having)} of the datasets do not have it")
-            continue
         stored = {id(source): read_filter(source.path, name) for source in having}
         first = next(iter(stored.values()))
         if any((one.settings, one.thresholds) != (first.settings, first.thresholds) for one in stored.values()):
             notes.append(f"filter '{name}' is left out: the datasets' filters of this name were made differently")
+            continue
+        lacking = {id(source): _kept_whole(first, source) for source in sources if id(source) not in stored}
+        stored |= {source: verdicts for source, verdicts in lacking.items() if verdicts is not None}
+        if missing := len(sources) - len(stored):
+            notes.append(
+                f"filter '{name}' is left out: {missing} of the datasets do not have it and are not the base data that "
+                f"it was made with. Run 'simtoreal data filter {output}'."
+            )
             continue
         pairs = [
             (new, stored[id(member.dataset)], member)
@@ -149,6 +157,35 @@ def _carry_filters(members: Sequence[Member], names: Sequence[str], output: Path
             carried = _select(first, [(new, one, member.episode.name) for new, one, member in pairs])
             write_filter(output, carried)
     return notes
+
+
+def _kept_whole(like: Filter, base: Dataset) -> Filter | None:
+    """Return what ``like`` says of the dataset it was made against, or None if ``base`` is not that.
+
+    Base data are recognised by their actions, wherever they lie. They are kept without being judged, so there are no
+    scores (NaN). Failures are no base data and get no verdict.
+    """
+    digests = like.settings.get("base_episodes")
+    successes = [episode for episode in base.episodes if episode.success]
+    if not isinstance(digests, list) or not successes:
+        return None
+    for episode in successes:
+        if action_digest(base.read(episode, ["actions"])["actions"]) not in digests:
+            return None
+    episodes = {
+        episode.name: FilteredEpisode(
+            steps=episode.steps, seed=episode.seed, operator=episode.operator, mode=collection_mode(episode.extra),
+            base=True, compatibility=1.0, bad_steps=0, kept_steps=episode.steps, accepted=True,
+        )
+        for episode in successes
+    }  # fmt: skip
+    unknown = {name: np.full(verdict.steps, np.nan, np.float32) for name, verdict in episodes.items()}
+    return dataclasses.replace(
+        like,
+        episodes=episodes,
+        keep={name: np.ones(verdict.steps, dtype=bool) for name, verdict in episodes.items()},
+        scores={name: Scores(rows, rows) for name, rows in unknown.items()},
+    )
 
 
 def _select(like: Filter, chosen: Sequence[tuple[str, Filter, str]]) -> Filter:

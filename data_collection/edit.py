@@ -121,7 +121,8 @@ def _set_aside(file: Path, dataset: Path) -> Path:
 def merge(sources: Sequence[str | Path], output: str | Path) -> Derivation:
     """Make a dataset of the episodes of several, in their order, by hard links where the file system allows.
 
-    Masks that somebody set, and filters that were made in the same way in all sources, are merged as well.
+    Masks that somebody set are merged as well, and so are filters that were made in the same way in all sources. A
+    source that is the base data of a filter need not have it.
 
     Raises:
         ConfigError: nothing to merge.

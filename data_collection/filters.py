@@ -6,8 +6,8 @@
       filters/compatible.json   how it was made, thresholds, scores and verdict of every episode, table per operator
       filters/compatible.npz    per episode ``<name>`` (T,) bool keep, ``<name>/lik`` and ``<name>/nov`` (T,) float32
 
-The accepted episodes, successes only, are the mask of the same name (``simtoreal train --mask compatible``); the steps are
-what ``simtoreal train --filter compatible`` learns from.
+The accepted episodes, successes only, are the mask of the same name (``simtoreal train --mask compatible``); the steps
+are what ``simtoreal train --filter compatible`` learns from.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class FilteredEpisode:
         seed, operator: of the episode.
         mode: ``static`` or ``move``; decides the thresholds.
         base: the episode is base data itself and was kept without being judged.
-        compatibility: mean over its steps, in [0, 1].
+        compatibility: mean over its steps, in [0, 1]; 1 for base data that were merged in later (their scores are NaN).
         bad_steps, kept_steps: counts.
         accepted: a success, of which at most the tolerated number of steps is bad.
     """
@@ -68,7 +68,7 @@ class Filter:
 
     Attributes:
         name: of the filter and of its mask.
-        settings: how it was made (method, base, scorer, keys, seed), JSON-compatible.
+        settings: how it was made (method, base and the digests of its episodes, scorer, keys, seed), JSON-compatible.
         thresholds: collection mode -> thresholds as plain values.
         episodes: episode name -> verdict.
         keep: episode name -> ``(T,)`` bool.
@@ -100,6 +100,11 @@ class Filter:
             row["compatibility"] /= max(row["steps"], 1)
             row["bad_share"] = row["bad_steps"] / max(row["steps"], 1)
         return [rows[key] for key in sorted(rows, key=lambda key: (not key[1], key[0]))]
+
+
+def action_digest(actions: np.ndarray) -> str:
+    """Digest of recorded actions, which identifies an episode wherever it is linked."""
+    return hashlib.sha256(np.ascontiguousarray(actions, dtype=np.float32).tobytes()).hexdigest()[:32]
 
 
 def check_name(name: str) -> str:

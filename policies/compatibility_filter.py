@@ -9,8 +9,8 @@ import numpy as np
 
 from simtoreal.data_collection.compatibility import Scores, Thresholds, collection_mode, keep_samples
 from simtoreal.data_collection.dataset import Dataset
-from simtoreal.data_collection.filters import Filter, FilteredEpisode, check_name
-from simtoreal.policies.compatibility_scorer import Scorer, action_digest
+from simtoreal.data_collection.filters import Filter, FilteredEpisode, action_digest, check_name
+from simtoreal.policies.compatibility_scorer import Scorer
 
 
 def override(
@@ -96,7 +96,7 @@ def filter_dataset(
         )
     settings: dict[str, Any] = {
         "method": method, "against": scorer.base, "scorer": dataclasses.asdict(scorer.config),
-        "features": scorer.features.describe(), "seed": seed,
+        "features": scorer.features.describe(), "seed": seed, "base_episodes": sorted(base),
         "given": {"lambda": likelihood, "eta": novelty, "tolerance": tolerance},
     }  # fmt: skip
     modes = {episode.mode: limits[key] for key, episode in episodes.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,6 +12,7 @@ import torch
 from simtoreal.data_collection.compatibility import Scores, Thresholds, calibrate, collection_mode
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.episode import EpisodeInfo
+from simtoreal.data_collection.filters import action_digest
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import DatasetError
 from simtoreal.policies.compatibility_config import ScorerConfig
@@ -124,11 +124,6 @@ def scale_actions(actions: np.ndarray, statistics: Statistics | None) -> np.ndar
         centre, half = (statistics.high + statistics.low) / 2, (statistics.high - statistics.low) / 2
         actions = (actions - centre) / half
     return np.clip(actions, -1.0, 1.0).astype(np.float32)
-
-
-def action_digest(actions: np.ndarray) -> str:
-    """Digest of recorded actions, which identifies an episode wherever it is linked."""
-    return hashlib.sha256(np.ascontiguousarray(actions, dtype=np.float32).tobytes()).hexdigest()[:32]
 
 
 def base_episodes(dataset: Dataset) -> list[EpisodeInfo]:

@@ -12,6 +12,7 @@ import toy_reaching
 from plane_demonstrations import demonstration, plane_dataset
 
 from simtoreal import cli
+from simtoreal.data_collection.check import check
 from simtoreal.data_collection.compatibility import detection_auc
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.edit import merge
@@ -337,3 +338,32 @@ def test_filter_command_and_training_on_its_result(tmp_path, base, mixed, capsys
         cli.run(["data", "filter", str(both), *flags, "--output-name", "train"])
     with pytest.raises(ConfigError, match="members"):
         cli.run(["data", "filter", str(both), *flags, "--members", "1"])
+
+
+def test_new_data_filtered_first_and_merged_with_their_base_afterwards(tmp_path, base, mixed, capsys):
+    """The order of commands in docs/collection.md."""
+    new, joined, other, run = (tmp_path / name for name in ("new", "all", "other", "run"))
+    merge([mixed.path], new)
+    cli.run(
+        ["data", "filter", str(new), "--against", str(base.path), "--hidden", "48", "--epochs", "1",
+         "--minimum-steps", "250", "--device", "cpu"]
+    )  # fmt: skip
+    cli.run(["data", "merge", str(base.path), str(new), "--output", str(joined)])
+    cli.run(
+        ["train", "--data", str(joined), "--filter", "compatible", "--output", str(run), "--policy", "bc", "--steps",
+         "4", "--bc.image-keys", "--bc.hidden", "16", "--bc.layers", "1", "--trainer.batch-size", "8", "--device",
+         "cpu"]
+    )  # fmt: skip
+    assert "left out" not in capsys.readouterr().out
+    assert check(joined).problems == ()
+    before, after = read_filter(new, "compatible"), read_filter(joined, "compatible")
+    assert [verdict.base for verdict in after.episodes.values()] == [True] * 12 + [False] * 8
+    assert all(after.keep[f"{number:06d}"].all() for number in range(12))
+    for number, name in enumerate(before.episodes):
+        assert (after.keep[f"{12 + number:06d}"] == before.keep[name]).all()
+    assert not all(keep.all() for keep in after.keep.values())
+    # Data that only look like the base are not taken for it.
+    plane_dataset(other, ["up_right"] * 3, seed=7)
+    merged = merge([other, new], tmp_path / "wrong")
+    assert "do not have it and are not the base data" in merged.notes[0]
+    assert "compatible" not in merged.dataset.masks
