@@ -12,6 +12,7 @@ import aiohttp
 import numpy as np
 import pytest
 
+from simtoreal.data_collection import teleop_server
 from simtoreal.data_collection.teleop_page import MAX_MESSAGE_BYTES, PageDevice
 from simtoreal.data_collection.teleop_server import MOST_MESSAGES_PER_S, TeleopServer
 from simtoreal.data_collection.teleop_session import Board
@@ -104,6 +105,89 @@ def test_a_second_controller_is_refused_until_the_first_has_gone():
 
     with served() as server:
         asyncio.run(both(server.url))
+
+
+async def connected(client: aiohttp.ClientSession, url: str, **more: Any) -> Any:
+    """A connection that controls; waits for another one to be given up."""
+    while True:
+        socket = await client.ws_connect(url + "ws", headers={"Origin": url.rsplit("/", 2)[0]}, **more)
+        if json.loads((await socket.receive(10)).data)["type"] == "status":
+            return socket
+        await socket.close()
+        await asyncio.sleep(0.05)
+
+
+@pytest.mark.parametrize("kind", ["mute", "pongs", "deaf"])
+def test_half_a_connection_does_not_lock_the_operator_out(kind: str, monkeypatch: pytest.MonkeyPatch):
+    """Mute: reads and says nothing. Pongs: its browser answers for it. Deaf: does not even read."""
+    monkeypatch.setattr(teleop_server, "SILENT_S", 0.4)
+    monkeypatch.setattr(teleop_server, "CLOSE_TIMEOUT_S", 0.2)
+
+    async def take_over(server: TeleopServer, board: Board) -> None:
+        async with aiohttp.ClientSession() as client:
+            first = await connected(client, server.url, heartbeat=0.05 if kind == "pongs" else None)
+            if kind == "deaf":
+                first._conn.transport.pause_reading()
+                for _ in range(20):  # more than the buffers of the operating system take
+                    board.post(instruction="x" * 1_000_000)
+                    await asyncio.sleep(0.01)
+            reading = asyncio.create_task(first.receive()) if kind == "deaf" else asyncio.create_task(listen(first))
+            second = await asyncio.wait_for(connected(client, server.url), 20)
+            await second.send_json({"type": "ping", "n": 1, "at": 1})
+            assert server.controlled
+            reading.cancel()
+            await second.close()
+
+    async def listen(socket: Any) -> None:
+        async for _ in socket:
+            pass
+
+    board = Board()
+    with contextlib.closing(TeleopServer(board, PageDevice(), Path("nowhere"))) as server:
+        asyncio.run(take_over(server, board))
+
+
+def test_a_page_that_speaks_stays_connected(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(teleop_server, "SILENT_S", 0.8)
+
+    async def speak(server: TeleopServer) -> None:
+        async with aiohttp.ClientSession() as client:
+            socket = await connected(client, server.url)
+            for n in range(60):
+                await socket.send_json({"type": "ping", "n": n, "at": 1})
+                await asyncio.sleep(0.03)
+            assert not socket.closed
+            await socket.close()
+
+    with served() as server:
+        asyncio.run(speak(server))
+
+
+def test_numbers_that_json_does_not_know_are_sent_as_null():
+    async def first_status(url: str) -> dict[str, Any]:
+        headers = {"Origin": url.rsplit("/", 2)[0]}
+        async with aiohttp.ClientSession() as client, client.ws_connect(url + "ws", headers=headers) as socket:
+            return json.loads((await socket.receive(10)).data)
+
+    board = Board()
+    board.post(gauge=float("nan"), counters={"skew": float("inf"), "late": 3.0})
+    with contextlib.closing(TeleopServer(board, PageDevice(), Path("nowhere"))) as server:
+        told = asyncio.run(first_status(server.url))
+    assert (told["gauge"], told["counters"]["skew"], told["counters"]["late"]) == (None, None, 3.0)
+
+
+def test_a_sender_that_fails_ends_the_connection():
+    async def closed(url: str, board: Board) -> int | None:
+        async with aiohttp.ClientSession() as client:
+            socket = await connected(client, url)
+            board.post(note=object())  # type: ignore[arg-type]
+            while not socket.closed:  # at most the silence of 2 s ends it otherwise, with another code
+                await socket.receive(10)
+            return socket.close_code
+
+    board = Board()
+    with contextlib.closing(TeleopServer(board, PageDevice(), Path("nowhere"))) as server:
+        assert asyncio.run(closed(server.url, board)) == 1011
 
 
 def test_a_page_that_lags_gets_the_newest_picture_only():
