@@ -55,7 +55,8 @@ class Thresholds:
     Attributes:
         likelihood: lambda; a larger squared error is unlikely.
         novelty: eta; a smaller disagreement is familiar.
-        tolerance: bad steps of a demonstration that is still accepted.
+        tolerance: bad steps of a demonstration that is still accepted, however short it is.
+        tolerance_share: bad steps per step of a demonstration that is still accepted, so that it may be slow.
         flagged: share of held-out base samples that these thresholds call bad.
         episodes: held-out base episodes they were calibrated on; 0 if they were given.
     """
@@ -65,17 +66,37 @@ class Thresholds:
     tolerance: int = 0
     flagged: float = 0.0
     episodes: int = 0
+    tolerance_share: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (self.likelihood > 0 and self.novelty >= 0 and self.tolerance >= 0):
+        if not (self.likelihood > 0 and self.novelty >= 0 and self.tolerance >= 0 and 0 <= self.tolerance_share <= 1):
             raise ConfigError(
-                f"lambda is {self.likelihood}, eta {self.novelty}, tolerance {self.tolerance}; expected lambda > 0, "
-                "eta >= 0 and tolerance >= 0"
+                f"lambda is {self.likelihood}, eta {self.novelty}, tolerance {self.tolerance} or "
+                f"{self.tolerance_share} of the steps; expected lambda > 0, eta >= 0, tolerance >= 0, share in [0, 1]"
             )
 
     def bad(self, scores: Scores) -> np.ndarray:
         """``(T,)`` bool: unlikely and familiar (the decision box of the paper)."""
         return (scores.likelihood > self.likelihood) & (scores.novelty < self.novelty)
+
+    def tolerated(self, steps: int) -> int:
+        """Bad steps that a demonstration of ``steps`` steps may have.
+
+        The share counts for those that are longer than the base episodes: whoever does the same more slowly is as
+        often at odds with the base per step, hence more often per episode.
+        """
+        return max(self.tolerance, int(self.tolerance_share * steps))
+
+    @property
+    def warning(self) -> str:
+        """Why calibrated thresholds should not be relied on; empty if there is no reason."""
+        if self.flagged <= MOST_FLAGGED:
+            return ""
+        return (
+            f"{100 * self.flagged:.1f} % of the base demonstrator's own held-out steps are called bad, more than "
+            f"{100 * MOST_FLAGGED:.0f} %: the {self.episodes} base episodes differ too much to tell what conflicts "
+            "with them. Add base episodes of one operator, or give lambda and eta"
+        )
 
     def compatibility(self, scores: Scores) -> np.ndarray:
         """``(T,)`` in [0, 1]: ``1 - min(likelihood / lambda, 1)`` where the state is familiar, 1 elsewhere."""
@@ -94,7 +115,10 @@ def calibrate(episodes: Sequence[Scores], *, most_flagged: float = MOST_FLAGGED)
     eta is the 90th percentile of the novelty, lambda the 95th of the likelihood: what the base demonstrator disagrees
     with himself. Percentiles of few samples are optimistic, so every episode is also judged by thresholds from the
     other episodes, and lambda is raised until at most ``most_flagged`` of all samples are flagged that way. The
-    tolerance is the 95th percentile of the bad steps per base episode, rounded up.
+    tolerance is the 95th percentile of the bad steps per base episode, rounded up, or of their share if that is more.
+
+    With few and diverse base episodes even the largest likelihood may leave more than ``most_flagged`` flagged;
+    ``flagged`` says so, and :attr:`Thresholds.warning`.
 
     Args:
         episodes: scores of held-out base episodes of one collection mode, at least two.
@@ -129,6 +153,7 @@ def calibrate(episodes: Sequence[Scores], *, most_flagged: float = MOST_FLAGGED)
         tolerance=int(np.ceil(np.percentile(counts, 95))),
         flagged=sum(counts) / len(everything),
         episodes=len(episodes),
+        tolerance_share=float(np.percentile([n / len(own) for n, own in zip(counts, episodes, strict=True)], 95)),
     )
 
 

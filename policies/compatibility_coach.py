@@ -89,7 +89,8 @@ class CompatibilityCoach:
         scores: Scores = self.scorer.score_states(states, arrays["actions"])
         bad = self.thresholds.bad(scores)
         compatibility = self.thresholds.compatibility(scores)
-        accepted = int(bad.sum()) <= self.thresholds.tolerance
+        tolerated = self.thresholds.tolerated(len(bad))
+        accepted = int(bad.sum()) <= tolerated
         snippets = []
         if not accepted:
             # Only what counts against the demonstration is shown, worst likelihood first.
@@ -110,6 +111,6 @@ class CompatibilityCoach:
             accepted=accepted,
             compatibility=float(compatibility.mean()),
             bad_steps=int(bad.sum()),
-            tolerance=self.thresholds.tolerance,
+            tolerance=tolerated,
             snippets=tuple(snippets),
         )

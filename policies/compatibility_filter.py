@@ -23,10 +23,12 @@ def override(
     """
     given = {"likelihood": likelihood, "novelty": novelty, "tolerance": tolerance}
     given = {key: value for key, value in given.items() if value is not None}
+    # Who names a number means it, for long demonstrations as well.
+    share = {} if tolerance is None else {"tolerance_share": 0.0}
     if thresholds is not None:
         # The flagged share belongs to the calibrated values only.
         changed = {"flagged": 0.0, "episodes": 0} if given.keys() - {"tolerance"} else {}
-        return dataclasses.replace(thresholds, **given, **changed)  # type: ignore[arg-type]
+        return dataclasses.replace(thresholds, **given, **share, **changed)  # type: ignore[arg-type]
     if likelihood is None or novelty is None:
         return None
     return Thresholds(**given)  # type: ignore[arg-type]
@@ -46,7 +48,7 @@ def filter_dataset(
     """Score every episode and decide which of its steps to learn from.
 
     Episodes that are base data themselves (merged into the dataset, say) are kept whole. A success is accepted
-    when at most ``tolerance`` of its steps are bad, whatever the method; a failure never is.
+    when no more of its steps are bad than :meth:`Thresholds.tolerated`, whatever the method; a failure never is.
 
     Args:
         dataset: to be filtered; only read.
@@ -92,7 +94,7 @@ def filter_dataset(
             compatibility=float(limits[key].compatibility(scores[key]).mean()),
             bad_steps=bad,
             kept_steps=int(keep[key].sum()),
-            accepted=own[key] or (episode.success and bad <= limits[key].tolerance),
+            accepted=own[key] or (episode.success and bad <= limits[key].tolerated(episode.steps)),
         )
     settings: dict[str, Any] = {
         "method": method, "against": scorer.base, "scorer": dataclasses.asdict(scorer.config),

@@ -29,7 +29,7 @@ from simtoreal.policies.compatibility_networks import ENSEMBLES
 from simtoreal.policies.compatibility_scorer import Reference, Scorer, base_episodes, fit_scorer
 from simtoreal.policies.normalization import Statistics
 
-FORMAT, FORMAT_VERSION = "simtoreal-compatibility-scorer", 1
+FORMAT, FORMAT_VERSION = "simtoreal-compatibility-scorer", 2
 DESCRIPTION, TENSORS = "scorer.json", "scorer.safetensors"
 CACHE = "scorers"
 

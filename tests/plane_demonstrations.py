@@ -16,19 +16,19 @@ EMBODIMENT = panda_embodiment(cameras=())
 
 
 def demonstration(
-    goal: np.ndarray, style: str, rng: np.random.Generator, start: tuple[float, float] = (0, 0)
+    goal: np.ndarray, style: str, rng: np.random.Generator, start: tuple[float, float] = (0, 0), step: float = 0.1
 ) -> Arrays:
-    """Steps of 0.1 towards ``goal`` (2,), both axes at most 1 apart; ``object_state`` holds the goal."""
+    """Steps of ``step`` towards ``goal`` (2,), both axes at most 1 apart; ``object_state`` holds the goal."""
     place, proprio, actions = np.array(start, float), [], []
     order = {"up_right": (1, 0), "right_up": (0, 1)}[style]
-    while (left := np.abs(goal - place) > 0.051).any() and len(actions) < 60:
+    while (left := np.abs(goal - place) > 0.051).any() and len(actions) * step < 6:
         axis = next(axis for axis in order if left[axis])
         action = np.zeros(7, np.float32)
         action[axis] = np.sign(goal[axis] - place[axis])
         action[:2] += rng.normal(0, 0.03, 2)
         proprio.append([*place, *np.zeros(18)])
         actions.append(np.clip(action, -1, 1))
-        place = place + 0.1 * actions[-1][:2]
+        place = place + step * actions[-1][:2]
     steps = len(actions)
     state = np.zeros((steps, 7), np.float32)
     state[:, :2] = goal
@@ -46,6 +46,7 @@ def plane_dataset(
     seed: int = 0,
     start: tuple[float, float] = (0, 0),
     extra: dict[str, Any] | None = None,
+    step: float = 0.1,
 ) -> Dataset:
     """One episode per entry of ``styles``, with goals up and right of the start."""
     with DatasetWriter(path, EMBODIMENT, {"plane": {"name": "plane"}}) as writer:
@@ -56,5 +57,5 @@ def plane_dataset(
                 task="plane", seed=1000 * seed + number, success=True, operator=style, source="expert",
                 embodiment=embodiment_digest(EMBODIMENT), extra=extra or {},
             )  # fmt: skip
-            writer.add(demonstration(goal, style, rng, start), info)
+            writer.add(demonstration(goal, style, rng, start, step), info)
     return Dataset.open(path)

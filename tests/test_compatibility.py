@@ -51,7 +51,9 @@ def test_unlikely_in_a_familiar_state_is_bad_and_nothing_else():
     np.testing.assert_allclose(LIMITS.compatibility(found), [0.75, 0.0, 1.0, 1.0, 0.0])
 
 
-@pytest.mark.parametrize("values", [{"likelihood": 0.0}, {"novelty": -1.0}, {"tolerance": -1}])
+@pytest.mark.parametrize(
+    "values", [{"likelihood": 0.0}, {"novelty": -1.0}, {"tolerance": -1}, {"tolerance_share": 1.5}]
+)
 def test_thresholds_refuse_impossible_values(values):
     with pytest.raises(ConfigError, match="expected"):
         Thresholds(**{"likelihood": 1.0, "novelty": 1.0, **values})
@@ -78,6 +80,27 @@ def test_calibration_flags_at_most_one_in_twenty_fresh_base_samples(tail):
         found.append(limits.bad(conflict).mean())
     assert np.mean(shares) <= 0.05
     assert np.mean(found) > 0.85
+
+
+def test_tolerance_grows_with_the_length_of_a_demonstration():
+    usual, novelty = np.linspace(0.1, 0.2, 20), np.linspace(0.10, 0.11, 20)
+    base = [scores(usual.copy(), novelty) for _ in range(30)]
+    for episode in base[:3]:
+        episode.likelihood[:2] = 9.0  # Two bad steps of 20.
+    limits = calibrate(base)
+    assert (limits.tolerance, limits.tolerance_share) == (2, pytest.approx(0.1))
+    assert [limits.tolerated(steps) for steps in (1, 10, 20, 55, 300)] == [2, 2, 2, 5, 30]
+
+
+def test_calibration_says_when_the_base_contradicts_itself():
+    """One episode of two is further off than the other in half of its steps: no threshold from the other helps."""
+    agreeing = calibrate([scores(np.linspace(0.1, 0.2, 20), np.full(20, 0.1)) for _ in range(4)])
+    assert agreeing.warning == ""
+    values = [np.full(20, 0.1) for _ in range(2)]
+    values[1][:10] = 5.0
+    limits = calibrate([scores(value, np.linspace(0.1, 0.11, 20)) for value in values])
+    assert limits.flagged > 0.05
+    assert "% of the base demonstrator's own held-out steps are called bad" in limits.warning
 
 
 def test_calibration_needs_two_episodes_of_finite_scores():

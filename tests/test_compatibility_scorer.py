@@ -113,6 +113,25 @@ def test_conflicting_steps_are_found_and_compatible_ones_are_not(scorer, mixed):
     assert limits.flagged <= 0.05
 
 
+def test_a_slow_operator_is_judged_by_the_share_of_bad_steps(tmp_path, scorer):
+    """The same actions in the same places with a tenth of the motion: ten times the steps, and ten times the noise."""
+    slow = plane_dataset(tmp_path / "slow", ["up_right"] * 4 + ["right_up"] * 4, seed=3, step=0.01)
+    result = filter_dataset(slow, scorer, name="compatible")
+    limits = scorer.thresholds["static"]
+    foreign, own = result.operators()
+    assert (own["accepted"], foreign["accepted"]) == (4, 0)
+    verdicts = [episode for episode in result.episodes.values() if episode.operator == "up_right"]
+    assert all(verdict.bad_steps > limits.tolerance for verdict in verdicts)
+    coach = CompatibilityCoach(scorer)
+    for episode in slow.episodes:
+        review = coach.review(slow.read(episode))
+        assert review.accepted == result.episodes[episode.name].accepted
+        assert review.tolerance == limits.tolerated(episode.steps) > limits.tolerance
+    # A number given by hand is a number of steps.
+    given = filter_dataset(slow, scorer, name="compatible", tolerance=limits.tolerance)
+    assert not any(episode.accepted for episode in given.episodes.values())
+
+
 def test_what_is_new_is_compatible(tmp_path, scorer):
     far = plane_dataset(tmp_path / "far", ["right_up"] * 3, seed=2, start=(4.0, -4.0))
     result = filter_dataset(far, scorer, name="compatible")

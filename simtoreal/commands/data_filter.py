@@ -67,6 +67,7 @@ def main(config: Config) -> None:
     import torch
     from rich.console import Console
 
+    from simtoreal.data_collection.compatibility import Thresholds
     from simtoreal.data_collection.dataset import Dataset
     from simtoreal.data_collection.filters import check_name, write_filter
     from simtoreal.data_collection.view import write_view
@@ -86,7 +87,9 @@ def main(config: Config) -> None:
         dataset, scorer, name=config.output_name, method=config.method, likelihood=config.lambda_,
         novelty=config.eta, tolerance=config.tolerance, seed=config.seed,
     )  # fmt: skip
-    report = {"entropy": _entropies(dataset, result), "provenance": provenance([config.seed])}
+    warnings = {mode: Thresholds(**limits).warning for mode, limits in result.thresholds.items()}
+    warnings = {mode: text for mode, text in warnings.items() if text}
+    report = {"warnings": warnings, "entropy": _entropies(dataset, result), "provenance": provenance([config.seed])}
     result = dataclasses.replace(result, report=report)
     path = write_filter(config.dataset, result)
     write_view(Dataset.open(config.dataset))  # robomimic sees the mask as well.
@@ -143,7 +146,12 @@ def _show(console: Any, config: Config, result: Filter) -> None:
             flagged = f"{100 * limits['flagged']:.1f} % of its held-out steps are flagged"
             source = f"calibrated on {limits['episodes']} base episodes; {flagged}"
         values = f"lambda {limits['likelihood']:.3g}, eta {limits['novelty']:.3g}"
-        console.print(f"{mode}: {values}, at most {limits['tolerance']} bad steps ({source})", soft_wrap=True)
+        most = f"at most {limits['tolerance']} bad steps"
+        if limits["tolerance_share"]:
+            most += f" or {100 * limits['tolerance_share']:.1f} %, whichever is more"
+        console.print(f"{mode}: {values}, {most} ({source})", soft_wrap=True)
+    for mode, text in result.report["warnings"].items():
+        console.print(f"[yellow]{mode}: {text}[/yellow]", soft_wrap=True)
     if entropy := result.report["entropy"]:
         after = f"{entropy['after']['entropy']:.2f}" if entropy["after"] else "none accepted"
         console.print(f"behaviour entropy: {entropy['before']['entropy']:.2f} -> {after} (accepted episodes)")
