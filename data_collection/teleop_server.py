@@ -72,6 +72,8 @@ class TeleopServer:
         self._token = secrets.token_urlsafe(18)
         self.controlled = False
         """Whether a page is connected."""
+        self.connections = 0
+        """Pages that were let in so far."""
         self._ready = threading.Event()
         self._problem: OSError | None = None
         self._port = port
@@ -168,6 +170,7 @@ class TeleopServer:
             await socket.close(code=REFUSED, message=b"another page controls the robot")
             return socket
         self.controlled = True
+        self.connections += 1
         self._page.connect()
         connection = _Connection(self, socket, request.transport)
         try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,8 @@ from simtoreal.commands.teleop import Collection, Config, open_collection
 from simtoreal.data_collection.expert import OperatorStyle, ScriptedExpert
 
 PATIENCE_S = 30.0
+# Of Chromium: to start on a busy machine, to do one thing, and to close everything.
+LAUNCH_MS, ACTION_MS, CLOSE_S = 90_000, 15_000, 20.0
 ARGUMENTS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
     "--disable-background-networking", "--disable-component-update",
@@ -47,15 +51,56 @@ def wait_for(condition: Callable[[], Any], what: str, seconds: float = PATIENCE_
     return found
 
 
+def descendants(pid: int) -> list[int]:
+    """``pid``, its children, theirs, and so on."""
+    parents: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                parents.setdefault(parent, []).append(int(entry.name))
+    found = [pid]
+    for known in found:
+        found += parents.get(known, [])
+    return found
+
+
 @contextlib.contextmanager
 def browser_context(profile: Path, **options: Any) -> Iterator[Any]:
-    with sync_playwright() as playwright:
-        context = playwright.chromium.launch_persistent_context(
-            str(profile), executable_path=chromium(), args=ARGUMENTS, **options
-        )
-        yield context
-        with contextlib.suppress(Exception):
-            context.close()
+    """Chromium and Playwright's driver, which are both gone afterwards, even if one of them hangs.
+
+    For a module, not for a session: while Playwright's synchronous interface is open this thread cannot run another
+    event loop, and other tests do.
+    """
+    before = set(descendants(os.getpid()))
+    started: list[int] = []
+    hung = threading.Event()
+
+    def end_what_was_started() -> None:
+        hung.set()
+        for pid in [pid for root in started for pid in descendants(root)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    watchdog = threading.Timer(CLOSE_S, end_what_was_started)
+    watchdog.daemon = True
+    try:
+        with sync_playwright() as playwright:
+            started += [pid for pid in descendants(os.getpid()) if pid not in before]
+            try:
+                context = playwright.chromium.launch_persistent_context(
+                    str(profile), executable_path=chromium(), args=ARGUMENTS, timeout=LAUNCH_MS, **options
+                )
+                context.set_default_timeout(ACTION_MS)
+                yield context
+            finally:
+                watchdog.start()
+                if "context" in locals():
+                    with contextlib.suppress(Exception):  # a browser that has gone is closed
+                        context.close()
+    finally:
+        watchdog.cancel()
+    assert not hung.is_set(), f"Chromium or its driver did not close within {CLOSE_S:g} s and was killed"
 
 
 @contextlib.contextmanager
@@ -92,10 +137,14 @@ def running(config: Config) -> Iterator[Collection]:
 
 def open_page(context: Any, collection: Collection, *, gamepad: bool = False) -> Page:
     page = context.new_page()
-    if gamepad:
-        page.add_init_script(GAMEPAD)
-    page.goto(collection.server.url)
-    wait_for(lambda: page.evaluate("window.teleop.shown > 0"), "live images")
+    try:
+        if gamepad:
+            page.add_init_script(GAMEPAD)
+        page.goto(collection.server.url)
+        wait_for(lambda: page.evaluate("window.teleop.shown > 0"), "live images")
+    except BaseException:
+        page.close()  # or every page after it would be refused
+        raise
     return page
 
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from simtoreal.commands import teleop
 from simtoreal.data_collection import teleop_take, writer
 from simtoreal.data_collection.coaching import Review
 from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.episode import EpisodeInfo
 from simtoreal.data_collection.takes import read_part
 from simtoreal.data_collection.teleop_device import OperatorInput
 from simtoreal.data_collection.teleop_hub import InputHub
@@ -30,6 +33,7 @@ from simtoreal.data_collection.writer import DatasetWriter
 from simtoreal.envs import load_task, panda_embodiment
 from simtoreal.envs.errors import DatasetError, DiskError, RobotError
 from simtoreal.envs.tabletop import TabletopEnv
+from simtoreal.policies.compatibility_coach import CompatibilityCoach
 
 STEPS = 6
 
@@ -95,7 +99,7 @@ class Session:
 
     def __init__(
         self, folder: Path, state: str, act: Callable[[], Any] = lambda: None, *, events: tuple[str, ...] = (),
-        coach: Any = None, **options: Any,
+        coach: Any = None, unjudged: dict[bool, str] | None = None, **options: Any,
     ) -> None:  # fmt: skip
         written = load_task("reach")
         embodiment = panda_embodiment(16, cameras=("front",))
@@ -108,7 +112,7 @@ class Session:
         self.session = TeleopSession(
             SessionOptions(task="reach", first_seed=3, operator="Ada", **options), self.env,
             InputHub([self.person, page], embodiment), page, self.store, self.board,
-            coaches={False: coach} if coach else None,
+            coaches={False: coach} if coach else None, unjudged=unjudged,
         )  # fmt: skip
 
     def run(self, expected: type[BaseException] | None = None) -> list[Any]:
@@ -282,3 +286,59 @@ def test_a_signal_from_outside_stores_the_take(tmp_path: Path, state: str, numbe
     assert episode.failure == {"recording": "aborted", "review": "unreviewed"}[state]
     assert episode.steps >= STEPS
     assert sorted(path.name for path in (folder / "episodes").iterdir()) == ["000000.hdf5"]
+
+
+# ---- what a review needs and says
+
+
+def test_a_running_take_is_on_disk_and_not_in_memory(tmp_path: Path):
+    embodiment, steps = panda_embodiment(128, cameras=("front",)), 200
+    frame = np.zeros((128, 128, 3), np.uint8)
+    with DatasetWriter(tmp_path / "data", embodiment, {}) as writer:
+        info = EpisodeInfo(task="reach", seed=0, success=False, operator="Ada", source="teleop", embodiment="")
+        take = teleop_take._ReviewedTake(writer.part_path(), writer.add, info)
+        take.append({"obs/front_image": frame, "actions": np.zeros(7, np.float32)})
+        tracemalloc.start()
+        for step in range(1, steps):
+            take.append({"obs/front_image": frame + np.uint8(step), "actions": np.full(7, step, np.float32)})
+        take.finish()
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert held < 5 * frame.nbytes
+        arrays = take.arrays()
+        np.testing.assert_array_equal(arrays["actions"][:, 0], np.arange(steps))
+        np.testing.assert_array_equal(arrays["obs/front_image"][:, 0, 0, 0], np.arange(steps) % 256)
+        take.discard()
+
+
+def test_takes_that_nobody_judges_say_so(tmp_path: Path):
+    notes: set[tuple[str, str]] = set()
+    opened = Session(tmp_path / "data", "review", events=("accept",), unjudged={False: "not judged: no base"})
+    opened.board.watch(lambda: notes.add((opened.board.snapshot.state, opened.board.snapshot.note)))
+    opened.run()
+    assert ("recording", "not judged: no base") in notes
+    assert ("review", "goal not reached; not judged: no base") in notes
+
+
+def test_base_data_of_one_mode_only_leave_the_other_unjudged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    config = teleop.Config(
+        task="push", output=tmp_path / "new", port=0, coach=tmp_path / "data", image_size=16, view_size=0
+    )
+    embodiment = panda_embodiment(16)
+    DatasetWriter(tmp_path / "data", embodiment, {}).close()
+
+    def only_at_rest(base: Path, *, mode: str, **more: Any) -> Unwell:
+        if mode != "static":
+            raise DatasetError("the base has no takes in motion")
+        return Unwell("nowhere")
+
+    monkeypatch.setattr(CompatibilityCoach, "open", only_at_rest)
+    with teleop.open_collection(config) as collection:
+        session = collection.session
+        assert set(session._coaches) == {False}
+        assert session._remark() == ""
+        session._move = True
+        assert "in motion are not judged: the base has no takes in motion" in session._remark("goal reached")
+    assert "in motion are not judged" in caplog.text
