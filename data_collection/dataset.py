@@ -27,7 +27,8 @@ from simtoreal.data_collection.episode import (
     read_episode,
     read_info,
 )
-from simtoreal.data_collection.filters import filter_masks
+from simtoreal.data_collection.filters import FOLDER as FILTERS
+from simtoreal.data_collection.filters import accepted_episodes, filter_masks
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import DatasetError, EmbodimentMismatchError, closest
 
@@ -106,7 +107,7 @@ class Dataset:
         Every filter has a mask of its name with the successes that it accepts.
 
         Raises:
-            DatasetError: a filter or the masks in ``meta.json`` are damaged.
+            DatasetError: the masks in ``meta.json`` are damaged. Damaged filters are left out with a warning.
         """
         own = self.meta.get("masks", {})
         if not isinstance(own, dict) or not all(_is_mask(members) for members in own.values()):
@@ -123,12 +124,14 @@ class Dataset:
         """Episodes of a mask (``train``, ``valid``, ``success``, ``failure`` or one of the dataset's own), or all.
 
         Raises:
-            DatasetError: there is no such mask, or it names no episode.
+            DatasetError: there is no such mask, its filter is damaged, or it names no episode.
         """
         if mask is None:
             return list(self.episodes)
         masks = self.masks
         if mask not in masks:
+            if (self.path / FILTERS / f"{mask}.json").is_file():
+                accepted_episodes(self.path, mask)  # Says what is wrong with it.
             raise DatasetError(f"{self.path}: has no mask '{mask}'. {closest(mask, masks)}")
         chosen = set(masks[mask])
         found = [episode for episode in self.episodes if episode.name in chosen]

@@ -16,6 +16,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -178,16 +179,27 @@ def read_filter(dataset: str | Path, name: str) -> Filter:
     )  # fmt: skip
 
 
+def accepted_episodes(dataset: Path, name: str) -> list[str]:
+    """Return the names of the episodes that a filter accepts.
+
+    Raises:
+        DatasetError: there is no such filter, or its description is damaged.
+    """
+    path = dataset / FOLDER / f"{name}.json"
+    return [name for name, episode in _verdicts(_read_description(path), path).items() if episode.accepted]
+
+
 def filter_masks(dataset: Path) -> dict[str, list[str]]:
     """Filter name -> names of its accepted episodes, for every filter of a dataset folder.
 
-    Raises:
-        DatasetError: a filter is damaged.
+    A damaged filter is left out with a warning: what does not use it works without it.
     """
     masks = {}
     for path in sorted((dataset / FOLDER).glob("*.json")):
-        verdicts = _verdicts(_read_description(path), path)
-        masks[path.stem] = [name for name, episode in verdicts.items() if episode.accepted]
+        try:
+            masks[path.stem] = accepted_episodes(dataset, path.stem)
+        except DatasetError as error:
+            warnings.warn(f"mask '{path.stem}' is left out: {error}", stacklevel=2)
     return masks
 
 

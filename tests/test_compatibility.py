@@ -8,6 +8,7 @@ import json
 import numpy as np
 import pytest
 
+from simtoreal.data_collection.check import check
 from simtoreal.data_collection.coaching import closest_stretch, worst_moments
 from simtoreal.data_collection.compatibility import (
     METHODS,
@@ -381,6 +382,24 @@ def test_damaged_filters_are_named(dataset, damage, message):
     damage(dataset.path / "filters")
     with pytest.raises(DatasetError, match=message):
         read_filter(dataset.path, "compatible")
+
+
+def test_a_damaged_filter_only_matters_to_those_who_use_it(dataset):
+    write_filter(dataset.path, make_filter(dataset))
+    write_filter(dataset.path, make_filter(dataset, "other"))
+    _break_json(dataset.path / "filters")
+    with pytest.warns(UserWarning, match=r"mask 'compatible' is left out: .*compatible\.json: cannot be read as JSON"):
+        masks = Dataset.open(dataset.path).masks
+    assert masks["other"] == ["000000", "000001", "000002"]
+    assert "compatible" not in masks
+    with pytest.warns(UserWarning, match="left out"):
+        assert len(open_training_data(dataset.path, STATE_BC, filter="other").train) == 36 + 9
+    for use in ({"mask": "compatible"}, {"filter": "compatible"}):
+        with pytest.warns(UserWarning, match="left out"), pytest.raises(DatasetError, match="cannot be read as JSON"):
+            open_training_data(dataset.path, STATE_BC, **use)
+    with pytest.warns(UserWarning, match="left out"):
+        problems = [str(problem) for problem in check(dataset.path).problems]
+    assert any("cannot be read as JSON" in problem for problem in problems)
 
 
 @pytest.mark.parametrize("name", ["train", "../x", "", "a b", ".hidden", "static"])
