@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import numpy as np
 import pytest
 
@@ -342,3 +346,47 @@ def test_base_data_of_one_mode_only_leave_the_other_unjudged(
         session._move = True
         assert "in motion are not judged: the base has no takes in motion" in session._remark("goal reached")
     assert "in motion are not judged" in caplog.text
+
+
+async def drive_until_recorded(url: str, steps: int) -> None:
+    """What the page does: press record, hold, drive; returns when so many steps are recorded."""
+    headers = {"Origin": url.rsplit("/", 2)[0]}
+    async with aiohttp.ClientSession() as client, client.ws_connect(url + "ws", headers=headers) as socket:
+        status: dict[str, Any] = {"state": "", "steps": 0}
+        for number in range(3000):
+            held = {"engaged": number % 20 > 1, "motion": [0.2, 0, 0, 0, 0, 0], "drag": None, "gripper": None}
+            message = {"type": "input", **held, "at": None, "sent": time.monotonic_ns() * 1e-6}
+            if status["state"] == "ready":
+                message = {"type": "event", "name": "record"}
+            await socket.send_json({"n": number, **message})
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    received = await socket.receive(0.02)
+                    assert received.type in (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY), received
+                    told = json.loads(received.data) if received.type == aiohttp.WSMsgType.TEXT else {}
+                    status = told if told.get("type") == "status" else status
+            if status["state"] == "recording" and status["steps"] >= steps:
+                return
+        raise AssertionError(f"nothing was recorded: {status}")
+
+
+def test_the_command_stores_a_running_take_on_sigterm(tmp_path: Path):
+    folder = tmp_path / "data"
+    command = [sys.executable, "-m", "simtoreal", "teleop", "--task", "reach", "--output", str(folder), "--port", "0"]
+    options = ["--view-size", "0", "--image-size", "16", "--operator", "Ada"]
+    child = subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True)
+    try:
+        assert child.stdout is not None
+        url = next(line.strip() for line in child.stdout if line.strip().startswith("http"))
+        asyncio.run(drive_until_recorded(url, STEPS))
+        child.send_signal(signal.SIGTERM)
+        said = child.communicate(timeout=60)[0]
+    finally:
+        child.kill()
+        child.wait()
+    assert child.returncode == 0
+    assert "Collected 0 episodes of reach" in said
+    assert "episode 000000 is stored" in said
+    (episode,) = Dataset.open(folder).episodes
+    assert (episode.failure, episode.success, episode.operator) == ("aborted", False, "Ada")
+    assert episode.steps >= STEPS
