@@ -135,7 +135,7 @@ def open_training_data(
 
     Raises:
         ConfigError: the weighting does not suit the data, or the filter keeps no step of the episodes to learn from.
-        DatasetError: missing, damaged, or without a key that the policy reads or the filter.
+        DatasetError: missing, damaged, or without a key that the policy reads, the filter, or how the scene moved.
         EmbodimentMismatchError: the data are of another embodiment.
     """
     dataset = Dataset.open(path, embodiment=embodiment)

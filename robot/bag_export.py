@@ -161,6 +161,7 @@ class _Messages:
                 self._observe(
                     at_ns, proprio[step], {key: rows[step] for key, rows in arrays.items() if key[:4] == "obs/"}
                 )
+                self._tell_truth(at_ns, step, episode, arrays)
             self._send(getattr(self.robot.topics, self.robot.command), at_ns, commands[step])
             self._send(self.robot.topics.gripper_command, at_ns, {"data": float(targets[step, 9])})
         end_ns = begin_ns + episode.steps * period_ns
@@ -198,9 +199,17 @@ class _Messages:
             image = observation.get(f"obs/{camera.name}_image")
             if image is not None:
                 self._send_image(camera, at_ns, image)
-        if "obs/object_state" in observation:
-            text = json.dumps({"object_state": observation["obs/object_state"].tolist()})
-            self._send(robot.topics.twin_truth, at_ns, {"data": text})
+
+    def _tell_truth(self, at_ns: int, step: int, episode: EpisodeInfo, arrays: Arrays) -> None:
+        """Publish what only a simulation knows, as the twin does."""
+        truth: dict[str, Any] = {}
+        if "obs/object_state" in arrays:
+            truth["object_state"] = arrays["obs/object_state"][step].tolist()
+        if "step/scene_motion" in arrays:
+            values = arrays["step/scene_motion"][step].tolist()
+            truth["scene_motion"] = dict(zip(episode.columns["scene_motion"], values, strict=True))
+        if truth:
+            self._send(self.robot.topics.twin_truth, at_ns, {"data": json.dumps(truth)})
 
     def _send_image(self, camera: CameraSpec, at_ns: int, image: np.ndarray) -> None:
         topics = self.robot.cameras[camera.name]

@@ -30,6 +30,7 @@ from simtoreal.robot.camera_ros import decode_message
 from simtoreal.robot.images import fit_image
 from simtoreal.robot.inputs import JointStates
 from simtoreal.robot.kinematics import Kinematics
+from simtoreal.robot.recorded_truth import truth_arrays
 from simtoreal.robot.recording import MARKS_TOPIC, METADATA
 from simtoreal.robot.resampling import Track, normalized_pose
 from simtoreal.robot.topics import RobotConfig
@@ -324,8 +325,7 @@ class _Rebuilder:
             arrays[f"obs/{camera.name}_image"] = self._images(camera.name, ticks[:-1])
         if self.truths.stamps_ns:
             texts = self.truths.newest(ticks[:-1], limits.stop_s)
-            states = [json.loads(text)["object_state"] for text in texts]
-            arrays["obs/object_state"] = np.array(states, dtype=np.float32)
+            arrays |= truth_arrays(texts, episode.described)
         return arrays
 
     def _targets(self, ticks: np.ndarray, home: np.ndarray) -> np.ndarray:

@@ -90,6 +90,24 @@ def test_import_of_an_export_gives_the_same_episodes(dataset: Dataset, tmp_path:
         assert mine.extra["recording"] == "run.mcap"
 
 
+def test_scene_motion_survives(dataset: Dataset, tmp_path: Path) -> None:
+    rng, columns = np.random.default_rng(0), {"scene_motion": ("speed_factor", "cube_vx_m_s")}
+    with DatasetWriter(tmp_path / "moving", dataset.embodiment, dataset.tasks) as writer:
+        for info in dataset.episodes[:2]:
+            arrays = dataset.read(info)
+            arrays["step/scene_motion"] = rng.normal(size=(info.steps, 2))
+            writer.add(arrays, dataclasses.replace(info, columns=columns, extra={"motion": {}}))
+    moving = Dataset.open(tmp_path / "moving")
+    export_recording(moving, tmp_path / "run.mcap", ROBOT)
+    again = back(tmp_path / "run.mcap", tmp_path / "again")
+    assert_same_motion(again, moving)
+    for mine, theirs in zip(again.episodes, moving.episodes, strict=True):
+        assert mine.columns == columns
+        assert "motion" in mine.extra
+        name = "step/scene_motion"
+        np.testing.assert_array_equal(again.read(mine, [name])[name], moving.read(theirs, [name])[name])
+
+
 def compressed(robot: RobotConfig) -> RobotConfig:
     cameras = {
         name: dataclasses.replace(

@@ -121,6 +121,12 @@ def test_windows_follow_the_choice(dataset):
     assert len(weighted.train) == lengths[1] + lengths[7]
 
 
+def test_moving_episodes_that_do_not_say_how_things_moved_are_refused(dataset):
+    with pytest.raises(DatasetError, match=r"000001\.hdf5: .* does not say how it moved .*--no-scene-frame"):
+        open_training_data(dataset.path, STATE_BC)
+    assert len(open_training_data(dataset.path, STATE_BC, mask="static", hold_out=False).train) > 0
+
+
 def test_train_says_what_it_leaves_out(dataset, tmp_path, capsys):
     cli.run(
         ["train", "--data", str(dataset.path), "--mask", "move", "--no-scene-frame", "--output", str(tmp_path / "run"),
