@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from simtoreal.data_collection.compatibility import MOVING, STATIC, collection_mode
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.episode import EpisodeInfo
 from simtoreal.envs.errors import DatasetError
@@ -20,6 +21,8 @@ class EpisodeChoice:
 
 def choose_episodes(dataset: Dataset, mask: str, *, hold_out: bool = True, weighted: bool = False) -> EpisodeChoice:
     """Return the episodes of ``mask`` to learn from and those of ``valid``, which are held out whatever the mask.
+
+    Of ``static`` and ``move`` only the held-out episodes of the same mode validate.
 
     Failures of a mask that follows from other things than success (``static``, ``move``) are left out. They are
     learnt from if the mask asks for them (``all``, ``failure``, or one that somebody wrote into ``meta.json``), or if
@@ -52,4 +55,6 @@ def choose_episodes(dataset: Dataset, mask: str, *, hold_out: bool = True, weigh
             "Collect more, or choose another mask."
         )
     taken = {episode.name for episode in train}
+    if mask in (STATIC, MOVING):
+        valid = [episode for episode in valid if collection_mode(episode.extra) == mask]
     return EpisodeChoice(train, [episode for episode in valid if episode.name not in taken], tuple(notes))
