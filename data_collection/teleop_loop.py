@@ -315,8 +315,8 @@ class TeleopSession(Listener):
         return None if answer is None else float(answer)
 
     def _rescue(self) -> str:
-        success = self._success and self.options.judge == "simulation"
-        rescued = self._store.rescue(finished=self._state == REVIEW, success=success)
+        reached = self._success if self.options.judge == "simulation" else None
+        rescued = self._store.rescue(finished=self._state == REVIEW, goal_reached=reached)
         self.board.episodes = self._store.episodes()
         return rescued
 

@@ -214,7 +214,7 @@ class TakeStore(Listener):
             self.discard()
             return False, "the take has no steps, so there is nothing to keep"
         if score := self._take.verdict.get("compatibility"):
-            self._take.verdict = {"compatibility": {**score, "overridden": overridden}}
+            self._take.verdict = {**self._take.verdict, "compatibility": {**score, "overridden": overridden}}
         ended = EpisodeResult(
             episode=0, seed=self._seed, success=success, steps=steps,
             duration_s=steps * self._embodiment.control_period_s,
@@ -231,12 +231,13 @@ class TakeStore(Listener):
             return False, self.alarm or "nothing of the take could be stored"
         return True, self.alarm or f"episode {self._known[-1]['name']} is stored"
 
-    def rescue(self, *, finished: bool, success: bool) -> str:
+    def rescue(self, *, finished: bool, goal_reached: bool | None) -> str:
         """Store a take that nobody decided about; call it on every way out, it never raises an ``Exception``.
 
         Args:
             finished: it was waiting for the operator's decision.
-            success: whether a finished one reached the goal.
+            goal_reached: what the environment says of a finished one; None where it cannot judge. Stored as
+                ``extra["goal_reached"]``: a success, which policies learn from, is what somebody has accepted.
 
         Returns:
             A sentence about it; empty if there was none.
@@ -245,8 +246,10 @@ class TakeStore(Listener):
             self.discard()
             return ""
         failure = UNREVIEWED if finished else ABORTED
+        if finished and self._take is not None and goal_reached is not None:
+            self._take.verdict = {**self._take.verdict, "goal_reached": goal_reached}
         try:
-            kept, message = self.keep(success=success and finished, failure=failure, overridden=False)
+            kept, message = self.keep(success=False, failure=failure, overridden=False)
         except Exception as error:  # its journal stays
             _log.exception("a take could not be stored")
             kept, message = False, str(error) or type(error).__name__

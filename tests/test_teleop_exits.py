@@ -175,8 +175,10 @@ def test_what_the_operator_discards_is_gone(tmp_path: Path, event: str):
         assert opened.parts() == []
 
 
-@pytest.mark.parametrize(("judge", "success"), [("simulation", True), ("operator", False)])
-def test_an_unreviewed_take_keeps_the_verdict_of_whoever_has_judged_it(tmp_path: Path, judge: str, success: bool):
+@pytest.mark.parametrize(("judge", "reached"), [("simulation", True), ("operator", None)])
+def test_an_unreviewed_take_is_no_success_but_says_what_the_environment_saw(
+    tmp_path: Path, judge: str, reached: bool | None
+):
     opened = Session(tmp_path / "data", "review", events=("stop",), judge=judge)
     step = opened.env.step
 
@@ -186,7 +188,8 @@ def test_an_unreviewed_take_keeps_the_verdict_of_whoever_has_judged_it(tmp_path:
 
     opened.env.step = reaching
     (episode,) = opened.run()
-    assert (episode.success, episode.failure) == (success, "unreviewed")
+    assert (episode.success, episode.failure) == (False, "unreviewed")
+    assert episode.extra.get("goal_reached") == reached
 
 
 @pytest.mark.parametrize("error", [RobotError("the arm is lost"), DatasetError("odd step")])
