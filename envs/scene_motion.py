@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from simtoreal.envs import rotation
+from simtoreal.envs.camera_motion import displace_camera, look_at_point
 from simtoreal.envs.config import load_config
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError, closest
@@ -30,6 +31,8 @@ HELD_S = 0.3
 # Free space that a moving thing keeps to the other objects, and at which it stops before the gripper.
 CLEARANCE_M = 0.02
 MARGIN_M = 0.03
+# Cameras keep this distance from the axis they turn about, and from the table.
+NEAREST_M = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +193,16 @@ class SceneMover:
                 f"task '{task.name}' marks nothing that may move. Add 'moving: {{object: NAME, target: NAME}}' to "
                 f"{task.source or 'its yaml file'}, or collect it without scene motion."
             )
+        for camera in self.cameras:
+            position = np.array(camera.position_m)
+            arm = position - look_at_point(position, rotation.to_matrix(np.array(camera.quaternion_wxyz)))
+            nearest = float(np.hypot(*arm[:2])) + motion.camera_distance_m[0]
+            if motion.places_cameras and (nearest < NEAREST_M or position[2] + motion.camera_height_m[0] < NEAREST_M):
+                raise ConfigError(
+                    f"scene motion: camera_distance_m {motion.camera_distance_m} and camera_height_m "
+                    f"{motion.camera_height_m} bring camera '{camera.name}' within {NEAREST_M} m of the axis or the "
+                    f"table; it is {np.hypot(*arm[:2]):.2f} m from the axis and {position[2]:.2f} m high"
+                )
         self.factors = np.zeros((count, 3))
         self.directions = np.zeros((count, 2, 2))
         self.turn_signs = np.ones(count)
@@ -330,34 +343,6 @@ class SceneMover:
             for axis, letter in enumerate("wxyz"):
                 entries[f"{camera.name}_q{letter}"] = self.camera_quaternions[:, index, axis].copy()
         return entries
-
-
-def displace_camera(position: np.ndarray, matrix: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Displace a camera in cylindrical coordinates about the vertical axis through the point of the table it looks at.
-
-    That point stays in the centre of the image.
-
-    Args:
-        position: ``(3,)`` metres, base frame.
-        matrix: ``(3, 3)`` orientation; the camera looks along its -z, +y is up in the image.
-        offsets: azimuth (degrees), distance (m) and height (m).
-
-    Returns:
-        The new position and orientation.
-    """
-    azimuth, distance, height = offsets
-    forward = -matrix[:, 2]
-    # A camera that does not look down has no such point; it turns about the middle of the table's near edge.
-    centre = position + forward * (-position[2] / forward[2]) if forward[2] < -0.05 else np.array([0.3, 0.0, 0.0])
-    arm = position - centre
-    radius = float(np.hypot(*arm[:2]))
-    turn = np.deg2rad(azimuth)
-    spin = np.array([[np.cos(turn), -np.sin(turn), 0.0], [np.sin(turn), np.cos(turn), 0.0], [0.0, 0.0, 1.0]])
-    scaled = np.array([*(arm[:2] * (radius + distance) / radius), arm[2] + height])
-    # Pitch about the camera's own x axis that brings the centre back to the middle of the image.
-    pitch = np.arctan2(arm[2], radius) - np.arctan2(scaled[2], radius + distance)
-    tilt = rotation.to_matrix(rotation.from_rotation_vector(np.array([pitch, 0.0, 0.0])))
-    return centre + spin @ scaled, spin @ matrix @ tilt
 
 
 def put_planar(fields: Mapping[str, np.ndarray], where: ObjectIndex, moved: PlanarMotion) -> None:

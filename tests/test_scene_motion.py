@@ -17,9 +17,10 @@ from simtoreal.data_collection.expert import ScriptedExpert
 from simtoreal.data_collection.operator_style import OperatorStyle
 from simtoreal.data_collection.windows import WindowSampler
 from simtoreal.envs import load_task, make_vector_env
+from simtoreal.envs.camera_motion import displace_camera
 from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.rollout import Listener, Step, rollout
-from simtoreal.envs.scene_motion import MARGIN_M, SCENE_MOTIONS, SceneMotion, displace_camera, load_motion
+from simtoreal.envs.scene_motion import MARGIN_M, SCENE_MOTIONS, SceneMotion, load_motion
 from simtoreal.policies.config import BCConfig
 from simtoreal.policies.training_data import open_training_data
 from simtoreal.robot.twin_world import TICK_S, TwinWorld
@@ -245,6 +246,8 @@ def test_bad_settings_name_what_is_wrong() -> None:
         SceneMotion(camera_azimuth_deg=(10.0, -10.0))
     with pytest.raises(ConfigError, match=r"camera_azimuth_deg.*finite"):
         SceneMotion(camera_azimuth_deg=(float("nan"), 10.0))
+    with pytest.raises(ConfigError, match="camera 'front' within"):
+        make_vector_env("lift", 1, motion=SceneMotion(camera_distance_m=(-5.0, -4.0)))
     with pytest.raises(ConfigError, match="has no 'speed'"):
         load_motion({"speed": 1.0})
 
