@@ -254,10 +254,13 @@ def test_silent_joint_states_hold_then_stop(arm: ArmNode, gate: SafetyGate) -> N
     gate.begin_episode(1)
     target = home_target()
     drive(gate, 2, target, 0.01)
+    # A machine that stalls for 100 ms silences the arm too.
+    before = gate.status().fault_counts.get("joint_states_stale", 0)
     arm.silent = True
     with pytest.raises(SafetyError, match="joint_states is"):
         drive(gate, 60, target, 0.0)
-    assert gate.status().fault_counts["joint_states_stale"] == 1
+    # Once for the whole silence, not once per tick.
+    assert gate.status().fault_counts["joint_states_stale"] == before + 1
     assert gate.status().at_rest
 
 
