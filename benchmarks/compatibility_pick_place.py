@@ -46,7 +46,8 @@ from simtoreal.policies.config import BCConfig, DiffusionConfig, PolicyConfig, T
 
 BASE, COMPATIBLE, CONFLICTING, NEW = 60, 20, 40, 40
 ROLLOUTS, SEEDS, STEPS = 200, 3, 2000
-FIRST_ROLLOUT = 100_000
+# The scorer was chosen with seeds below 10 and rollouts below 1,000,000.
+FIRST_TRAINING, FIRST_ROLLOUT = 10, 5_000_000
 ARMS = ("base", "naive", "random", "box", "accepted")
 CONFLICT, AGREEMENT = 0.1, 0.01
 ABOVE = STYLES["expert"]
@@ -162,7 +163,7 @@ def main() -> None:
     options = parser.parse_args()
     begin = time.perf_counter()
     found = []
-    for seed in range(options.seeds):
+    for seed in range(FIRST_TRAINING, FIRST_TRAINING + options.seeds):
         folder = options.output / f"seed_{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         found.append(run_seed(folder, seed))
@@ -196,7 +197,7 @@ def main() -> None:
         },
         [*arms, *rows],
         seconds=time.perf_counter() - begin,
-        seeds=list(range(options.seeds)),
+        seeds=list(range(FIRST_TRAINING, FIRST_TRAINING + options.seeds)),
         notes=(
             f"{options.seeds} seeds, each with its own demonstrations, scorers, training and {ROLLOUTS} rollouts; "
             f"policies trained for {STEPS} steps. Rows with a difference: interval from resampling seeds, then "
