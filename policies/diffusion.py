@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from simtoreal.envs.embodiment import Embodiment
-from simtoreal.policies.base import Generators, Policy, masked_mean, normal_noise
+from simtoreal.envs.errors import ConfigError
+from simtoreal.policies.base import Generators, masked_mean, normal_noise
 from simtoreal.policies.config import DiffusionConfig
 from simtoreal.policies.denoisers import Transformer, UNet
+from simtoreal.policies.denoising_chain import DenoisingPolicy
 from simtoreal.policies.encoders import ObservationEncoder
 from simtoreal.policies.normalization import ACTIONS, Statistics
 from simtoreal.policies.schedulers import noise_process, spread_times
 
 
-class DiffusionPolicy(Policy):
+class DiffusionPolicy(DenoisingPolicy):
     """Generates chunks with a denoiser conditioned on the encoded observation."""
 
     config_type = DiffusionConfig
@@ -28,7 +31,6 @@ class DiffusionPolicy(Policy):
         self.action_dim = self.normalizer.dim(ACTIONS)
         width = config.condition_width
         self.encoder = ObservationEncoder(config, config.vision, config.augmentation, self.normalizer, width)
-        self.denoiser: nn.Module
         if config.denoiser == "unet":
             self.denoiser = UNet(self.action_dim, width, config.unet_widths)
         else:
@@ -56,10 +58,26 @@ class DiffusionPolicy(Policy):
         condition = self.encoder(observation)
         shape = (len(condition), self.config.horizon, self.action_dim)
         noise = normal_noise(shape, generator, condition.device)
-
-        def denoise(noisy: Tensor, time: Tensor) -> Tensor:
-            prediction: Tensor = self.denoiser(noisy, time, condition)
-            return prediction
-
         with torch.no_grad():
-            return self.actions_from_normalized(self.process.generate(denoise, noise, generator))
+            return self.actions_from_normalized(self.process.generate(self.denoise_with(condition), noise, generator))
+
+    def features(self, observation: dict[str, Tensor], instruction: Sequence[str]) -> Tensor:
+        """Features of the images, and the normalised vectors; the instruction is not read."""
+        return self.encoder.features(observation)
+
+    def condition(self, features: Tensor) -> Tensor:
+        """See :meth:`DenoisingPolicy.condition`."""
+        fused: Tensor = self.encoder.fuse(features)
+        return fused
+
+    def feature_parameters(self) -> list[nn.Parameter]:
+        """Weights of the image encoders."""
+        return list(self.encoder.images.parameters())
+
+    def set_inference_steps(self, steps: int) -> None:
+        """See :meth:`DenoisingPolicy.set_inference_steps`."""
+        try:
+            self.config = dataclasses.replace(self.config, inference_steps=steps)
+        except ValueError as error:
+            raise ConfigError(f"policy: {error}") from error
+        self.process = noise_process(self.config)

@@ -120,13 +120,17 @@ class ObservationEncoder(nn.Module):
         self.fuse = nn.Sequential(nn.Linear(inputs, width), nn.GELU(), nn.Linear(width, width))
 
     def forward(self, observation: dict[str, Tensor]) -> Tensor:
+        return self.fuse(self.features(observation))
+
+    def features(self, observation: dict[str, Tensor]) -> Tensor:
+        """Return what :attr:`fuse` fuses ``(B, inputs)``: features of the images, and the normalised vectors."""
         parts = self._encode_images(observation)
         for key in self.config.state_keys:
             state = self._normalizer[0].normalize(key, observation[key])
             if self.training and self.augmentation.state_noise > 0:
                 state = state + self.augmentation.state_noise * torch.randn_like(state)
             parts.append(state.flatten(1))
-        return self.fuse(torch.cat([part.float() for part in parts], dim=-1))
+        return torch.cat([part.float() for part in parts], dim=-1)
 
     def _encode_images(self, observation: dict[str, Tensor]) -> list[Tensor]:
         keys = self.config.image_keys

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from simtoreal.envs.errors import ConfigError
 from simtoreal.policies.base import Generators
 from simtoreal.policies.config import DiffusionConfig
 from simtoreal.policies.normalization import CLIP
@@ -30,8 +31,28 @@ def spread_times(rows: int, samples: int, device: torch.device) -> Tensor:
     return (part + torch.rand(rows, samples, device=device)) / samples
 
 
+class Level(NamedTuple):
+    """A noise level: a chunk there is ``signal`` times the clean one plus ``noise`` times standard normal noise."""
+
+    time: float
+    """Given to the network, 0 (clean) to 1 (noise)."""
+    signal: float
+    noise: float
+
+
+CLEAN = Level(0.0, 1.0, 0.0)
+
+
 class NoiseProcess(ABC):
-    """Corrupts clean chunks and generates chunks from noise. Times run from 0 (clean) to 1 (noise)."""
+    """Corrupts clean chunks and generates chunks from noise. Times run from 0 (clean) to 1 (noise).
+
+    Attributes:
+        steps: denoising steps at run time.
+        clip: predictions of clean chunks are clipped here (normalised units) while sampling, None if they are not.
+    """
+
+    steps: int
+    clip: float | None = None
 
     @abstractmethod
     def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,6 +61,14 @@ class NoiseProcess(ABC):
     @abstractmethod
     def generate(self, denoiser: Denoiser, noise: Tensor, generator: Generators) -> Tensor:
         """Return chunks ``(N, T, A)`` made from ``noise`` of the same shape."""
+
+    @abstractmethod
+    def levels(self) -> list[Level]:
+        """Return the ``steps + 1`` levels that deterministic sampling passes through, from pure noise to clean.
+
+        Raises:
+            ConfigError: the process has no such sampling.
+        """
 
 
 class Flow(NoiseProcess):
@@ -55,7 +84,7 @@ class Flow(NoiseProcess):
         return torch.lerp(clean, noise, time[:, None, None]), time
 
     def generate(self, denoiser: Denoiser, noise: Tensor, generator: Generators) -> Tensor:
-        levels = [1 - index / self.steps for index in range(self.steps)]
+        levels = [level.noise for level in self.levels()[:-1]]
         self.scheduler.set_timesteps(sigmas=levels, device=noise.device)
         sample = noise
         for timestep, level in zip(self.scheduler.timesteps, levels, strict=True):
@@ -64,6 +93,10 @@ class Flow(NoiseProcess):
             velocity = (sample - clean) / level
             sample = self.scheduler.step(velocity, timestep, sample, return_dict=False)[0]
         return sample
+
+    def levels(self) -> list[Level]:
+        times = [1 - index / self.steps for index in range(self.steps)]
+        return [*(Level(time, 1 - time, time) for time in times), CLEAN]
 
 
 class Diffusion(NoiseProcess):
@@ -80,7 +113,8 @@ class Diffusion(NoiseProcess):
         from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
         from diffusers.schedulers.scheduling_dpmsolver_multistep import DPMSolverMultistepScheduler
 
-        self.levels, self.steps = levels, steps
+        self.kind, self.train_levels, self.steps = kind, levels, steps
+        self.clip = None if kind == "dpm" else CLIP
         common: dict[str, Any] = {
             "num_train_timesteps": levels,
             "beta_schedule": "squaredcos_cap_v2",
@@ -94,8 +128,8 @@ class Diffusion(NoiseProcess):
             self.scheduler = scheduler(**common, clip_sample=True, clip_sample_range=CLIP)
 
     def corrupt(self, clean: Tensor, noise: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-        level = (time * self.levels).long().clamp_max(self.levels - 1)
-        return self.scheduler.add_noise(clean, noise, level), level / self.levels
+        level = (time * self.train_levels).long().clamp_max(self.train_levels - 1)
+        return self.scheduler.add_noise(clean, noise, level), level / self.train_levels
 
     def generate(self, denoiser: Denoiser, noise: Tensor, generator: Generators) -> Tensor:
         self.scheduler.set_timesteps(self.steps, device=noise.device)
@@ -103,9 +137,31 @@ class Diffusion(NoiseProcess):
         extra = {} if generator is None else {"generator": generator}
         sample = noise
         for timestep in self.scheduler.timesteps:
-            time = sample.new_full((len(sample),), float(timestep) / self.levels)
+            time = sample.new_full((len(sample),), float(timestep) / self.train_levels)
             sample = self.scheduler.step(denoiser(sample, time).float(), timestep, sample, **extra).prev_sample
         return sample
+
+    def levels(self) -> list[Level]:
+        if self.kind != "ddim":
+            raise ConfigError(
+                f"scheduler '{self.kind}' has no deterministic one-step transitions, which reinforcement learning "
+                "makes stochastic. Set scheduler to 'ddim': the same weights run with it. Or train with 'flow'."
+            )
+        if self.train_levels % self.steps:
+            raise ConfigError(
+                f"inference_steps is {self.steps}; with scheduler 'ddim' reinforcement learning needs a divisor of "
+                f"train_timesteps ({self.train_levels})"
+            )
+        self.scheduler.set_timesteps(self.steps)
+        timesteps = self.scheduler.timesteps
+        kept = self.scheduler.alphas_cumprod[timesteps]
+        return [
+            *(
+                Level(float(timestep) / self.train_levels, float(part) ** 0.5, (1 - float(part)) ** 0.5)
+                for timestep, part in zip(timesteps, kept, strict=True)
+            ),
+            CLEAN,
+        ]
 
 
 def noise_process(config: DiffusionConfig) -> NoiseProcess:
