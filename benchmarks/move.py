@@ -197,7 +197,9 @@ def execute(run: Run, output: Path) -> None:
     plan = demonstrate(run, output)
     study = STUDIES[run.task]
     dataset = Dataset.open(plan.output)
-    policy = DiffusionConfig(image_keys=("front_image",), vision=VisionConfig(image_steps=run.image_steps))
+    # Half as wide as the default, so that some thirty trainings are an afternoon of a processor core.
+    vision = VisionConfig(widths=(16, 32, 32), image_steps=run.image_steps)
+    policy = DiffusionConfig(image_keys=("front_image",), vision=vision, noise_samples=2)
     data = open_training_data(plan.output, policy, mask="success", scene_frame=run.scene_frame, hold_out=False)
     trainer = TrainerConfig(steps=study.training_steps, batch_size=BATCH, seed=run.seed)
     folder = output / "runs" / run.name
