@@ -125,11 +125,13 @@ class DenoisingPolicy(Policy):
         process: how chunks are noised and denoised.
         denoiser: network ``(chunks (N, T, A), time (N,), condition (N, C)) -> clean chunks (N, T, A)``.
         action_dim: A.
+        condition_dim: C.
     """
 
     process: NoiseProcess
     denoiser: nn.Module
     action_dim: int
+    condition_dim: int
 
     @abstractmethod
     def features(self, observation: dict[str, Tensor], instruction: Sequence[str]) -> Tensor:

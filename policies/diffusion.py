@@ -29,7 +29,7 @@ class DiffusionPolicy(DenoisingPolicy):
     def __init__(self, config: DiffusionConfig, embodiment: Embodiment, statistics: Mapping[str, Statistics]) -> None:
         super().__init__(config, embodiment, statistics)
         self.action_dim = self.normalizer.dim(ACTIONS)
-        width = config.condition_width
+        self.condition_dim = width = config.condition_width
         self.encoder = ObservationEncoder(config, config.vision, config.augmentation, self.normalizer, width)
         if config.denoiser == "unet":
             self.denoiser = UNet(self.action_dim, width, config.unet_widths)
