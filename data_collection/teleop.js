@@ -12,6 +12,7 @@ const PADS = { // pad -> [axis, metres or radians per pixel] of a drag to the ri
   xy: [[1, -0.001], [0, 0.001]], z: [[5, -0.01], [2, 0.001]], tilt: [[3, -0.01], [4, -0.01]],
 };
 const SIGN_OF_LIFE_MS = 20, PING_MS = 500, RETRY_MS = 500, DEAD_ZONE = 0.12, GRIPPER_MS = 400;
+const FIRST_PINGS = 5, FIRST_PING_MS = 50, TRUSTED_ROUND_TRIP_MS = 2; // events are timed when the clock is known to 1 ms
 const COUNTERS = { missed_periods: "late steps", lost_devices: "lost contact", skipped_frames: "pictures skipped",
   rejected_messages: "messages refused", stale_inputs: "inputs too late", unwritten_steps: "steps not on disk yet", sensor_skew_ms: "sensor skew (ms)",
   late_images: "late sensor readings", dropped_images: "lost sensor readings" };
@@ -22,6 +23,7 @@ let status = { state: "preparing", counters: {}, gripper_open: true };
 const held = new Set();      // keys of KEYS
 const holders = new Set();   // what keeps the dead-man: "space", "button", "trigger", pads
 let triggerReleased = false; // a trigger held since before counts as soon as it was seen released
+const inVain = new Set();    // of "space", "trigger": held, but since before something made the page let go
 let gamepadMotion = new Array(6).fill(0), gamepadButtons = [];
 let clutch = 0, dragged = null;
 let gripper = null, gripperUntil = 0;
@@ -53,7 +55,7 @@ function sendInput(event) {
   if (gripper !== null && (performance.now() > gripperUntil || status.gripper_open === (gripper > 0))) gripper = null;
   const onServer = (time) => (clock.offset === null ? null : time + clock.offset);
   send({ type: "input", engaged: holders.size > 0, motion: motion(), drag: dragged ? [clutch, dragged] : null, gripper,
-    sent: onServer(performance.now()), at: event ? onServer(event.timeStamp) : null });
+    sent: onServer(performance.now()), at: event && clock.best <= TRUSTED_ROUND_TRIP_MS ? onServer(event.timeStamp) : null });
 }
 
 function hold(name, event) {
@@ -67,7 +69,7 @@ function letGo(name, event) {
 }
 
 function letGoOfEverything() {
-  held.clear(); holders.clear(); dragged = null; triggerReleased = false; gamepadMotion.fill(0);
+  held.clear(); holders.clear(); inVain.clear(); dragged = null; triggerReleased = false; gamepadMotion.fill(0);
   for (const pad of document.querySelectorAll(".pad")) pad.classList.remove("held");
   sendInput(null);
 }
@@ -88,7 +90,7 @@ addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const known = event.code === "Space" || event.code in KEYS || event.code in COMMANDS || event.code === "KeyG";
   if (known) event.preventDefault();
-  if (event.repeat) return;
+  if (event.repeat) { if (event.code === "Space" && !holders.has("space")) inVain.add("space"); return; }
   if (event.code === "Space") hold("space", event);
   else if (event.code in KEYS) { held.add(event.code); sendInput(event); }
   else if (event.code in COMMANDS) sendEvent(COMMANDS[event.code]);
@@ -97,7 +99,7 @@ addEventListener("keydown", (event) => {
 });
 
 addEventListener("keyup", (event) => {
-  if (event.code === "Space") { letGo("space", event); if (!typing(event.target)) event.preventDefault(); }
+  if (event.code === "Space") { inVain.delete("space"); letGo("space", event); if (!typing(event.target)) event.preventDefault(); }
   if (held.delete(event.code)) sendInput(event);
 });
 
@@ -164,7 +166,7 @@ const axisValue = (value) => (Math.abs(value) < DEAD_ZONE ? 0 : Math.sign(value)
 
 function readGamepad() {
   const pad = document.hasFocus() ? [...navigator.getGamepads()].find((item) => item && item.connected) : null;
-  if (!pad) { if (holders.has("trigger")) letGoOfEverything(); gamepadMotion.fill(0); return; }
+  if (!pad) { if (holders.has("trigger")) letGoOfEverything(); inVain.delete("trigger"); gamepadMotion.fill(0); return; }
   const pressed = pad.buttons.map((button) => button.pressed || button.value > 0.5);
   const [lx, ly, rx, ry] = [0, 1, 2, 3].map((index) => axisValue(pad.axes[index] || 0));
   const tilting = pressed[4] || pressed[5];
@@ -172,8 +174,9 @@ function readGamepad() {
   const changed = wanted.some((value, axis) => value !== gamepadMotion[axis]);
   gamepadMotion = wanted;
   const trigger = Boolean(pressed[6] || pressed[7]), now = { timeStamp: performance.now() };
-  if (!trigger) { triggerReleased = true; letGo("trigger", now); }
+  if (!trigger) { triggerReleased = true; inVain.delete("trigger"); letGo("trigger", now); }
   else if (triggerReleased) hold("trigger", now);
+  else inVain.add("trigger");
   const fresh = (index) => pressed[index] && !gamepadButtons[index];
   if (fresh(0)) toggleGripper(now);
   if (fresh(2) || fresh(14)) sendEvent("left");
@@ -184,14 +187,15 @@ function readGamepad() {
 }
 
 setInterval(() => { readGamepad(); sendInput(null); }, SIGN_OF_LIFE_MS);
-setInterval(() => send({ type: "ping", at: performance.now() }), PING_MS);
+const ping = () => send({ type: "ping", at: performance.now() });
+setInterval(ping, PING_MS);
 
 // ---- receiving -------------------------------------------------------------------------------------------------
 
 function connect() {
   socket = new WebSocket(new URL("ws", location.href.replace(/^http/, "ws")));
   socket.binaryType = "arraybuffer";
-  socket.onopen = () => { number = 0; refused = false; clock.samples = []; clock.offset = null; letGoOfEverything(); for (let i = 0; i < 5; i += 1) send({ type: "ping", at: performance.now() }); offline(""); };
+  socket.onopen = () => { number = 0; refused = false; Object.assign(clock, { offset: null, best: Infinity, samples: [] }); letGoOfEverything(); for (let i = 0; i < FIRST_PINGS; i += 1) setTimeout(ping, i * FIRST_PING_MS); offline(""); };
   socket.onclose = (event) => {
     letGoOfEverything();
     offline(refused ? "Another page controls the robot. Close it, and this one takes over."
@@ -271,7 +275,7 @@ function showStatus(next) {
   $("seconds").textContent = (state === "recording" || state === "review" ? next.seconds : 0).toFixed(1);
   $("steps").textContent = `${state === "recording" || state === "review" ? next.steps : 0} steps`;
   $("alarm").textContent = next.alarm; $("alarm").hidden = !next.alarm;
-  $("hint").textContent = next.needs_release ? "Let go and press again to move." : next.note;
+  $("hint").textContent = next.needs_release || inVain.size ? "Let go and press again to move." : next.note;
   $("gripperstate").textContent = next.gripper_open ? "open" : "closed";
   if (document.activeElement !== $("operator")) $("operator").value = next.operator;
   $("moverow").hidden = next.move === null;

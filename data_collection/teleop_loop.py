@@ -241,7 +241,8 @@ class TeleopSession(Listener):
         again = decision in ("record", "rerecord")
         self._state = RECORDING if again else READY
         self._waiting = self._waiting and not again
-        self.board.post(state=self._state, review=None, note=note, seed=self._seed)
+        # Nothing is ready, nor recorded, before the scene is: what is pressed until then would be forgotten.
+        self.board.post(state=READY if self._waiting else PREPARING, review=None, note=note, seed=self._seed)
 
     def _keep(self, *, overridden: bool) -> None:
         success = self._success or self.options.judge == "operator"

@@ -7,18 +7,20 @@ from collections.abc import Callable
 
 from simtoreal.data_collection.teleop_hub import InputHub
 
-# How far the simulation may run ahead of the wall clock, and how fast it waits for the clock again (share of a period).
-MOST_AHEAD_PERIODS = 2.0
-PAYBACK = 0.2
+# How far the simulation may run ahead of the wall clock, and which share of its lead it waits after every step. So a
+# person who presses or releases something 10 times a second never waits for the bound; at 20 times they reach it.
+MOST_AHEAD_PERIODS = 4.0
+PAYBACK = 0.25
 
 
 class RealTimePace:
     """Absolute deadlines, one control period apart; a reaction of the operator brings the next one forward.
 
     A simulated step takes a few milliseconds, so there is no reason to let somebody who has just pressed a key wait for
-    the end of a 50 ms period: the step begins at once, and the following periods are 20 % longer until the wall clock
-    has caught up. In simulated time nothing changes: every step is one period long, its action counts from its
-    beginning, and a recording replays exactly.
+    the end of a 50 ms period: the step begins as soon as the one before it has been computed. The simulation is then
+    ahead of the wall clock; every following period is longer by a quarter of the lead, until it has gone. In simulated
+    time nothing changes: every step is one period long, its action counts from its beginning, and a recording replays
+    exactly.
 
     Args:
         period_s: control period.
@@ -58,10 +60,11 @@ class RealTimePace:
 
         hub.wait(self._due_ns, early)
         now_ns = time.monotonic_ns()
-        if now_ns < self._due_ns:
-            self._ahead_ns += self._due_ns - now_ns
-            self._due_ns = now_ns
-        payback = min(round(PAYBACK * self._period_ns), self._ahead_ns)
+        # Early lengthens the lead; late shortens it, and is late only as far as there was none.
+        earlier = max(self._due_ns - now_ns, -self._ahead_ns)
+        self._ahead_ns += earlier
+        self._due_ns -= earlier
+        payback = round(PAYBACK * self._ahead_ns)
         self._ahead_ns -= payback
         self._due_ns += self._period_ns + payback
         if now_ns > self._due_ns:

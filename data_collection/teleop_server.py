@@ -228,8 +228,10 @@ class _Connection:
         """Close the connection when ``work`` ends, in whatever way: half a connection would lock everybody out."""
         try:
             await work
-        except (ConnectionError, TimeoutError) as error:
-            _log.warning("the teleoperation page does not take what it is sent (%s)", type(error).__name__)
+        except ConnectionError:
+            pass  # the page was closed while something was on its way to it
+        except TimeoutError:
+            _log.warning("the teleoperation page does not take what it is sent; disconnected")
         except Exception:
             _log.exception("the teleoperation page is disconnected")
         await self._close(code)
@@ -265,7 +267,8 @@ class _Connection:
             return False
         if message["type"] == "ping":
             answer = {"type": "pong", "at": message["at"], "server_ms": time.monotonic_ns() * 1e-6}
-            await self._socket.send_json(answer)
+            with contextlib.suppress(ConnectionError):  # a page that has gone meanwhile
+                await self._socket.send_json(answer)
         elif message["type"] == "shown":
             self._in_flight = [number for number in self._in_flight if number > message["frame"]]
             self._dirty.set()

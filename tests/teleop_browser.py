@@ -32,6 +32,7 @@ navigator.getGamepads = () => [{ connected: true, id: "test", index: 0, mapping:
   buttons: window.pad.buttons.map((value) => ({ value, pressed: value > 0.5 })) }];
 """
 TRIGGER, BUTTON_A = 7, 0
+GRIPS = 20
 # Somebody who sees and acts a tenth of a second late must not correct as eagerly as the expert inside the loop.
 HUMAN = OperatorStyle(name="human", speed=0.8, gain=0.15)
 DEAD_ZONE = 0.12
@@ -174,6 +175,21 @@ class GamepadOperator:
         full = [float(buttons.get(index, 0)) for index in range(17)]
         self.page.evaluate("([axes, buttons]) => { window.pad = { axes, buttons }; }", [axes, full])
 
+    def grip(self) -> None:
+        """Let go and press until the arm follows, as a person does when contact was lost for a moment."""
+        for _ in range(GRIPS):
+            self.pad([0.0] * 4, {})
+            time.sleep(0.06)
+            self.pad([0.0] * 4, {TRIGGER: 1})
+            with contextlib.suppress(AssertionError):
+                wait_for(lambda: self.following or state(self.collection) != "recording", "the arm follows", 1.0)
+                return
+        raise AssertionError(f"the arm never followed: {self.collection.session.board.snapshot}")
+
+    @property
+    def following(self) -> bool:
+        return self.collection.session.board.snapshot.active
+
     def see(self) -> dict[str, np.ndarray]:
         """The newest observation; what a camera shows a person of the twin's scene is read from its truth."""
         session = self.collection.session
@@ -182,17 +198,14 @@ class GamepadOperator:
             observation["object_state"] = np.array(session._env._twin.truth()["object_state"], dtype=np.float32)
         return observation
 
-    def demonstrate(self, until: Callable[[], bool] = lambda: False, seconds: float = PATIENCE_S) -> None:
+    def demonstrate(self, until: Callable[[], bool] = lambda: False, seconds: float = 2 * PATIENCE_S) -> None:
         session = self.collection.session
-        self.pad([0.0] * 4, {})
-        wait_for(lambda: not session.board.snapshot.needs_release, "released trigger")
         self.expert.reset(np.array([0]), [session.board.snapshot.seed])
         deadline = time.monotonic() + seconds
         while state(self.collection) == "recording" and not until():
             assert time.monotonic() < deadline, f"no end of the demonstration: {session.board.snapshot}"
-            if session.board.snapshot.needs_release:  # contact was lost for a moment: press again, as a person would
-                self.pad([0.0] * 4, {})
-                time.sleep(0.06)
+            if not self.following:
+                self.grip()
             observation = {key: value[None, None] for key, value in self.see().items()}
             # It looks at the hand again instead of trusting that its earlier actions were executed.
             self.expert.memories[0].quaternion = None

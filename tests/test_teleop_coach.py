@@ -100,14 +100,21 @@ def demonstrate(page: Page, opened: teleop.Collection, *, other_way: bool) -> li
     person = GamepadOperator(page, opened, CAREFUL)
     start_recording(page, opened)
     if other_way:
-        person.pad(OTHER_WAY, {TRIGGER: 1})
-        wait_for(lambda: enough() or opened.session.board.snapshot.steps >= OTHER_STEPS, "some steps the other way")
+
+        def gone() -> bool:
+            if not person.following:  # contact may be lost for a moment
+                person.grip()
+                person.pad(OTHER_WAY, {TRIGGER: 1})
+            return enough() or opened.session.board.snapshot.steps >= OTHER_STEPS
+
+        wait_for(gone, "some steps the other way")
         person.pad([0.0] * 4, {})
     else:
         person.demonstrate(until=enough)
     if state(opened) == "recording":
         page.keyboard.press("ArrowRight")
     wait_for(lambda: state(opened) == "review", "review")
+    wait_for(lambda: look() or shown, "the gauge on the page")
     return shown
 
 

@@ -171,6 +171,8 @@ def test_losing_focus_or_connection_stops_and_needs_a_fresh_press(drive: Drive, 
     assert drive.log.rests()
     if loss == "typing":
         drive.page.locator("#operator").blur()
+    drive.page.keyboard.down("Space")  # the keyboard repeats a key that is held
+    wait_for(lambda: "press again" in drive.page.locator("#hint").inner_text(), "what to do")
     drive.page.keyboard.up("KeyW")
     drive.drive_forward()
 
@@ -257,7 +259,7 @@ def test_a_repeating_key_toggles_the_gripper_once(patient: None, drive: Drive):
     drive.press()
     for _ in range(4):
         drive.page.keyboard.down("KeyG")  # held: from the second on the browser marks it as a repetition
-    wait_for(lambda: drive.log.steps[-1][1][6] == -1, "closed gripper")
+    wait_for(lambda: drive.log.steps and drive.log.steps[-1][1][6] == -1, "closed gripper")
     drive.page.keyboard.up("KeyG")
     assert drive.log.rests()
     assert drive.log.steps[-1][1][6] == -1
@@ -286,7 +288,10 @@ def test_a_demonstration_through_the_page_is_accepted_into_a_dataset(browser: An
         start_recording(page, opened)
         person.demonstrate()
         assert state(opened) == "review"
-        assert page.locator("#reviewnote").inner_text() == "goal reached"
+        wait_for(lambda: page.locator("#reviewnote").inner_text() == "goal reached", "the review")
+        page.reload()  # a page that comes anew finds the take that waits
+        wait_for(lambda: page.locator("#reviewnote").inner_text() == "goal reached", "the review again")
+        assert page.locator("#takes .strip").count() == len(opened.embodiment.cameras)
         page.locator("#accept").click()
         wait_for(lambda: page.locator("#episodes li").count() == 1, "the episode in the list")
         assert "Grace Hopper" in page.locator("#episodes li").inner_text()

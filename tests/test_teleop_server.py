@@ -190,6 +190,26 @@ def test_a_sender_that_fails_ends_the_connection():
         assert asyncio.run(closed(server.url, board)) == 1011
 
 
+def test_a_page_that_goes_while_it_is_told_something_is_no_problem(caplog: pytest.LogCaptureFixture):
+    async def leave(server: TeleopServer, board: Board) -> None:
+        async with aiohttp.ClientSession() as client:
+            for _ in range(5):
+                socket = await connected(client, server.url)
+                for n in range(5):
+                    board.post(note=str(n))
+                    board.post_frames({"front": np.zeros((64, 64, 3), np.uint8)})
+                    await socket.send_json({"type": "ping", "n": n, "at": 1})
+                socket._conn.transport.abort()
+                while server.controlled:
+                    board.post(note="on its way")
+                    await asyncio.sleep(0.001)
+
+    board = Board()
+    with contextlib.closing(TeleopServer(board, PageDevice(), Path("nowhere"))) as server:
+        asyncio.run(leave(server, board))
+    assert not caplog.records
+
+
 def test_a_page_that_lags_gets_the_newest_picture_only():
     async def lag(server: TeleopServer, board: Board) -> list[int]:
         url, numbers, sent = server.url, [], 0
