@@ -51,11 +51,10 @@ def untrained_policy(folder: Path) -> Path:
 
 def measure_loops(policy: Path) -> dict[str, list[dict[str, Any]]]:
     """Timing of every episode, per arm, and what else is known about the run."""
-    from simtoreal.commands.deploy import CONTROL_PRIORITY
     from simtoreal.envs import load_task, rollout
     from simtoreal.evaluation.policies import load_actor
     from simtoreal.robot.async_actor import AsyncPolicyActor
-    from simtoreal.robot.deployment import running_twin
+    from simtoreal.robot.deployment import CONTROL_PRIORITY, running_twin
     from simtoreal.robot.gate import SafetyGate
     from simtoreal.robot.gate_limits import GateLimits
     from simtoreal.robot.inference import InferenceProcess

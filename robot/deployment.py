@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +22,14 @@ from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import RobotError, SafetyError
 from simtoreal.envs.rollout import Observation
 from simtoreal.robot.gate import SafetyGate
+from simtoreal.robot.gate_limits import GateLimits
 from simtoreal.robot.gate_messages import GateStatus
+from simtoreal.robot.gate_rearm import RearmingGate
 from simtoreal.robot.timing import TimingSummary
+from simtoreal.robot.topics import RobotConfig
 
+# Real-time priority of the control loop, where the system allows it; below the gate's.
+CONTROL_PRIORITY = 10
 TWIN_STOP_TIMEOUT_S = 1.5
 LOG_LINES_SHOWN = 8
 # An episode in which the twin skipped more is not what the policy would have met in real time.
@@ -103,6 +110,57 @@ def check_twin(twin: subprocess.Popen[bytes], log: Path) -> None:
         return
     lines = log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
     raise RobotError(f"the twin has ended with status {twin.returncode}; {log} says:\n  " + "\n  ".join(lines))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardedRobot:
+    """A robot behind its running safety gate.
+
+    Attributes:
+        gate: the gate.
+        targets: where an environment sends its targets: the gate, which a twin re-arms between episodes.
+        check: raises ``RobotError`` if the twin's process has ended; None for a real robot.
+    """
+
+    gate: SafetyGate
+    targets: SafetyGate | RearmingGate
+    check: Callable[[], None] | None
+
+
+@contextlib.contextmanager
+def guarded_robot(
+    config: RobotConfig,
+    embodiment: Embodiment,
+    *,
+    twin: bool,
+    task: str,
+    topics: str,
+    gap: str,
+    seed: int,
+    folder: Path,
+) -> Iterator[GuardedRobot]:
+    """Start the gate, and before it the twin if there is one; they end with the context, the gate first.
+
+    Args:
+        config: the robot.
+        embodiment: gives the gate's limits, and the twin's cameras.
+        twin: start a twin, instead of using the robot that is on the ROS graph.
+        task, topics, gap, seed: of the twin, see :func:`running_twin`.
+        folder: the twin's output goes to ``twin.log`` there.
+
+    Raises:
+        RobotError, SafetyError: the twin or the gate cannot be started.
+    """
+    with contextlib.ExitStack() as stack:
+        check: Callable[[], None] | None = None
+        if twin:
+            log = folder / "twin.log"
+            process = stack.enter_context(running_twin(task, embodiment, topics, gap=gap, seed=seed, log=log))
+            check = functools.partial(check_twin, process, log)
+        limits = GateLimits.for_embodiment(embodiment, config.limits)
+        gate = SafetyGate.start(config, limits, embodiment, require_estop=config.require_estop and not twin)
+        stack.callback(gate.close)
+        yield GuardedRobot(gate=gate, targets=RearmingGate(gate, config) if twin else gate, check=check)
 
 
 class JudgedByOperator(gym.Wrapper):  # type: ignore[misc]

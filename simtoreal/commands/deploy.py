@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,10 +12,6 @@ if TYPE_CHECKING:
     from simtoreal.envs.embodiment import Embodiment
     from simtoreal.envs.task import TaskSpec
     from simtoreal.robot.inference import InferenceProcess
-
-
-# Real-time priority of the control loop, where the system allows it; below the gate's.
-CONTROL_PRIORITY = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +102,6 @@ def main(config: Config) -> None:
 
 def _deploy(config: Config, console: Any) -> dict[str, Any]:
     import contextlib
-    import functools
     import os
 
     from simtoreal.envs import load_task, panda_embodiment
@@ -117,17 +111,14 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
     from simtoreal.evaluation.results import RESULTS_FILE, read_episodes
     from simtoreal.robot.async_actor import AsyncPolicyActor
     from simtoreal.robot.deployment import (
+        CONTROL_PRIORITY,
         GroupedFaults,
         JudgedByOperator,
-        check_twin,
         control_results,
         deaf_to_signals,
-        running_twin,
+        guarded_robot,
         twin_results,
     )
-    from simtoreal.robot.gate import SafetyGate
-    from simtoreal.robot.gate_limits import GateLimits
-    from simtoreal.robot.gate_rearm import RearmingGate
     from simtoreal.robot.inference import InferenceProcess
     from simtoreal.robot.recording import RunRecorder
     from simtoreal.robot.ros2_env import Ros2Env
@@ -154,20 +145,13 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
         done = _finished(config, settings, seeds)
         if done is not None:
             return done
-        check_robot: Callable[[], None] | None = None
-        if twin:
-            log = config.output / "twin.log"
-            process = stack.enter_context(
-                running_twin(task_name, embodiment, config.topics, gap=config.gap, seed=config.seed, log=log)
+        guarded = stack.enter_context(
+            guarded_robot(
+                robot, embodiment, twin=twin, task=task_name, topics=config.topics, gap=config.gap, seed=config.seed,
+                folder=config.output,
             )
-            check_robot = functools.partial(check_twin, process, log)
-        gate = SafetyGate.start(
-            robot,
-            GateLimits.for_embodiment(embodiment, robot.limits),
-            embodiment,
-            require_estop=robot.require_estop and not twin,
-        )
-        stack.callback(gate.close)
+        )  # fmt: skip
+        gate = guarded.gate
         if inference is not None:
             gate.watch(inference.pid)
         actor, listeners = _actor(config, task, embodiment, inference)
@@ -191,9 +175,9 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
             task,
             embodiment=embodiment,
             config=robot,
-            gate=RearmingGate(gate, robot) if twin else gate,
+            gate=guarded.targets,
             operator=None if twin else _ask_person,
-            check_robot=check_robot,
+            check_robot=guarded.check,
             observe_truth=config.actor == "expert",
         )
         stack.callback(env.close)

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from simtoreal.envs.embodiment import Embodiment
     from simtoreal.envs.task import TaskSpec
 
-# Real-time priority of the control loop, where the system allows it; below the gate's.
-CONTROL_PRIORITY = 10
 # Seconds after which another Python thread gets its turn. With the default of 5 ms an operator's message would wait
 # that long whenever the control loop computes.
 SWITCH_INTERVAL_S = 0.0005
@@ -274,12 +272,7 @@ def _open_robot(
     config: Config, task: TaskSpec, embodiment: Embodiment, hub: Any, page: Any,
     ask: Callable[[str], None], stack: contextlib.ExitStack,
 ) -> _Backend:  # fmt: skip
-    import functools
-
-    from simtoreal.robot.deployment import check_twin, join_graph, running_twin
-    from simtoreal.robot.gate import SafetyGate
-    from simtoreal.robot.gate_limits import GateLimits
-    from simtoreal.robot.gate_rearm import RearmingGate
+    from simtoreal.robot.deployment import CONTROL_PRIORITY, guarded_robot, join_graph
     from simtoreal.robot.teleop_env import TeleopRos2Env
     from simtoreal.robot.timing import realtime
     from simtoreal.robot.topics import load_robot_config
@@ -287,34 +280,26 @@ def _open_robot(
     join_graph(config.robot)
     robot = load_robot_config(config.topics)
     twin = config.robot == "twin"
-    check_robot: Callable[[], None] | None = None
-    if twin:
-        log = config.output / "twin.log"
-        process = stack.enter_context(
-            running_twin(config.task, embodiment, config.topics, gap=config.gap, seed=config.seed, log=log)
+    guarded = stack.enter_context(
+        guarded_robot(
+            robot, embodiment, twin=twin, task=config.task, topics=config.topics, gap=config.gap, seed=config.seed,
+            folder=config.output,
         )
-        check_robot = functools.partial(check_twin, process, log)
-    gate = SafetyGate.start(
-        robot,
-        GateLimits.for_embodiment(embodiment, robot.limits),
-        embodiment,
-        require_estop=robot.require_estop and not twin,
-    )
-    stack.callback(gate.close)
+    )  # fmt: skip
     # From here on, this thread and those of ROS: see simtoreal/commands/deploy.py.
     stack.enter_context(realtime(CONTROL_PRIORITY))
     env = TeleopRos2Env(
         task,
         embodiment=embodiment,
         config=robot,
-        gate=RearmingGate(gate, robot) if twin else gate,
+        gate=guarded.targets,
         operator=None if twin else ask,
-        check_robot=check_robot,
+        check_robot=guarded.check,
         hub=hub,
         commanded=page.commanded,
     )
     stack.callback(env.close)
-    stack.callback(gate.close)
+    stack.callback(guarded.gate.close)
     return _Backend(
         env=env,
         paced=False,
