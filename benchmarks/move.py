@@ -39,7 +39,7 @@ from simtoreal.envs.rollout import rollout
 from simtoreal.envs.scene_motion import SCENE_MOTIONS, SceneMotion
 from simtoreal.envs.task import TaskSpec, sample_initial_condition
 
-BATCH, HORIZON = 64, 400
+BATCH, HORIZON = 32, 400
 SEEDS = (0, 1, 2)
 # Nothing was chosen on these placements, nor on the demonstrations from COLLECTION_SEED on.
 EPISODES, FIRST_SEED, COLLECTION_SEED = 200, 3_000_000, 900
