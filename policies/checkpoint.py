@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import safetensors
 import safetensors.torch
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from simtoreal.envs.config import build_config, read_yaml
 from simtoreal.envs.embodiment import Embodiment
@@ -85,15 +85,22 @@ def save_policy(
         OSError, safetensors.SafetensorError: the disk is full or not writable.
     """
     save_tensors(folder / MODEL, policy.state_dict() if weights is None else weights)
+    save_description(folder, policy.config, policy.embodiment, policy.normalizer.statistics, training)
+
+
+def save_description(
+    folder: Path, config: Any, embodiment: Embodiment, statistics: Mapping[str, Statistics], training: dict[str, Any]
+) -> None:
+    """Write everything of a checkpoint but its weights: what the model is, and what it was made for and from."""
     bounds = {}
-    for key, value in policy.normalizer.statistics.items():
+    for key, value in statistics.items():
         bounds[f"{key}.low"], bounds[f"{key}.high"] = torch.from_numpy(value.low), torch.from_numpy(value.high)
     save_tensors(folder / STATISTICS, bounds)
     with open(folder / CONFIG, "w", encoding="utf-8") as handle:
-        yaml.safe_dump(plain_config(policy.config), handle, sort_keys=False)
+        yaml.safe_dump(plain_config(config), handle, sort_keys=False)
         handle.flush()
         os.fsync(handle.fileno())
-    write_json(folder / EMBODIMENT, policy.embodiment.to_dict())
+    write_json(folder / EMBODIMENT, embodiment.to_dict())
     write_json(folder / TRAINING, training)
 
 
@@ -114,9 +121,7 @@ def save_checkpoint(
     state: Mapping[str, Tensor],
     training: dict[str, Any],
 ) -> Path:
-    """Write ``run/checkpoints/<step>``, point ``last`` at it, and remove all but the newest two.
-
-    A crash at any moment, or a full disk, leaves the previous checkpoint and its link as they were.
+    """Write a checkpoint of a policy; see :func:`write_checkpoint`.
 
     Args:
         run: run folder.
@@ -129,14 +134,34 @@ def save_checkpoint(
     Raises:
         CheckpointError: the disk is full or not writable.
     """
+
+    def write(folder: Path) -> None:
+        save_policy(folder, policy, weights=weights, training=training)
+        save_tensors(folder / STATE, state)
+
+    return write_checkpoint(run, step, write)
+
+
+def write_checkpoint(run: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Let ``write`` fill ``run/checkpoints/<step>``, point ``last`` at it, and remove all but the newest two.
+
+    A crash at any moment, or a full disk, leaves the previous checkpoint and its link as they were.
+
+    Args:
+        run: run folder.
+        step: optimiser steps taken.
+        write: fills an existing, empty folder with durable files.
+
+    Raises:
+        CheckpointError: the disk is full or not writable.
+    """
     parent = run / CHECKPOINTS
     final = parent / f"{step:06d}"
     temporary: Path | None = None
     try:
         parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".tmp", dir=parent))
-        save_policy(temporary, policy, weights=weights, training=training)
-        save_tensors(temporary / STATE, state)
+        write(temporary)
         fsync_folder(temporary)
         os.chmod(temporary, 0o755)
         if final.exists():
@@ -221,7 +246,7 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu") -> LoadedP
         config = build_config(policy_type.config_type, content, source=str(folder / CONFIG))
         embodiment = Embodiment.from_dict(read_json(folder / EMBODIMENT))
         training = read_json(folder / TRAINING)
-        policy = policy_type(config, embodiment, _load_statistics(folder / STATISTICS))
+        policy = policy_type(config, embodiment, load_statistics(folder / STATISTICS))
     except (ConfigError, EmbodimentMismatchError) as error:
         raise CheckpointError(f"checkpoint {folder} cannot be used: {error}") from error
     load_weights(policy, load_tensors(folder / MODEL), folder / MODEL)
@@ -262,7 +287,12 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def _load_statistics(path: Path) -> dict[str, Statistics]:
+def load_statistics(path: Path) -> dict[str, Statistics]:
+    """Return the normalisation bounds of a checkpoint.
+
+    Raises:
+        CheckpointError: missing or damaged.
+    """
     tensors = load_tensors(path)
     keys = {name.rpartition(".")[0] for name in tensors}
     try:
@@ -274,13 +304,13 @@ def _load_statistics(path: Path) -> dict[str, Statistics]:
         raise CheckpointError(f"{path}: {error}; expected '<key>.low' and '<key>.high' for every key") from error
 
 
-def load_weights(policy: Policy, tensors: Mapping[str, Tensor], source: Path) -> None:
-    """Copy ``tensors`` into ``policy``, which must have exactly these names and shapes.
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Copy ``tensors`` into ``model``, which must have exactly these names and shapes.
 
     Raises:
         CheckpointError: lists missing, foreign and misshaped tensors, or says which is not finite.
     """
-    own = policy.state_dict()
+    own = model.state_dict()
     problems = [f"missing: {name} {tuple(own[name].shape)}" for name in own if name not in tensors]
     problems += [f"foreign: {name} {tuple(tensors[name].shape)}" for name in tensors if name not in own]
     problems += [
@@ -291,7 +321,7 @@ def load_weights(policy: Policy, tensors: Mapping[str, Tensor], source: Path) ->
     if problems:
         listed = "\n  ".join(problems[:20] + (["..."] if len(problems) > 20 else []))
         raise CheckpointError(
-            f"{source} does not fit the policy of its {CONFIG} ({len(problems)} tensors differ):\n  {listed}\n"
+            f"{source} does not fit the model of its {CONFIG} ({len(problems)} tensors differ):\n  {listed}\n"
             "Model, configuration and statistics must come from the same training."
         )
     for name, value in tensors.items():
@@ -299,4 +329,4 @@ def load_weights(policy: Policy, tensors: Mapping[str, Tensor], source: Path) ->
             raise CheckpointError(
                 f"{source}: tensor {name} is not finite; the training diverged or the file is damaged"
             )
-    policy.load_state_dict(dict(tensors))
+    model.load_state_dict(dict(tensors))

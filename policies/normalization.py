@@ -104,10 +104,11 @@ class Normalizer(nn.Module):
             raise CheckpointError(f"no normalisation statistics for '{key}'; found {sorted(self.statistics)}")
         return len(self.statistics[key].low)
 
-    def normalize(self, key: str, value: Tensor) -> Tensor:
-        """Return float32 ``value`` scaled to [-1, 1] and clipped at 1.5."""
+    def normalize(self, key: str, value: Tensor, *, clip: float | None = CLIP) -> Tensor:
+        """Return float32 ``value`` scaled to [-1, 1] and clipped at ``clip`` (None: not at all)."""
         centre, half = getattr(self, f"{key}_centre"), getattr(self, f"{key}_half")
-        return ((value.float() - centre) / half).clamp(-CLIP, CLIP)
+        scaled = (value.float() - centre) / half
+        return scaled if clip is None else scaled.clamp(-clip, clip)
 
     def denormalize(self, key: str, value: Tensor) -> Tensor:
         """Inverse of :meth:`normalize` (up to the clipping)."""

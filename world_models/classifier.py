@@ -1,0 +1,90 @@
+"""Whether a frame shows success: the reward of imagined episodes."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from simtoreal.policies.encoders import GROUPS, GroupNorm
+from simtoreal.world_models.config import ClassifierConfig
+
+
+class SuccessClassifier(nn.Module):
+    """Latents of all cameras and proprio to one logit.
+
+    Attributes:
+        threshold: probability from which on a frame counts, calibrated on held-out episodes.
+
+    Args:
+        config: sizes.
+        channels: of one frame, over all cameras.
+        grid: latent cells ``(h, w)`` per camera.
+        proprio_dim: size of proprio.
+    """
+
+    def __init__(self, config: ClassifierConfig, channels: int, grid: tuple[int, int], proprio_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        width, half = config.width, [(side + 1) // 2 for side in grid]
+        self.images = nn.Sequential(
+            nn.Conv2d(channels, width, 3, 1, 1), GroupNorm(GROUPS, width), nn.SiLU(),
+            nn.Conv2d(width, width, 3, 2, 1), GroupNorm(GROUPS, width), nn.SiLU(), nn.Flatten(),
+            nn.Linear(width * half[0] * half[1], 64), nn.SiLU(),
+        )  # fmt: skip
+        self.vectors = nn.Sequential(nn.Linear(proprio_dim, 64), nn.SiLU())
+        self.head = nn.Sequential(nn.Linear(128, 64), nn.SiLU(), nn.Dropout(0.1), nn.Linear(64, 1))
+        self.register_buffer("threshold", torch.tensor(0.5))
+
+    def forward(self, latents: Tensor, proprio: Tensor) -> Tensor:
+        """Return logits ``(N,)`` float32 for latents ``(N, C, h, w)`` and scaled proprio ``(N, P)``."""
+        images = self.images(latents.contiguous(memory_format=torch.channels_last)).float()
+        return self.head(torch.cat([images, self.vectors(proprio)], -1))[:, 0].float()
+
+    def loss(self, latents: Tensor, proprio: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Return the cross-entropy for ``labels`` ``(N,)`` bool."""
+        # What the dynamics get slightly wrong must not decide.
+        logits = self(latents + 0.1 * torch.randn_like(latents), proprio + 0.01 * torch.randn_like(proprio))
+        loss = functional.binary_cross_entropy_with_logits(logits, labels.float())
+        accuracy = ((logits > 0) == labels).float().mean()
+        return {"loss": loss, "accuracy": accuracy.detach()}
+
+
+def shows_success(probability: np.ndarray, threshold: float, consecutive: int) -> np.ndarray:
+    """Return ``(T,)`` bool: from which frame on an episode counts as a success.
+
+    Args:
+        probability: ``(T,)`` of its frames.
+        threshold: see :class:`SuccessClassifier`.
+        consecutive: frames in a row that must reach it.
+    """
+    above = np.concatenate([np.zeros(consecutive - 1, bool), probability >= threshold])
+    if len(above) < consecutive:
+        return np.zeros(len(probability), bool)
+    held = np.lib.stride_tricks.sliding_window_view(above, consecutive).all(-1)
+    return np.logical_or.accumulate(held)
+
+
+def calibrate_threshold(episodes: list[np.ndarray], success: np.ndarray, consecutive: int) -> tuple[float, float]:
+    """Return the threshold with the best balanced accuracy over episodes, and that accuracy.
+
+    Args:
+        episodes: probability of every frame, per episode.
+        success: ``(E,)`` what really happened; must have both outcomes.
+        consecutive: see :func:`shows_success`.
+    """
+    # An episode succeeds at every threshold up to the largest of its smallest values in a row.
+    reach = np.array(
+        [
+            np.lib.stride_tricks.sliding_window_view(one, consecutive).min(-1).max() if len(one) >= consecutive else 0.0
+            for one in episodes
+        ]
+    )
+    candidates = np.unique(np.concatenate([np.linspace(0.05, 0.95, 19), np.clip(reach, 0.05, 0.95)]))
+    scores = np.array([(np.mean(reach[success] >= c) + np.mean(reach[~success] < c)) / 2 for c in candidates])
+    best = np.flatnonzero(scores >= scores.max() - 1e-9)
+    # The middle of those that are equally good is the safest.
+    middle = (candidates[best[0]] + candidates[best[-1]]) / 2
+    chosen = candidates[best[np.abs(candidates[best] - middle).argmin()]]
+    return float(chosen), float(scores.max())

@@ -1,0 +1,106 @@
+"""A video encoded once: latents, scaled proprio and commands of every frame, and the windows cut from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from simtoreal.envs.errors import DatasetError
+from simtoreal.world_models.state import PROPRIO_STEPS, Imagination
+from simtoreal.world_models.video_data import VideoData
+
+
+@dataclass(frozen=True)
+class Window:
+    """B stretches of K steps with what came before.
+
+    Attributes:
+        state: memory at the first frame of each.
+        latents: ``(B, K, C, h, w)`` float32 frames that follow.
+        proprio: ``(B, K, P)`` that follow, scaled.
+        commands: ``(B, K, C')`` scaled commands that lead to them.
+        weight: ``(B, K, V, h, w)`` of every latent cell.
+    """
+
+    state: Imagination
+    latents: Tensor
+    proprio: Tensor
+    commands: Tensor
+    weight: Tensor
+
+
+class LatentVideo:
+    """Everything that the dynamics learn from.
+
+    Attributes:
+        latents: ``(N, C, h, w)`` float16, all cameras along channels.
+        proprio, commands: ``(N, P)`` and ``(N, C')``, scaled.
+        weight: ``(N, V, h, w)`` float16 importance of every cell, of mean about 1.
+        first, last: ``(N,)`` first and last frame of the episode of every frame.
+    """
+
+    def __init__(
+        self, data: VideoData, latents: Tensor, proprio: Tensor, commands: Tensor, weight: Tensor, memory: int
+    ) -> None:
+        self.latents, self.proprio, self.commands, self.weight = latents, proprio, commands, weight
+        self.memory = memory
+        lengths = data.ends - data.starts
+        self.first, self.last = np.repeat(data.starts, lengths), np.repeat(data.ends, lengths) - 1
+
+    def state(self, frames: np.ndarray) -> Imagination:
+        """Memory at ``frames`` ``(B,)``; before the episode its first frame is repeated."""
+        first = self.first[frames]
+        back = np.arange(self.memory - 1, -1, -1)
+        remembered = frames[:, None] - back
+        started = torch.from_numpy(remembered > first[:, None])
+        kept = np.maximum(remembered, first[:, None])
+        # The command before a frame led to it; nothing led to the first one.
+        commands = self.commands[np.maximum(kept - 1, 0)] * started[..., None]
+        velocity = np.maximum(frames[:, None] - np.arange(PROPRIO_STEPS - 1, -1, -1), first[:, None])
+        return Imagination(self.latents[first].float(), self.latents[kept].float(), self.proprio[velocity], commands)
+
+    def window(self, frames: np.ndarray, steps: int) -> Window:
+        """Windows of ``steps`` steps after ``frames`` ``(B,)``, which :meth:`usable` allows."""
+        ahead = frames[:, None] + np.arange(steps)
+        return Window(
+            self.state(frames), self.latents[ahead + 1].float(), self.proprio[ahead + 1], self.commands[ahead],
+            self.weight[ahead + 1].float(),
+        )  # fmt: skip
+
+    def usable(self, frames: np.ndarray, steps: int) -> np.ndarray:
+        """Those of ``frames`` that at least ``steps`` frames of their episode follow.
+
+        Raises:
+            DatasetError: there are none.
+        """
+        found = frames[frames + steps <= self.last[frames]]
+        if not len(found):
+            raise DatasetError(f"no training episode is longer than {steps} steps; collect longer ones")
+        return found
+
+
+def changed_cells(now: Tensor, future: Tensor, views: int) -> Tensor:
+    """Return how much cells differ from ``now``, 0 to 1.
+
+    Args:
+        now: ``(B, C, h, w)``.
+        future: ``(B, K, C, h, w)``.
+        views: number of cameras that share the channels.
+
+    Returns:
+        ``(B, K, V, h, w)``.
+    """
+    # Reconstructions of a still scene differ by less than a tenth of this.
+    full_change = 0.3
+    difference = (future - now[:, None]).abs().unflatten(2, (views, -1)).mean(3)
+    return (difference / full_change).clamp_max(1.0)
+
+
+def weighted_error(predicted: Tensor, wanted: Tensor, weight: Tensor) -> Tensor:
+    """Return the weighted squared error ``(B, K)`` of latents ``(B, K, C, h, w)``, given ``(B, K, V, h, w)``."""
+    views = weight.shape[2]
+    error = (predicted - wanted).square().unflatten(2, (views, -1)).mean(3)
+    return (error * weight).mean((2, 3, 4))

@@ -1,0 +1,282 @@
+"""What each of the three trainings learns from, and how its result is measured on held-out episodes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from simtoreal.envs.errors import DatasetError
+from simtoreal.policies.config import TrainerConfig
+from simtoreal.world_models.classifier import calibrate_threshold, shows_success
+from simtoreal.world_models.config import STRIDE
+from simtoreal.world_models.imagined_frames import ImaginedFrames, imagine_episodes
+from simtoreal.world_models.latent_video import LatentVideo
+from simtoreal.world_models.pixel_weights import PixelWeights
+from simtoreal.world_models.tokenizer import cell_weights
+from simtoreal.world_models.video_data import VideoData
+from simtoreal.world_models.world_model import WorldModel
+
+# Frames encoded at once, and held-out frames and windows that a measurement uses.
+ENCODE_BATCH, HELD_OUT_FRAMES, HELD_OUT_WINDOWS = 256, 512, 128
+HELD_OUT_STEPS = 10
+
+
+class Stage(ABC):
+    """One training.
+
+    Attributes:
+        name: of the part of the model that is trained.
+        module: that part.
+        schedule: steps, batch size and learning rate.
+
+    Args:
+        model: the whole model; parts of earlier stages are used as they are.
+        data: to learn from.
+        schedule: see above.
+        device: where the model is.
+        fresh: False when an existing model is trained on, whose scales must stay.
+    """
+
+    name: str
+
+    def __init__(
+        self, model: WorldModel, data: VideoData, schedule: TrainerConfig, device: torch.device, *, fresh: bool
+    ) -> None:
+        self.model, self.data, self.schedule, self.device, self.fresh = model, data, schedule, device, fresh
+        self.module: nn.Module = getattr(model, self.name)
+        self.train_frames = data.frames_of(~data.held_out)
+        self.held_out_frames = data.frames_of(data.held_out)
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Compute what the whole training needs; called before its first step, also when it is continued."""
+
+    @abstractmethod
+    def loss(self, step: int) -> dict[str, Tensor]:
+        """Return ``{"loss": scalar, ...}`` of a step; drawn from the global generators, which are seeded before."""
+
+    @abstractmethod
+    def finish(self) -> dict[str, float]:
+        """Set what follows from the trained weights, and return what was measured on held-out episodes."""
+
+    def draw(self, frames: np.ndarray) -> np.ndarray:
+        """A batch of ``frames``."""
+        return np.random.choice(frames, self.schedule.batch_size)
+
+    def images(self, frames: np.ndarray) -> Tensor:
+        """``(len(frames), V, H, W, 3)`` uint8 on the device."""
+        return torch.from_numpy(self.data.images[frames]).to(self.device)
+
+    def encode_all(self) -> tuple[LatentVideo, PixelWeights]:
+        """Encode every frame, with the weight of every cell."""
+        data, weights = self.data, PixelWeights(self.data, self.model.config.tokenizer)
+        latents, cells = [], []
+        for frames in np.array_split(np.arange(len(data)), max(1, len(data) // ENCODE_BATCH)):
+            latents.append(self.model.encode(self.images(frames)).half())
+            views = [cell_weights(weights(frames, view), STRIDE) for view in range(self.model.views)]
+            cells.append(torch.stack(views, 1).half().to(self.device))
+        proprio = self.model.scale_proprio(torch.from_numpy(data.proprio).to(self.device))
+        tensors = torch.from_numpy(data.actions).to(self.device), torch.from_numpy(data.targets).to(self.device)
+        commands = self.model.scale_commands(*tensors)
+        video = LatentVideo(data, torch.cat(latents), proprio, commands, torch.cat(cells), self.model.memory)
+        return video, weights
+
+
+class TokenizerStage(Stage):
+    """Learns to compress the images of all cameras."""
+
+    name = "tokenizer"
+
+    def prepare(self) -> None:
+        """Count colours and medians."""
+        self.weights = PixelWeights(self.data, self.model.config.tokenizer)
+
+    def loss(self, step: int) -> dict[str, Tensor]:
+        """Weighted reconstruction error of images of one camera after the other."""
+        views = self.model.views
+        frames = [part for part in np.array_split(self.draw(self.train_frames), views) if len(part)]
+        return self.model.tokenizer.loss(*self._batch(frames))
+
+    def _batch(self, frames: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        images = [torch.from_numpy(self.data.images[part, view]) for view, part in enumerate(frames)]
+        weights = [self.weights(part, view) for view, part in enumerate(frames)]
+        return torch.cat(images).to(self.device), torch.cat(weights).to(self.device)
+
+    def finish(self) -> dict[str, float]:
+        """Scale the latents; report the error of held-out images."""
+        spread = self.train_frames[:: max(1, len(self.train_frames) // 2000)]
+        parts = np.array_split(spread, max(1, len(spread) // ENCODE_BATCH))
+        latents = torch.cat([self.model.encode(self.images(part)) for part in parts])
+        self.model.tokenizer.set_scale(latents.unflatten(1, (self.model.views, -1)).flatten(0, 1))
+        held_out = self.held_out_frames[:: max(1, len(self.held_out_frames) // HELD_OUT_FRAMES)]
+        squared, weighted, count = 0.0, 0.0, 0
+        for part in np.array_split(held_out, max(1, len(held_out) // ENCODE_BATCH)):
+            images, weight = self._batch([part] * self.model.views)
+            decoded = self.model.decode(self.model.encode(self.images(part))).transpose(0, 1).flatten(0, 1)
+            error = ((decoded.float() - images.float()) / 255).square().mean(-1)
+            squared += float(error.sum())
+            weighted += float((error * weight).sum())
+            count += error.numel()
+        return {
+            "psnr_db": float(-10 * np.log10(max(squared / count, 1e-10))),
+            "weighted_psnr_db": float(-10 * np.log10(max(weighted / count, 1e-10))),
+        }
+
+
+class DynamicsStage(Stage):
+    """Learns what comes next."""
+
+    name = "dynamics"
+
+    def prepare(self) -> None:
+        """Encode the data once, and fit the linear model of proprio."""
+        self.video, _ = self.encode_all()
+        if self.fresh:
+            followed = self.video.usable(self.train_frames, 1)
+            self.model.dynamics.linear.fit(self.video.proprio, self.video.commands, self.video.first, followed)
+        self._usable: dict[int, np.ndarray] = {}
+
+    def loss(self, step: int) -> dict[str, Tensor]:
+        """Error over a window; its length depends on the progress of the training."""
+        # Somebody who trains on has a model that can live on its own predictions already.
+        done = step / self.schedule.steps if self.fresh else 1.0
+        steps = self.model.dynamics.window_steps(done)
+        if steps not in self._usable:
+            self._usable[steps] = self.video.usable(self.train_frames, steps)
+        return self.model.dynamics.loss(self.video.window(self.draw(self._usable[steps]), steps))
+
+    def finish(self) -> dict[str, float]:
+        """Open-loop error on held-out episodes, beside that of a still picture, in units of the latents' variance."""
+        steps = min(HELD_OUT_STEPS, int((self.data.ends - self.data.starts)[self.data.held_out].max()) - 1)
+        usable = self.video.usable(self.held_out_frames, steps)
+        frames = usable[:: max(1, len(usable) // HELD_OUT_WINDOWS)]
+        window = self.video.window(frames, steps)
+        generator = torch.Generator().manual_seed(0)
+        _, latents, proprio = self.model.imagine(window.state, window.commands, generator)
+        weight = window.weight.unsqueeze(3)
+
+        def error(predicted: Tensor) -> float:
+            parts = (predicted - window.latents).square().unflatten(2, (self.model.views, -1))
+            return float((parts * weight).mean())
+
+        return {
+            "error": error(latents),
+            "still_error": error(window.state.memory[:, -1:].expand_as(window.latents)),
+            "proprio_error": float((proprio - window.proprio).square().mean().sqrt()),
+            "steps": float(steps),
+        }
+
+
+class ClassifierStage(Stage):
+    """Learns what success looks like, on real and on generated frames."""
+
+    name = "classifier"
+
+    @staticmethod
+    def require_both_classes(data: VideoData) -> None:
+        """Refuse data from which success cannot be told from failure.
+
+        Raises:
+            DatasetError: the training episodes are all successes or all failures.
+        """
+        success = data.success[~data.held_out]
+        if success.all() or not success.any():
+            found, missing = ("successful", "failures") if success.all() else ("failures", "successes")
+            raise DatasetError(
+                f"all {len(success)} training episodes are {found}: a success classifier trained on one class only "
+                f"rewards everything or nothing. Add {missing}, e.g. 'simtoreal collect --keep-failures --noise 0.5' "
+                "or rollouts of a policy."
+            )
+
+    def prepare(self) -> None:
+        """Encode the data, imagine episodes, and sort the frames into what the batches are made of."""
+        video, _ = self.encode_all()
+        data, config = self.data, self.model.config.classifier
+        labels = torch.from_numpy(data.labels).to(self.device)
+        chosen = np.flatnonzero(~data.held_out)
+        chosen = chosen[:: max(1, len(chosen) // max(1, config.generated_episodes))][: config.generated_episodes]
+        generated = imagine_episodes(self.model, data, video, chosen)
+        use = _usable_generated(generated, data, config.close_error)
+        self.latents = torch.cat([video.latents, generated.latents[torch.from_numpy(use)]])
+        self.proprio = torch.cat([video.proprio, generated.proprio[torch.from_numpy(use)]])
+        real_frames = generated.frames[use]
+        self.labels = torch.cat([labels, labels[torch.from_numpy(real_frames)]])
+        self.video = video
+        near = np.zeros(len(data), bool)
+        for start, end in zip(data.starts, data.ends, strict=True):
+            positive = np.flatnonzero(data.labels[start:end])
+            last = start + positive[0] if len(positive) else end
+            near[max(start, last - config.near_steps) : last] = True
+        mine = np.zeros(len(data), bool)
+        mine[self.train_frames] = True
+        imagined = len(data) + np.arange(len(real_frames))
+        positive = data.labels[real_frames]
+        # Half of every batch shows success, and half of either class is generated, as far as there is any.
+        self.pools = [
+            (0.25, np.flatnonzero(mine & data.labels), None),
+            (0.25, imagined[positive], 0),
+            (0.15, np.flatnonzero(mine & ~data.labels & near), None),
+            (0.10, np.flatnonzero(mine & ~data.labels), None),
+            (0.25, imagined[~positive & near[real_frames]], 2),
+        ]
+
+    def loss(self, step: int) -> dict[str, Tensor]:
+        """Cross-entropy of a batch of real and generated frames, with hard negatives."""
+        drawn = []
+        for share, pool, instead in self.pools:
+            source = pool if len(pool) or instead is None else self.pools[instead][1]
+            if len(source):
+                drawn.append(np.random.choice(source, max(1, round(share * self.schedule.batch_size))))
+        frames = torch.from_numpy(np.concatenate(drawn))
+        return self.model.classifier.loss(self.latents[frames].float(), self.proprio[frames], self.labels[frames])
+
+    def finish(self) -> dict[str, float]:
+        """Calibrate the threshold on held-out episodes, and report how often it is right."""
+        data, model = self.data, self.model
+        held_out = np.flatnonzero(data.held_out)
+        both = data.success[held_out].any() and not data.success[held_out].all()
+        judged = held_out if both else np.arange(len(data.ends))
+        real = [
+            self._probabilities(self.video.latents[a:b], self.video.proprio[a:b])
+            for a, b in zip(data.starts[judged], data.ends[judged], strict=True)
+        ]
+        generated = imagine_episodes(model, data, self.video, judged)
+        imagined = [
+            self._probabilities(generated.latents[a:b], generated.proprio[a:b])
+            for a, b in zip(generated.starts, generated.ends, strict=True)
+        ]
+        success, consecutive = data.success[judged], model.config.classifier.consecutive
+        # An imagined episode may really end otherwise, so the threshold is that of the real ones.
+        threshold, accuracy = calibrate_threshold(real, success, consecutive)
+        model.classifier.threshold.fill_(threshold)
+
+        def says(episodes: list[np.ndarray]) -> np.ndarray:
+            return np.array([shows_success(one, threshold, consecutive)[-1] for one in episodes])
+
+        told, dreamt = says(real), says(imagined)
+        return {
+            "threshold": threshold,
+            "balanced_accuracy": accuracy,
+            "false_positives": float((told & ~success).sum()),
+            "false_negatives": float((~told & success).sum()),
+            "imagined_false_positives": float((dreamt & ~success).sum()),
+            "imagined_false_negatives": float((~dreamt & success).sum()),
+            "successes": float(success.sum()),
+            "failures": float((~success).sum()),
+        }
+
+    def _probabilities(self, latents: Tensor, proprio: Tensor) -> np.ndarray:
+        return self.model.success_probability(latents.float(), proprio).float().cpu().numpy()
+
+
+def _usable_generated(generated: ImaginedFrames, data: VideoData, close_error: float) -> np.ndarray:
+    """Rows of the generated frames whose label is known.
+
+    As long as a frame shows what really happened it has the real label. Episodes that failed stay failures however
+    far their imagination went: a model that dreams of success where there was none must not be rewarded for it.
+    """
+    episode = np.repeat(np.arange(len(data.ends)), data.ends - data.starts)[generated.frames]
+    return np.flatnonzero((generated.error < close_error) | ~data.success[episode])
