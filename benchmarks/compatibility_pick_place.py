@@ -14,25 +14,22 @@ the area under the ROC curve is given for the steps that it judges (novelty belo
 
 from __future__ import annotations
 
-import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from compatibility_study import (
     STATE_KEYS,
-    arm_row,
-    comparisons,
+    Outcomes,
     demonstrate,
     join,
     make_filters,
-    run_arm,
+    run_arms,
+    run_study,
     scorer_of,
     state_env,
 )
-from interleaved import write_benchmark
 
 from simtoreal.data_collection.compatibility import Scores, detection_auc
 from simtoreal.data_collection.dataset import Dataset
@@ -42,13 +39,10 @@ from simtoreal.envs.files import write_json
 from simtoreal.envs.task import TaskSpec
 from simtoreal.envs.task_file import load_task, parse_task
 from simtoreal.policies.compatibility_scorer import Scorer
-from simtoreal.policies.config import BCConfig, DiffusionConfig, PolicyConfig, TrainerConfig
+from simtoreal.policies.config import BCConfig, DiffusionConfig, PolicyConfig
 
 BASE, COMPATIBLE, CONFLICTING, NEW = 60, 20, 40, 40
 ROLLOUTS, SEEDS, STEPS = 200, 3, 2000
-# The scorer was chosen with seeds below 10 and rollouts below 1,000,000.
-FIRST_TRAINING, FIRST_ROLLOUT = 10, 5_000_000
-ARMS = ("base", "naive", "random", "box", "accepted")
 CONFLICT, AGREEMENT = 0.1, 0.01
 ABOVE = STYLES["expert"]
 FROM_SIDE = OperatorStyle(name="from_side", approach_height_m=0.03, approach_offset_m=(0.0, 0.15))
@@ -116,7 +110,7 @@ def detection(scorer: Scorer, candidates: dict[str, tuple[Dataset, TaskSpec]]) -
     }
 
 
-def run_seed(folder: Path, seed: int) -> tuple[dict[tuple[str, str], list[bool]], dict[str, Any]]:
+def run_seed(folder: Path, seed: int) -> tuple[Outcomes, dict[str, Any]]:
     """Data, filters, detection and arms of one seed."""
     first = 100_000_000 + 100_000 * seed
     right, left = half_table("pick_place_right", (-0.15, 0.0)), half_table("pick_place_left", (0.0, 0.15))
@@ -137,75 +131,42 @@ def run_seed(folder: Path, seed: int) -> tuple[dict[tuple[str, str], list[bool]]
             write_json(stored, {"detection": found, "kept": kept})
         report[kind] = json.loads(stored.read_text())
         print(f"seed {seed}, {kind}: {report[kind]['detection']}", flush=True)
-    data: dict[str, tuple[Path, dict[str, str]]] = {
-        "base": (base, {}), "naive": (everything, {}), "random": (everything, {"filter": "mlp_random"}),
-        "box": (everything, {"filter": "mlp_box"}), "accepted": (everything, {"mask": "mlp_box"}),
-    }  # fmt: skip
-    trainer = TrainerConfig(
-        steps=STEPS, seed=seed, checkpoint_every=STEPS, validate_every=STEPS, log_every=STEPS, precision="fp32"
-    )
-    rollouts = range(FIRST_ROLLOUT + 1000 * seed, FIRST_ROLLOUT + 1000 * seed + ROLLOUTS)
-    outcomes = {}
-    for name, policy in POLICIES.items():
-        for arm, (path, selection) in data.items():
-            outcomes[name, arm] = run_arm(
-                folder / f"{name}_{arm}", path, policy, trainer, rollouts, task="pick_place", **selection
-            )
-            print(f"seed {seed}, {name}, {arm}: {sum(outcomes[name, arm])}/{ROLLOUTS}", flush=True)
+    outcomes = run_arms(
+        folder, base, everything, POLICIES, seed=seed, steps=STEPS, episodes=ROLLOUTS, task="pick_place"
+    )  # fmt: skip
     return outcomes, report
 
 
-def main() -> None:
-    """Run and store the measurement."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_compatibility_pick_place"))
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    options = parser.parse_args()
-    begin = time.perf_counter()
-    found = []
-    for seed in range(FIRST_TRAINING, FIRST_TRAINING + options.seeds):
-        folder = options.output / f"seed_{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        found.append(run_seed(folder, seed))
-    outcomes = {key: [one[key] for one, _ in found] for key in found[0][0]}
-    arms = [arm_row(f"{policy}, {arm}", outcomes[policy, arm]) for policy in POLICIES for arm in ARMS]
-    tests = {
-        policy: comparisons(
-            {arm: outcomes[policy, arm] for arm in ARMS}, "box", ("naive", "base", "random", "accepted")
-        )
-        for policy in POLICIES
-    }
-    rows = [
-        {"name": f"{policy}, {name}", "value": test["difference"], "n": test["n"], "interval": test["interval"],
-         "p_value": test["p_value"]}
-        for policy, pairs in tests.items() for name, test in pairs.items()
-    ]  # fmt: skip
+def detection_rows(reports: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Area under the ROC curve of each kind of scorer: mean and range over seeds."""
+    rows = []
     for kind in ("mlp", "diffusion"):
         for area in ("auc_judged", "auc_all"):
-            values = [report[kind]["detection"][area] for _, report in found]
+            values = [report[kind]["detection"][area] for report in reports]
             rows.append(
                 {"name": f"{kind} scorer, {area}", "value": float(np.mean(values)), "n": len(values),
                  "interval": [min(values), max(values)]}
             )  # fmt: skip
-    values = {arm["name"]: arm["value"] for arm in arms}
-    write_benchmark(
-        "compatibility_pick_place",
-        "Are conflicting demonstrations of pick_place found, and what does leaving them out do to policies?",
-        {
-            "metric": "success rate, unimodal policy", "ours": values["bc, box"], "baseline": values["bc, naive"],
-            "baseline_name": "all demonstrations, unfiltered", "ratio": None, **tests["bc"]["box - naive"],
-        },
-        [*arms, *rows],
-        seconds=time.perf_counter() - begin,
-        seeds=list(range(FIRST_TRAINING, FIRST_TRAINING + options.seeds)),
-        notes=(
-            f"{options.seeds} seeds, each with its own demonstrations, scorers, training and {ROLLOUTS} rollouts; "
-            f"policies trained for {STEPS} steps. Rows with a difference: interval from resampling seeds, then "
-            "rollouts; exact paired p-value over all rollouts. AUC: mean and range over seeds. Detection by seed: "
-            f"{[report['mlp']['detection'] for _, report in found]}."
-        ),
-    )  # fmt: skip
+    return rows
+
+
+def notes(reports: list[dict[str, Any]]) -> str:
+    """How it was measured, and the detection of each seed."""
+    return (
+        f"scorers, training and {ROLLOUTS} rollouts; policies trained for {STEPS} steps. Rows with a difference: "
+        "interval from resampling seeds, then rollouts; exact paired p-value over all rollouts. AUC: mean and range "
+        f"over seeds. Detection by seed: {[report['mlp']['detection'] for report in reports]}."
+    )
 
 
 if __name__ == "__main__":
-    main()
+    run_study(
+        "compatibility_pick_place",
+        "Are conflicting demonstrations of pick_place found, and what does leaving them out do to policies?",
+        __doc__,
+        run_seed,
+        tuple(POLICIES),
+        seeds=SEEDS,
+        notes=notes,
+        more_rows=detection_rows,
+    )

@@ -10,32 +10,26 @@ goal, one step, as in the paper; the observed lag of the controller would tell t
 
 from __future__ import annotations
 
-import argparse
-import time
 from pathlib import Path
 from typing import Any
 
 from compatibility_study import (
     STATE_KEYS,
-    arm_row,
-    comparisons,
+    Outcomes,
     demonstrate,
     join,
     make_filters,
-    run_arm,
+    run_arms,
+    run_study,
     scorer_of,
 )
-from interleaved import write_benchmark
 
 from simtoreal.envs.task import TaskSpec
 from simtoreal.envs.task_file import load_task, parse_task
-from simtoreal.policies.config import AugmentationConfig, BCConfig, DiffusionConfig, PolicyConfig, TrainerConfig
+from simtoreal.policies.config import AugmentationConfig, BCConfig, DiffusionConfig, PolicyConfig
 
 EPISODES, GOALS, SEEDS = 20, 200, 5
 STEPS = 1500
-# The scorer and the pillar were chosen with seeds below 10 and goals below 1,000,000.
-FIRST_TRAINING, FIRST_GOAL = 10, 5_000_000
-ARMS = ("base", "naive", "random", "box", "accepted")
 _COMMON: dict[str, Any] = {
     "observation_steps": 1, "image_keys": (), "state_keys": STATE_KEYS,
     "augmentation": AugmentationConfig(state_noise=0.0),
@@ -61,78 +55,39 @@ def pillar_task() -> TaskSpec:
     return parse_task(content, "reach2d_pillar")
 
 
-def run_seed(folder: Path, task: TaskSpec, seed: int) -> tuple[dict[tuple[str, str], list[bool]], dict[str, Any]]:
+def run_seed(folder: Path, seed: int) -> tuple[Outcomes, dict[str, Any]]:
     """Data, filters and arms of one seed; outcomes by (policy, arm), and what the filters kept."""
-    first = 10_000 * seed
+    first, task = 10_000 * seed, pillar_task()
     base = demonstrate(folder / "base", task, "up_right", EPISODES, first, position=True)
     added = demonstrate(folder / "right_up", task, "right_up", EPISODES, first + 1000, position=True)
     everything = join(folder / "everything", base, added)
     kept = make_filters(everything, scorer_of(base, "mlp", seed), ("box", "random"), "mlp", seed)
-    data: dict[str, tuple[Path, dict[str, str]]] = {
-        "base": (base, {}), "naive": (everything, {}), "random": (everything, {"filter": "mlp_random"}),
-        "box": (everything, {"filter": "mlp_box"}), "accepted": (everything, {"mask": "mlp_box"}),
-    }  # fmt: skip
-    goals = range(FIRST_GOAL + 1000 * seed, FIRST_GOAL + 1000 * seed + GOALS)
-    trainer = TrainerConfig(
-        steps=STEPS, seed=seed, checkpoint_every=STEPS, validate_every=STEPS, log_every=STEPS, precision="fp32"
-    )
-    outcomes = {}
-    for name, policy in POLICIES.items():
-        for arm, (path, selection) in data.items():
-            run = folder / f"{name}_{arm}"
-            outcomes[name, arm] = run_arm(
-                run, path, policy, trainer, goals, task=task, **selection, position=True
-            )  # fmt: skip
-            print(f"seed {seed}, {name}, {arm}: {sum(outcomes[name, arm])}/{GOALS}", flush=True)
+    outcomes = run_arms(
+        folder, base, everything, POLICIES, seed=seed, steps=STEPS, episodes=GOALS, task=task, position=True
+    )  # fmt: skip
     return outcomes, kept
 
 
-def main() -> None:
-    """Run and store the measurement."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_compatibility_reach2d"))
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    options = parser.parse_args()
-    begin = time.perf_counter()
-    task = pillar_task()
-    found = []
-    for seed in range(FIRST_TRAINING, FIRST_TRAINING + options.seeds):
-        folder = options.output / f"seed_{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        found.append(run_seed(folder, task, seed))
-    outcomes = {key: [one[key] for one, _ in found] for key in found[0][0]}
-    arms = [arm_row(f"{policy}, {arm}", outcomes[policy, arm]) for policy in POLICIES for arm in ARMS]
-    tests = {
-        policy: comparisons(
-            {arm: outcomes[policy, arm] for arm in ARMS}, "box", ("naive", "base", "random", "accepted")
-        )
-        for policy in POLICIES
-    }
+def notes(reports: list[dict[str, Any]]) -> str:
+    """How it was measured, and which share of the steps each seed's filter calls bad."""
     flagged = [
         {row["operator"] + (" (base)" if row["base"] else ""): row["bad_share"] for row in kept["box"]["operators"]}
-        for _, kept in found
+        for kept in reports
     ]
-    gain = tests["bc"]["box - naive"]
-    values = {arm["name"]: arm["value"] for arm in arms}
-    write_benchmark(
-        "compatibility_reach2d",
-        "Does filtering conflicting demonstrations help where operators go different ways to the same point?",
-        {
-            "metric": "success rate, unimodal policy", "ours": values["bc, box"], "baseline": values["bc, naive"],
-            "baseline_name": "all demonstrations, unfiltered", "ratio": None, **gain,
-        },
-        [*arms, *({"name": f"{policy}, {name}", "value": test["difference"], "n": test["n"],
-                   "interval": test["interval"], "p_value": test["p_value"]}
-                  for policy, rows in tests.items() for name, test in rows.items())],
-        seconds=time.perf_counter() - begin,
-        seeds=list(range(FIRST_TRAINING, FIRST_TRAINING + options.seeds)),
-        notes=(
-            f"{options.seeds} seeds, each with its own demonstrations, scorer, training and {GOALS} goals; policies "
-            f"trained for {STEPS} steps. Rows with a difference: interval from resampling seeds, then goals; exact "
-            f"paired p-value over all goals. Share of bad steps per seed: {flagged}."
-        ),
-    )  # fmt: skip
+    return (
+        f"scorer, training and {GOALS} goals; policies trained for {STEPS} steps. Rows with a difference: interval "
+        "from resampling seeds, then goals; exact paired p-value over all goals. Share of bad steps per seed: "
+        f"{flagged}."
+    )
 
 
 if __name__ == "__main__":
-    main()
+    run_study(
+        "compatibility_reach2d",
+        "Does filtering conflicting demonstrations help where operators go different ways to the same point?",
+        __doc__,
+        run_seed,
+        tuple(POLICIES),
+        seeds=SEEDS,
+        notes=notes,
+    )
