@@ -20,6 +20,7 @@ COMMANDS = Path(__file__).parent / "commands"
 # Verbs made of two words: ``simtoreal data info`` is the module ``data_info``.
 GROUPS = {
     "data": "Datasets: import, export, inspect, check, edit, filter, measure diversity, merge, split, view, recover.",
+    "world-model": "Video world models: train.",
 }
 
 EXIT_FAILURE = 2
@@ -115,11 +116,31 @@ def _take_preset(arguments: list[str]) -> tuple[Path | None, list[str]]:
     return preset, rest
 
 
+def _shipped_preset(preset: Path, folder: str) -> Path:
+    """Return the file of a preset given by its name alone (``--config cpu``), or the path as it is.
+
+    Raises:
+        ConfigError: no preset of this name ships with the package.
+    """
+    if preset.suffix or len(preset.parts) != 1 or preset.exists():
+        return preset
+    import simtoreal.configs
+
+    shipped = {path.stem: path for path in (Path(simtoreal.configs.__path__[0]) / folder).glob("*.yaml")}
+    if preset.name not in shipped:
+        from simtoreal.envs.errors import ConfigError, closest
+
+        raise ConfigError(f"--config '{preset}' is no file and no shipped preset. {closest(preset.name, shipped)}")
+    return shipped[preset.name]
+
+
 def _read_flags(verb: str, module: Any, arguments: list[str]) -> Any:
     """Return the verb's ``Config``: its defaults, then the preset, then the command line."""
     import tyro
 
     preset, arguments = _take_preset(arguments)
+    if preset is not None and hasattr(module, "PRESETS"):
+        preset = _shipped_preset(preset, module.PRESETS)
     # A preset may leave required flags to the command line, so it becomes tyro's defaults rather than a Config.
     options: dict[str, Any] = {}
     if preset is not None:

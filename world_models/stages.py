@@ -13,7 +13,7 @@ from simtoreal.policies.config import TrainerConfig
 from simtoreal.world_models.classifier import calibrate_threshold, shows_success
 from simtoreal.world_models.config import STRIDE
 from simtoreal.world_models.imagined_frames import ImaginedFrames, imagine_episodes
-from simtoreal.world_models.latent_video import LatentVideo
+from simtoreal.world_models.latent_video import LatentVideo, changed_cells, weighted_error
 from simtoreal.world_models.pixel_weights import PixelWeights
 from simtoreal.world_models.tokenizer import cell_weights
 from simtoreal.world_models.video_data import VideoData
@@ -149,22 +149,18 @@ class DynamicsStage(Stage):
         return self.model.dynamics.loss(self.video.window(self.draw(self._usable[steps]), steps))
 
     def finish(self) -> dict[str, float]:
-        """Open-loop error on held-out episodes, beside that of a still picture, in units of the latents' variance."""
+        """Open-loop error on held-out episodes, weighted as in training, beside that of a still picture."""
+        model, config = self.model, self.model.config.dynamics
         steps = min(HELD_OUT_STEPS, int((self.data.ends - self.data.starts)[self.data.held_out].max()) - 1)
         usable = self.video.usable(self.held_out_frames, steps)
-        frames = usable[:: max(1, len(usable) // HELD_OUT_WINDOWS)]
-        window = self.video.window(frames, steps)
-        generator = torch.Generator().manual_seed(0)
-        _, latents, proprio = self.model.imagine(window.state, window.commands, generator)
-        weight = window.weight.unsqueeze(3)
-
-        def error(predicted: Tensor) -> float:
-            parts = (predicted - window.latents).square().unflatten(2, (self.model.views, -1))
-            return float((parts * weight).mean())
-
+        window = self.video.window(usable[:: max(1, len(usable) // HELD_OUT_WINDOWS)], steps)
+        _, latents, proprio = model.imagine(window.state, window.commands, torch.Generator().manual_seed(0))
+        now = window.state.memory[:, -1]
+        weight = window.weight * (1 + config.changed_weight * changed_cells(now, window.latents, model.views))
+        still = now[:, None].expand_as(window.latents)
         return {
-            "error": error(latents),
-            "still_error": error(window.state.memory[:, -1:].expand_as(window.latents)),
+            "error": float(weighted_error(latents, window.latents, weight).mean()),
+            "still_error": float(weighted_error(still, window.latents, weight).mean()),
             "proprio_error": float((proprio - window.proprio).square().mean().sqrt()),
             "steps": float(steps),
         }

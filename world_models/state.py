@@ -56,5 +56,16 @@ class Imagination:
             parts.append(changed)
         return Imagination(*parts)
 
+    @staticmethod
+    def join(states: Sequence[Imagination]) -> Imagination:
+        """All episodes of several memories."""
+        parts = zip(*(state._parts() for state in states), strict=True)
+        return Imagination(*(torch.cat(part) for part in parts))
+
+    def finite(self) -> Tensor:
+        """``(N,)`` bool: the newest frame and proprio of the episode hold neither NaN nor infinity."""
+        frames = self.memory[:, -1].flatten(1).isfinite().all(-1)
+        return frames & self.proprio[:, -1].isfinite().all(-1)
+
     def _parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.reference, self.memory, self.proprio, self.commands

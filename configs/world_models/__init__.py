@@ -1,0 +1,1 @@
+"""Presets of ``simtoreal world-model train``: ``--config cpu``, ``--config gpu``, or a path; flags win."""

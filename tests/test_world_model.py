@@ -1,0 +1,280 @@
+"""The world model: it learns more than to repeat a picture, continues bit by bit, and refuses what does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_world import FLOW, RESIDUAL, make_world_data, short_training
+
+from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.envs.errors import CheckpointError, ConfigError, DatasetError, EmbodimentMismatchError
+from simtoreal.envs.panda import panda_embodiment
+from simtoreal.policies import checkpoint as folders
+from simtoreal.policies.training_log import read_metrics
+from simtoreal.world_models.checkpoint import load_world_model
+from simtoreal.world_models.classifier import calibrate_threshold, shows_success
+from simtoreal.world_models.config import DynamicsConfig, StageConfig, TokenizerConfig, WorldModelConfig
+from simtoreal.world_models.pixel_weights import PixelWeights
+from simtoreal.world_models.trainer import train_world_model
+from simtoreal.world_models.video_data import POSITIVE_FRAMES, VideoData, open_video_data
+from simtoreal.world_models.world_model import WorldModel, fit_world_statistics
+
+torch.set_num_threads(1)
+# A few steps of everything, where only the mechanics matter.
+MOMENT = short_training(
+    tokenizer=StageConfig(steps=4, batch_size=4), dynamics=StageConfig(steps=4, batch_size=2),
+    classifier=StageConfig(steps=4, batch_size=8), checkpoint_every=3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_world_data(tmp_path_factory.mktemp("world") / "data")
+
+
+@pytest.fixture(scope="module")
+def data(folder) -> VideoData:
+    return open_video_data([folder])
+
+
+@pytest.fixture(scope="module")
+def trained(data, tmp_path_factory):
+    run = tmp_path_factory.mktemp("run")
+    return train_world_model(RESIDUAL, short_training(), data, run, device="cpu")
+
+
+def rewrite(source: Path, target: Path, change) -> Path:
+    """Copy a dataset; ``change(info)`` returns the description of each copied episode, or None to leave it out."""
+    dataset = Dataset.open(source)
+    with DatasetWriter(target, dataset.embodiment, dataset.tasks) as writer:
+        for episode in dataset.episodes:
+            if (info := change(episode)) is not None:
+                writer.add(dataset.read(episode), info)
+    return target
+
+
+# Data ---------------------------------------------------------------------------------------------------------
+
+
+def test_frames_in_which_the_goal_holds_are_the_last_of_successes(data):
+    assert data.success.any()
+    assert not data.success.all()
+    for start, end, success in zip(data.starts, data.ends, data.success, strict=True):
+        assert data.labels[start:end].sum() == (POSITIVE_FRAMES if success else 0)
+        assert not success or data.labels[end - POSITIVE_FRAMES : end].all()
+    assert data.held_out.any()
+    assert not data.held_out.all()
+
+
+def test_moving_scenes_are_left_out_and_counted(folder, tmp_path):
+    number = iter(range(100))
+    moved = rewrite(
+        folder, tmp_path / "moved",
+        lambda info: dataclasses.replace(info, extra={"motion": {}} if next(number) < 3 else {}),
+    )  # fmt: skip
+    data = open_video_data([moved])
+    assert len(data.ends) == len(Dataset.open(folder).episodes) - 3
+    assert "3 episodes" in data.notes[0]
+    assert "MOVE" in data.notes[0]
+    assert len(open_video_data([moved], moving=True).ends) == len(Dataset.open(folder).episodes)
+
+
+def test_data_of_another_robot_are_refused(folder, tmp_path):
+    other = make_world_data(tmp_path / "other", episodes=2)
+    meta = json.loads((other / "meta.json").read_text())
+    embodiment = panda_embodiment(16, render_profile="high")
+    with pytest.raises(EmbodimentMismatchError, match="render_profile"):
+        open_video_data([folder], embodiment=embodiment)
+    assert meta["embodiment"]["render_profile"] == "fast"
+    assert len(open_video_data([folder, other]).ends) == 18
+
+
+def test_images_must_fit_the_latent_grid(data):
+    embodiment = panda_embodiment(20)
+    with pytest.raises(ConfigError, match="multiple of 8"):
+        WorldModel(RESIDUAL, embodiment, fit_world_statistics(data))
+
+
+def test_one_class_only_is_refused_before_anything_is_trained(folder, tmp_path):
+    successes = rewrite(folder, tmp_path / "good", lambda info: info if info.success else None)
+    with pytest.raises(DatasetError, match="one class only"):
+        train_world_model(RESIDUAL, MOMENT, open_video_data([successes]), tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_rare_colours_weigh_more(data):
+    weights = PixelWeights(data, TokenizerConfig())
+    frames = data.starts[:8]
+    images, weight = data.images[frames, 0].astype(int), weights(frames, 0).numpy()
+    # The goal marker is the only coloured thing on a grey table.
+    coloured = images.max(-1) - images.min(-1) > 60
+    assert 0 < coloured.mean() < 0.1
+    assert weight[coloured].mean() > 3 * weight[~coloured].mean()
+    flat = PixelWeights(data, TokenizerConfig(rarity=0.0, change=0.0))(frames, 0)
+    assert torch.allclose(flat, torch.ones_like(flat))
+
+
+# Model --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [RESIDUAL, FLOW])
+def test_shapes(config, data):
+    torch.manual_seed(0)
+    model = WorldModel(config, data.embodiment, fit_world_statistics(data)).eval()
+    first = data.starts[:3]
+    state = model.first_state(data.images[first], data.proprio[first])
+    assert state.reference.shape == (3, 16, 2, 2)
+    assert state.memory.shape == (3, model.memory, 16, 2, 2)
+    ahead = first[:, None] + np.arange(5)
+    commands = model.scale_commands(torch.from_numpy(data.actions[ahead]), torch.from_numpy(data.targets[ahead]))
+    with torch.no_grad():
+        after, latents, proprio = model.imagine(state, commands, [torch.Generator().manual_seed(i) for i in range(3)])
+        images = model.decode(latents[:, -1])
+        probability = model.success_probability(latents[:, -1], proprio[:, -1])
+    assert latents.shape == (3, 5, 16, 2, 2)
+    assert proprio.shape == (3, 5, 20)
+    assert images.shape == (3, 2, 16, 16, 3)
+    assert images.dtype == torch.uint8
+    assert probability.shape == (3,)
+    assert torch.equal(after.memory[:, -1], latents[:, -1])
+    # The commanded target is arithmetic: the next proprio repeats it, whatever the networks say.
+    names = data.embodiment.proprio.names
+    column = names.index("target_x")
+    told = model.unscale_proprio(proprio)[:, :, column : column + 3].numpy()
+    np.testing.assert_allclose(told, data.targets[ahead][:, :, :3], atol=1e-5)
+
+
+def test_flow_does_not_look_ahead(data):
+    """A frame of a chunk depends on the actions before it only, so that chunks can be cut anywhere."""
+    torch.manual_seed(0)
+    model = WorldModel(FLOW, data.embodiment, fit_world_statistics(data)).eval()
+    for parameter in model.dynamics.parameters():
+        # Zero-initialised layers would hide every dependence.
+        torch.nn.init.normal_(parameter, std=0.05)
+    state = model.first_state(data.images[:2], data.proprio[:2])
+    commands = torch.randn(2, 3, model.command_dim)
+    changed = commands.clone()
+    changed[:, 2] += 1.0
+    frames, vectors = torch.randn(2, 3, 16, 2, 2), torch.randn(2, 3, 20)
+    expected, time = torch.zeros(2, 3, 20), torch.full((2,), 0.5)
+    with torch.no_grad():
+        before, _ = model.dynamics(state, commands, expected, frames, vectors, time)
+        after, _ = model.dynamics(state, changed, expected, frames, vectors, time)
+        short, _ = model.dynamics(state, commands[:, :1], expected[:, :1], frames[:, :1], vectors[:, :1], time)
+    torch.testing.assert_close(before[:, :2], after[:, :2])
+    assert not torch.allclose(before[:, 2], after[:, 2])
+    torch.testing.assert_close(before[:, :1], short)
+
+
+def test_two_frames_in_a_row():
+    probability = np.array([0.1, 0.9, 0.2, 0.9, 0.9, 0.1])
+    assert shows_success(probability, 0.5, 2).tolist() == [False, False, False, False, True, True]
+    assert shows_success(probability[:1], 0.05, 2).tolist() == [False]
+    episodes = [probability, np.array([0.1, 0.9, 0.1]), np.array([0.3, 0.3, 0.2])]
+    threshold, accuracy = calibrate_threshold(episodes, np.array([True, False, False]), 2)
+    assert 0.3 < threshold <= 0.9
+    assert accuracy == 1.0
+
+
+# Training -----------------------------------------------------------------------------------------------------
+
+
+def test_it_learns_more_than_to_repeat_a_picture(trained):
+    lines = read_metrics(trained.run)
+    for stage in ("tokenizer", "dynamics", "classifier"):
+        losses = [line["loss"] for line in lines if line.get("stage") == stage]
+        assert losses[-1] < 0.8 * losses[0], stage
+    assert trained.metrics["dynamics_error"] < 0.8 * trained.metrics["dynamics_still_error"]
+    assert trained.metrics["tokenizer_psnr_db"] > 15
+
+
+def test_the_checkpoint_is_the_model(trained, data):
+    loaded = load_world_model(trained.run)
+    again = load_world_model(loaded.folder)
+    assert loaded.embodiment == data.embodiment
+    assert loaded.task["name"] == "reach"
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+    frames = data.starts[:2]
+    images = [one.model.decode(one.model.encode(torch.from_numpy(data.images[frames]))) for one in (loaded, again)]
+    assert torch.equal(*images)
+
+
+@pytest.mark.parametrize("interrupted_at", [3, 6, 9])
+def test_resuming_equals_not_being_interrupted(interrupted_at, data, tmp_path, monkeypatch):
+    """Killed after its n-th step, in any of the three stages, and continued: the same weights, bit by bit."""
+    whole = train_world_model(RESIDUAL, MOMENT, data, tmp_path / "whole", device="cpu")
+
+    class KilledError(Exception):
+        pass
+
+    with monkeypatch.context() as patch:
+        write = folders.write_checkpoint
+
+        def write_and_die(run, step, fill):
+            write(run, step, fill)
+            if step == interrupted_at:
+                raise KilledError
+
+        patch.setattr(folders, "write_checkpoint", write_and_die)
+        with pytest.raises(KilledError):
+            train_world_model(RESIDUAL, MOMENT, data, tmp_path / "killed", device="cpu")
+    with pytest.raises(CheckpointError, match="stopped in its stage"):
+        load_world_model(tmp_path / "killed")
+    with pytest.raises(ConfigError, match="--resume"):
+        train_world_model(RESIDUAL, MOMENT, data, tmp_path / "killed", device="cpu")
+    resumed = train_world_model(RESIDUAL, MOMENT, data, tmp_path / "killed", resume=True, device="cpu")
+    assert resumed.steps == whole.steps == 12
+    mine, theirs = (load_world_model(one.run).model.state_dict() for one in (whole, resumed))
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    assert resumed.metrics == whole.metrics
+
+
+def test_other_settings_cannot_continue_a_run(data, tmp_path):
+    train_world_model(RESIDUAL, MOMENT, data, tmp_path, device="cpu")
+    other = dataclasses.replace(MOMENT, seed=1)
+    with pytest.raises(ConfigError, match="trainer"):
+        train_world_model(RESIDUAL, other, data, tmp_path, resume=True, device="cpu")
+
+
+def test_training_on_keeps_the_tokenizer(trained, data, tmp_path):
+    result = train_world_model(RESIDUAL, MOMENT, data, tmp_path, initial=trained.run, device="cpu")
+    before, after = (load_world_model(run).model for run in (trained.run, tmp_path))
+    assert result.steps == 4  # 30 % of 4 steps, rounded up, twice
+    for name, value in before.tokenizer.state_dict().items():
+        assert torch.equal(value, after.tokenizer.state_dict()[name])
+    assert not torch.equal(before.dynamics.outputs.weight, after.dynamics.outputs.weight)
+
+
+def test_a_flow_model_trains(data, tmp_path):
+    result = train_world_model(FLOW, MOMENT, data, tmp_path, device="cpu")
+    assert result.steps == 12
+    assert load_world_model(tmp_path).model.config == FLOW
+
+
+def test_damaged_and_foreign_checkpoints(trained, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(folders.find_checkpoint(trained.run), copy)
+    (copy / folders.MODEL).write_bytes((copy / folders.MODEL).read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="damaged"):
+        load_world_model(copy)
+    training = json.loads((copy / folders.TRAINING).read_text())
+    (copy / folders.TRAINING).write_text(json.dumps({**training, "format": "something"}))
+    with pytest.raises(CheckpointError, match="is not a world model"):
+        load_world_model(copy)
+    with pytest.raises(CheckpointError, match="does not exist"):
+        load_world_model(tmp_path / "nowhere")
+
+
+def test_settings_out_of_range():
+    with pytest.raises(ValueError, match="multiple of 64"):
+        DynamicsConfig(kind="flow", width=96)
+    with pytest.raises(ValueError, match="multiples of 8"):
+        TokenizerConfig(encoder_widths=(4, 8, 8))
+    assert WorldModelConfig().dynamics.kind == "residual"

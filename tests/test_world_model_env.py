@@ -1,0 +1,190 @@
+"""The learned backend keeps the interface, begins in real frames, and ends what it cannot imagine."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from small_world import FLOW, RESIDUAL, make_world_data, short_training
+
+from simtoreal.envs import rollout
+from simtoreal.envs.contract import check_robot_env
+from simtoreal.envs.errors import ConfigError, EmbodimentMismatchError
+from simtoreal.envs.panda import panda_embodiment
+from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model
+from simtoreal.world_models.contexts import Contexts
+from simtoreal.world_models.trainer import train_world_model
+from simtoreal.world_models.vector_env import WorldModelVectorEnv
+from simtoreal.world_models.video_data import VideoData, open_video_data
+from simtoreal.world_models.world_model import WorldModel, fit_world_statistics
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> VideoData:
+    return open_video_data([make_world_data(tmp_path_factory.mktemp("world") / "data")])
+
+
+@pytest.fixture(scope="module")
+def loaded(data, tmp_path_factory) -> LoadedWorldModel:
+    run = tmp_path_factory.mktemp("run")
+    train_world_model(RESIDUAL, short_training(), data, run, device="cpu")
+    loaded = load_world_model(run)
+    # A model this small sees success where there is none; when it does is none of the interface's business.
+    loaded.model.classifier.threshold.fill_(2.0)
+    return loaded
+
+
+@pytest.fixture
+def env(loaded, data):
+    return WorldModelVectorEnv(loaded, 3, data)
+
+
+class Still:
+    """Acts without moving."""
+
+    observation_steps, execute_steps, ensembling = 2, 4, None
+
+    def reset(self, slots, seeds):
+        pass
+
+    def act(self, observation, instructions, slots):
+        action = np.zeros((len(slots), 8, 7), np.float32)
+        action[..., -1] = 1.0
+        return action
+
+
+def test_it_keeps_the_contract(env):
+    check_robot_env(env, deterministic=True)
+
+
+def test_a_flow_model_keeps_the_contract_but_for_the_motion_it_has_not_learned(loaded, data, monkeypatch):
+    torch.manual_seed(0)
+    model = WorldModel(FLOW, data.embodiment, fit_world_statistics(data)).eval().requires_grad_(False)
+    model.classifier.threshold.fill_(2.0)
+    monkeypatch.setattr("simtoreal.envs.contract._Contract.check_motion", lambda self: None)
+    untrained = dataclasses.replace(loaded, model=model)
+    check_robot_env(WorldModelVectorEnv(untrained, 2, data), deterministic=True)
+
+
+def test_episodes_begin_in_real_frames(env, data):
+    observation, info = env.reset(seed=[0, 1, len(data.ends)])
+    for slot, episode in enumerate((0, 1, 0)):
+        start = data.starts[episode]
+        for view, key in enumerate(data.embodiment.image_keys):
+            assert np.array_equal(observation[key][slot], data.images[start, view])
+        assert np.array_equal(observation["proprio"][slot], data.proprio[start])
+        assert info["instruction"][slot] == data.instructions[episode]
+    assert info["init_id"].tolist() == [0, 1, 0]
+    assert "object_state" not in observation
+
+
+def test_the_target_is_that_of_the_real_episode(env, data):
+    env.reset(seed=[0, 1, 2])
+    for step in range(4):
+        action = data.actions[data.starts[:3] + step]
+        *_, info = env.step(action)
+        np.testing.assert_allclose(info["target"], data.targets[data.starts[:3] + step], atol=1e-4)
+
+
+def test_equal_seeds_equal_episodes_wherever_they_run(env):
+    observation, _ = env.reset(seed=[4, 4, 5])
+    actions = np.tile(np.float32([0.3, -0.2, 0.1, 0, 0, 0, 1]), (3, 1))
+    for _ in range(5):
+        observation, *_ = env.step(actions)
+    for value in observation.values():
+        np.testing.assert_allclose(
+            value[0].astype(float), value[1].astype(float), atol=1e-4 if value.dtype.kind == "f" else 1
+        )
+    assert np.abs(observation["proprio"][0] - observation["proprio"][2]).max() > 1e-3
+
+
+def test_the_control_loop_runs_on_it(env, data):
+    results = rollout(env, Still(), range(5))
+    assert [result.steps for result in results] == [env.task.horizon] * 5
+    assert {result.failure for result in results} == {"timeout"}
+    actor = Still()
+    actor.embodiment = panda_embodiment(16, render_profile="high")
+    with pytest.raises(EmbodimentMismatchError, match="render_profile"):
+        rollout(env, actor, range(3))
+
+
+def test_success_needs_two_frames_in_a_row_and_pays_once(env, monkeypatch):
+    told = iter([0.9, 0.1, 0.9, 0.9, 0.9])
+    env.threshold = 0.5
+
+    def probability(latents, proprio):
+        return torch.full((len(latents),), next(told))
+
+    monkeypatch.setattr(env.model, "success_probability", probability)
+    env.reset(seed=0)
+    action = np.zeros((3, 7), np.float32)
+    rewards, ended = [], []
+    for _ in range(4):
+        _, reward, terminated, _, info = env.step(action)
+        rewards.append(reward[0])
+        ended.append(bool(terminated[0]))
+        assert info["success"].tolist() == terminated.tolist()
+    assert rewards == [0, 0, 0, 1]
+    assert ended == [False, False, False, True]
+
+
+def test_a_slot_that_is_no_longer_finite_ends(env, monkeypatch):
+    env.reset(seed=0)
+    action = np.zeros((3, 7), np.float32)
+    before, *_ = env.step(action)
+    imagine = env.model.imagine
+
+    def poisoned(state, commands, noise):
+        state, latents, proprio = imagine(state, commands, noise)
+        latents[1] = torch.nan
+        state.memory[1, -1] = torch.nan
+        return state, latents, proprio
+
+    monkeypatch.setattr(env.model, "imagine", poisoned)
+    observation, reward, terminated, truncated, info = env.step(action)
+    assert truncated.tolist() == [False, True, False]
+    assert not terminated.any()
+    assert reward[1] == 0
+    assert info["sim_fault"].tolist() == ["", "imagination not finite", ""]
+    assert all(np.isfinite(value).all() for value in observation.values())
+    assert np.array_equal(observation["front_image"][1], before["front_image"][1])
+    monkeypatch.undo()
+    mask = np.array([False, True, False])
+    _, info = env.reset(seed=[None, 7, None], options={"reset_mask": mask})
+    assert info["sim_fault"].tolist() == ["", "", ""]
+    *_, truncated, _ = env.step(action)
+    assert not truncated.any()
+
+
+def test_contexts_of_key_frames(loaded, data):
+    episode = int(np.argmax(data.ends - data.starts))
+    env = WorldModelVectorEnv(loaded, 2, data, places=[(episode, 0), (episode, 8)])
+    observation, info = env.reset(seed=0)
+    assert np.array_equal(observation["front_image"][1], data.images[data.starts[episode] + 8, 0])
+    np.testing.assert_allclose(info["target"][1], data.targets[data.starts[episode] + 7], atol=1e-4)
+    ended = np.zeros(2, bool)
+    for step in range(1, env.task.horizon + 1):
+        *_, truncated, _ = env.step(np.zeros((2, 7), np.float32))
+        assert truncated[1] == (step >= env.task.horizon - 8)
+        ended |= truncated
+    assert ended.all()
+
+
+def test_contexts_that_do_not_fit(loaded, data):
+    torch.manual_seed(0)
+    model = WorldModel(FLOW, data.embodiment, fit_world_statistics(data)).eval()
+    assert model.memory == 3
+    with pytest.raises(ConfigError, match="memory of the world model holds 3"):
+        Contexts(model, data, [(0, 1)])
+    assert len(Contexts(model, data, [(0, 0), (0, 2)])) == 2
+    with pytest.raises(ConfigError, match="has steps 0 to"):
+        Contexts(model, data, [(0, 1000)])
+    with pytest.raises(ConfigError, match="the data hold episodes"):
+        Contexts(model, data, [(99, 0)])
+    other = dataclasses.replace(data, embodiment=panda_embodiment(16, render_profile="high"))
+    with pytest.raises(EmbodimentMismatchError, match="render_profile"):
+        WorldModelVectorEnv(loaded, 2, other)

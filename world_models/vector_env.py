@@ -1,0 +1,258 @@
+"""The learned backend: many episodes imagined together behind the vector interface of Gymnasium."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import gymnasium as gym
+import numpy as np
+import torch
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from simtoreal.envs.action import check_action, integrate_action
+from simtoreal.envs.errors import ConfigError
+from simtoreal.envs.task import TaskSpec
+from simtoreal.envs.task_file import load_task, parse_task
+from simtoreal.policies.trainer import choose_precision
+from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model
+from simtoreal.world_models.contexts import Contexts
+from simtoreal.world_models.video_data import VideoData
+
+NOT_FINITE = "imagination not finite"
+
+
+class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
+    """N independent imagined episodes behind the vector interface of Gymnasium.
+
+    Observations: ``<camera>_image`` uint8 ``(N, H, W, 3)`` and ``proprio`` float32 ``(N, P)``; as on a robot there is
+    no ``object_state``. Episodes begin in real frames: seed s begins in context s modulo their number, independently
+    of the slot it runs in. Success, and with it reward and termination, is what the success classifier says in
+    ``config.classifier.consecutive`` frames in a row. Actions and info are described in docs/interface.md;
+    ``milestones`` and ``contacts`` are empty, since pictures do not tell them. Two entries are added: ``init_id``, the
+    number of the context, and ``success_probability``.
+
+    An episode whose imagination is no longer finite ends: ``truncated``, ``info["sim_fault"]``, and the last picture
+    that was finite.
+
+    Args:
+        model: run folder, checkpoint folder or loaded model.
+        num_envs: number of episodes imagined together.
+        data: real episodes to begin in, of exactly the model's embodiment.
+        places: ``(episode, step)`` of the contexts in ``data``; default: the beginning of every episode. See
+            :class:`~simtoreal.world_models.contexts.Contexts`.
+        task: name, path or specification; default: that of the model's data. Its horizon ends episodes, and counts from
+            the beginning of the real episode, so a context at step k leaves k steps less.
+        device: torch device; None leaves a loaded model where it is, and picks a GPU, if there is one, for a path.
+        precision: ``auto``, ``bf16`` or ``fp32``; auto uses bfloat16 where the processor has it.
+
+    Raises:
+        CheckpointError: the model cannot be loaded, or its training has not ended.
+        ConfigError: see :class:`~simtoreal.world_models.contexts.Contexts`; or the model was trained on several tasks
+            and none is named.
+        EmbodimentMismatchError: model and data are of different embodiments or render profiles.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "autoreset_mode": AutoresetMode.DISABLED}
+
+    def __init__(
+        self,
+        model: str | Path | LoadedWorldModel,
+        num_envs: int,
+        data: VideoData,
+        *,
+        places: Sequence[tuple[int, int]] | None = None,
+        task: str | TaskSpec | None = None,
+        device: str | None = None,
+        precision: str = "auto",
+    ) -> None:
+        if num_envs < 1:
+            raise ConfigError(f"num_envs is {num_envs}; expected at least 1")
+        if not isinstance(model, LoadedWorldModel):
+            model = load_world_model(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        elif device is not None:
+            model.model.to(device)
+        self.loaded, self.model, self.embodiment = model, model.model, model.embodiment
+        self.task = _task(task, model, data)
+        self.num_envs = num_envs
+        self._autocast = {
+            "device_type": self.model.device.type, "dtype": torch.bfloat16,
+            "enabled": choose_precision(precision, self.model.device) == "bf16",
+        }  # fmt: skip
+        with torch.autocast(**self._autocast):
+            self.contexts = Contexts(self.model, data, places)
+        self.consecutive = self.model.config.classifier.consecutive
+        self.threshold = float(self.model.classifier.threshold)
+        self._define_spaces()
+        self._started = False
+
+    def _define_spaces(self) -> None:
+        box = gym.spaces.Box
+        single: dict[str, gym.Space[Any]] = {
+            f"{camera.name}_image": box(0, 255, (camera.height, camera.width, 3), np.uint8)
+            for camera in self.embodiment.cameras
+        }
+        single["proprio"] = box(-np.inf, np.inf, (self.embodiment.proprio.dim,), np.float32)
+        self.single_observation_space = gym.spaces.Dict(single)
+        bound = np.inf if self.embodiment.action.mode == "env" else 1.0
+        self.single_action_space = box(-bound, bound, (self.embodiment.action.dim,), np.float32)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+
+    def reset(
+        self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """Begin new episodes in real frames.
+
+        Args:
+            seed: one per episode, or an integer s for s, s+1, ...; None draws from the generator.
+            options: ``reset_mask`` (N,) bool limits the reset to some episodes.
+
+        Returns:
+            Observation and info of all episodes.
+
+        Raises:
+            ConfigError: unknown option or wrong shapes.
+        """
+        options = dict(options or {})
+        mask = np.asarray(options.pop("reset_mask", np.ones(self.num_envs, dtype=bool)))
+        if options:
+            raise ConfigError(f"unknown reset options {sorted(options)}; expected 'reset_mask'")
+        if mask.shape != (self.num_envs,) or mask.dtype != np.bool_:
+            raise ConfigError(f"reset_mask must be bool of shape ({self.num_envs},), got {mask.dtype} {mask.shape}")
+        if not self._started and not mask.all():
+            raise ConfigError("the first reset must reset every episode; leave out reset_mask")
+        slots, seeds = np.flatnonzero(mask), self._complete_seeds(seed)
+        if not self._started:
+            self._allocate()
+        self._begin(slots, [seeds[slot] for slot in slots])
+        return self._observation(), self._info()
+
+    def _complete_seeds(self, seed: int | Sequence[int | None] | None) -> list[int]:
+        if isinstance(seed, int | np.integer):
+            self._np_random = np.random.default_rng(int(seed))
+            return [int(seed) + index for index in range(self.num_envs)]
+        given = [None] * self.num_envs if seed is None else list(seed)
+        if len(given) != self.num_envs:
+            raise ConfigError(f"got {len(given)} seeds for {self.num_envs} episodes")
+        return [int(self.np_random.integers(2**31)) if value is None else int(value) for value in given]
+
+    def _allocate(self) -> None:
+        count = self.num_envs
+        contexts = np.zeros(count, dtype=np.int64)
+        self._context, self._state = contexts, self.contexts.state.rows(torch.from_numpy(contexts))
+        self._images, self._proprio = self.contexts.images[contexts], self.contexts.proprio[contexts]
+        self._targets = self.contexts.targets[contexts]
+        self._instructions = np.full(count, "", dtype=object)
+        self._faults = np.full(count, "", dtype=object)
+        self._steps, self._hold = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
+        self._probability = np.zeros(count)
+        self._ended = np.zeros(count, dtype=bool)
+        self._generators = [torch.Generator() for _ in range(count)]
+        self._started = True
+
+    def _begin(self, slots: np.ndarray, seeds: list[int]) -> None:
+        chosen = np.array([seed % len(self.contexts) for seed in seeds], dtype=np.int64)
+        state = self.contexts.state.rows(torch.from_numpy(chosen))
+        self._state = self._state.put(torch.from_numpy(slots), state)
+        self._context[slots], self._steps[slots] = chosen, self.contexts.steps[chosen]
+        self._images[slots], self._proprio[slots] = self.contexts.images[chosen], self.contexts.proprio[chosen]
+        self._targets[slots], self._instructions[slots] = (
+            self.contexts.targets[chosen],
+            self.contexts.instructions[chosen],
+        )
+        self._faults[slots], self._hold[slots], self._ended[slots], self._probability[slots] = "", 0, False, 0.0
+        for slot, seed in zip(slots, seeds, strict=True):
+            self._generators[slot].manual_seed(seed)
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, np.ndarray, dict[str, Any]]:
+        """Advance every running episode by one control step.
+
+        Episodes that have ended keep their last picture until they are reset.
+
+        Args:
+            actions: ``(N, A)``, in [-1, 1] unless the action mode is ``env``.
+
+        Returns:
+            Observation, reward (1 on success), terminated (success), truncated (horizon or fault), info.
+
+        Raises:
+            ActionError: wrong shape or dtype, not finite, or out of range.
+        """
+        if not self._started:
+            raise ConfigError("call reset() before step()")
+        bounded = self.embodiment.action.mode != "env"
+        actions = check_action(actions, (self.num_envs, self.embodiment.action.dim), bounded=bounded)
+        slots = np.flatnonzero(~self._ended)
+        if len(slots):
+            self._advance(slots, actions[slots])
+        success = (self._hold >= self.consecutive) & (self._faults == "")
+        fault = self._faults != ""
+        terminated = success.copy()
+        truncated = ((self._steps >= self.task.horizon) & ~terminated) | fault
+        self._ended = terminated | truncated
+        return self._observation(), success.astype(np.float64), terminated, truncated, self._info(success)
+
+    @torch.inference_mode()
+    def _advance(self, slots: np.ndarray, actions: np.ndarray) -> None:
+        """Imagine the next frame of the episodes ``slots`` and look at it."""
+        device, index = self.model.device, torch.from_numpy(slots)
+        if self._targets.shape[1]:
+            self._targets[slots] = integrate_action(self._targets[slots], actions, self.embodiment)
+        self._steps[slots] += 1
+        targets = torch.from_numpy(self._targets[slots].astype(np.float32)).to(device)
+        commands = self.model.scale_commands(torch.from_numpy(actions).to(device), targets)[:, None]
+        everyone = len(slots) == self.num_envs
+        with torch.autocast(**self._autocast):
+            before = self._state if everyone else self._state.rows(index)
+            generators = [self._generators[slot] for slot in slots]
+            after, latents, proprio = self.model.imagine(before, commands, generators)
+            finite = after.finite().cpu().numpy()
+            probability = self.model.success_probability(latents[:, 0], proprio[:, 0]).float().cpu().numpy()
+            images = self.model.decode(latents[:, 0]).cpu().numpy()
+        vectors = self.model.unscale_proprio(proprio[:, 0]).cpu().numpy()
+        if finite.all():
+            self._state = after if everyone else self._state.put(index, after)
+        else:
+            good = torch.from_numpy(finite)
+            self._state = self._state.put(index[good], after.rows(good))
+            self._faults[slots[~finite]] = NOT_FINITE
+        good_slots = slots[finite]
+        self._images[good_slots], self._proprio[good_slots] = images[finite], vectors[finite]
+        self._probability[good_slots] = probability[finite]
+        shown = self._probability[slots] >= self.threshold
+        self._hold[slots] = np.where(shown, self._hold[slots] + 1, 0)
+
+    def set_instruction(self, text: str, mask: np.ndarray | None = None) -> None:
+        """Change the language instruction of the episodes where ``mask`` is true (default: all)."""
+        self._instructions[np.ones(self.num_envs, bool) if mask is None else mask] = text
+
+    def _observation(self) -> dict[str, np.ndarray]:
+        images = {key: self._images[:, view].copy() for view, key in enumerate(self.embodiment.image_keys)}
+        return {**images, "proprio": self._proprio.copy()}
+
+    def _info(self, success: np.ndarray | None = None) -> dict[str, Any]:
+        return {
+            "success": np.zeros(self.num_envs, bool) if success is None else success,
+            "task_failed": np.zeros(self.num_envs, bool),
+            "milestones": {},
+            "contacts": {},
+            "instruction": self._instructions.copy(),
+            "target": self._targets.copy(),
+            "sim_fault": self._faults.copy(),
+            "init_id": self._context.copy(),
+            "success_probability": self._probability.copy(),
+        }
+
+
+def _task(task: str | TaskSpec | None, model: LoadedWorldModel, data: VideoData) -> TaskSpec:
+    if task is not None:
+        return load_task(task)
+    specification = model.task or data.task
+    if not specification:
+        raise ConfigError(f"{model.folder} was trained on several tasks; say which one to imagine")
+    return parse_task(specification, source=str(model.folder))
