@@ -37,7 +37,7 @@ STATUS_PERIOD_S = 0.05
 MOST_IN_FLIGHT = 2
 SEND_TIMEOUT_S = 2.0
 # A page that says nothing for so long has gone, even if its connection has not been told: another one may take over.
-SILENT_S = 2.0
+SILENT_S = 5.0
 SILENCE_CHECKS = 8
 CLOSE_TIMEOUT_S = 1.0
 START_TIMEOUT_S = 10.0

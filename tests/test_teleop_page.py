@@ -30,7 +30,7 @@ from simtoreal.data_collection import teleop_command, teleop_page
 from simtoreal.data_collection.dataset import Dataset
 
 # Longer than any of these takes on a busy machine; a browser that hangs fails its own test only.
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(200)
 # The arm's last motion begins at most this long after the last sign of life of whoever moves it.
 STOP_WITHIN_NS = 150_000_000
 
@@ -278,7 +278,7 @@ def test_touch_cancelled_by_the_system_lets_go(patient: None, drive: Drive):
 # ---- whole sessions
 
 
-def test_a_demonstration_through_the_page_is_accepted_into_a_dataset(browser: Any, tmp_path: Path):
+def test_a_demonstration_through_the_page_is_accepted_into_a_dataset(patient: None, browser: Any, tmp_path: Path):
     config = Config(task="pick_place", output=tmp_path / "data", port=0, view_size=96, operator="nobody")
     with running(config) as opened:
         page = open_page(browser, opened, gamepad=True)

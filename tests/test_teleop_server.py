@@ -181,7 +181,7 @@ def test_a_sender_that_fails_ends_the_connection():
         async with aiohttp.ClientSession() as client:
             socket = await connected(client, url)
             board.post(note=object())  # type: ignore[arg-type]
-            while not socket.closed:  # at most the silence of 2 s ends it otherwise, with another code
+            while not socket.closed:  # the silence would end it later, with another code
                 await socket.receive(10)
             return socket.close_code
 
