@@ -26,6 +26,7 @@ class KnownProprio(nn.Module):
         names = embodiment.proprio.names
         known = [name in TARGET_NAMES and embodiment.action.mode != "env" for name in names]
         column = [TARGET_NAMES.index(name) if flag else 0 for name, flag in zip(names, known, strict=True)]
+        self.any = any(known)
         self.register_buffer("known", torch.tensor(known), persistent=False)
         self.register_buffer("column", torch.tensor(column) + embodiment.action.dim, persistent=False)
         scale, shift = torch.zeros(len(names)), torch.zeros(len(names))
@@ -41,6 +42,6 @@ class KnownProprio(nn.Module):
 
     def forward(self, proprio: Tensor, command: Tensor) -> Tensor:
         """Return ``proprio`` ``(..., P)`` after ``command`` ``(..., A + 10)``, both scaled."""
-        if not self.known.any():
+        if not self.any:
             return proprio
         return torch.where(self.known, command[..., self.column] * self.factor + self.offset, proprio)

@@ -58,7 +58,7 @@ class LatentVideo:
         started = torch.from_numpy(remembered > first[:, None])
         kept = np.maximum(remembered, first[:, None])
         # The command before a frame led to it; nothing led to the first one.
-        commands = self.commands[np.maximum(kept - 1, 0)] * started[..., None]
+        commands = self.commands[np.maximum(kept - 1, 0)] * started[..., None].to(self.commands.device)
         velocity = np.maximum(frames[:, None] - np.arange(PROPRIO_STEPS - 1, -1, -1), first[:, None])
         return Imagination(self.latents[first].float(), self.latents[kept].float(), self.proprio[velocity], commands)
 

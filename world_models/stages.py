@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -24,6 +25,41 @@ ENCODE_BATCH, HELD_OUT_FRAMES, HELD_OUT_WINDOWS = 256, 512, 128
 HELD_OUT_STEPS = 10
 
 
+class EncodedData:
+    """The data as the model sees them; computed when they are first asked for, and shared by the stages.
+
+    Args:
+        model: its tokenizer must be trained when :attr:`video` is first asked for.
+        data: to be encoded.
+        device: where the model is.
+    """
+
+    def __init__(self, model: WorldModel, data: VideoData, device: torch.device) -> None:
+        self.model, self.data, self.device = model, data, device
+
+    @functools.cached_property
+    def weights(self) -> PixelWeights:
+        """Which pixels matter."""
+        return PixelWeights(self.data, self.model.config.tokenizer)
+
+    @functools.cached_property
+    def video(self) -> LatentVideo:
+        """Every frame encoded, with the weight of every cell."""
+        data, model, latents, cells = self.data, self.model, [], []
+        for frames in np.array_split(np.arange(len(data)), max(1, len(data) // ENCODE_BATCH)):
+            latents.append(model.encode(self.images(frames)).half())
+            views = [cell_weights(self.weights(frames, view), STRIDE) for view in range(model.views)]
+            cells.append(torch.stack(views, 1).half().to(self.device))
+        proprio = model.scale_proprio(torch.from_numpy(data.proprio).to(self.device))
+        moves = torch.from_numpy(data.actions).to(self.device), torch.from_numpy(data.targets).to(self.device)
+        commands = model.scale_commands(*moves)
+        return LatentVideo(data, torch.cat(latents), proprio, commands, torch.cat(cells), model.memory)
+
+    def images(self, frames: np.ndarray) -> Tensor:
+        """``(len(frames), V, H, W, 3)`` uint8 on the device."""
+        return torch.from_numpy(self.data.images[frames]).to(self.device)
+
+
 class Stage(ABC):
     """One training.
 
@@ -33,22 +69,19 @@ class Stage(ABC):
         schedule: steps, batch size and learning rate.
 
     Args:
-        model: the whole model; parts of earlier stages are used as they are.
-        data: to learn from.
+        encoded: data to learn from, and the whole model; parts of earlier stages are used as they are.
         schedule: see above.
-        device: where the model is.
         fresh: False when an existing model is trained on, whose scales must stay.
     """
 
     name: str
 
-    def __init__(
-        self, model: WorldModel, data: VideoData, schedule: TrainerConfig, device: torch.device, *, fresh: bool
-    ) -> None:
-        self.model, self.data, self.schedule, self.device, self.fresh = model, data, schedule, device, fresh
-        self.module: nn.Module = getattr(model, self.name)
-        self.train_frames = data.frames_of(~data.held_out)
-        self.held_out_frames = data.frames_of(data.held_out)
+    def __init__(self, encoded: EncodedData, schedule: TrainerConfig, *, fresh: bool) -> None:
+        self.encoded, self.model, self.data, self.device = encoded, encoded.model, encoded.data, encoded.device
+        self.schedule, self.fresh = schedule, fresh
+        self.module: nn.Module = getattr(self.model, self.name)
+        self.train_frames = self.data.frames_of(~self.data.held_out)
+        self.held_out_frames = self.data.frames_of(self.data.held_out)
 
     @abstractmethod
     def prepare(self) -> None:
@@ -66,24 +99,6 @@ class Stage(ABC):
         """A batch of ``frames``."""
         return np.random.choice(frames, self.schedule.batch_size)
 
-    def images(self, frames: np.ndarray) -> Tensor:
-        """``(len(frames), V, H, W, 3)`` uint8 on the device."""
-        return torch.from_numpy(self.data.images[frames]).to(self.device)
-
-    def encode_all(self) -> tuple[LatentVideo, PixelWeights]:
-        """Encode every frame, with the weight of every cell."""
-        data, weights = self.data, PixelWeights(self.data, self.model.config.tokenizer)
-        latents, cells = [], []
-        for frames in np.array_split(np.arange(len(data)), max(1, len(data) // ENCODE_BATCH)):
-            latents.append(self.model.encode(self.images(frames)).half())
-            views = [cell_weights(weights(frames, view), STRIDE) for view in range(self.model.views)]
-            cells.append(torch.stack(views, 1).half().to(self.device))
-        proprio = self.model.scale_proprio(torch.from_numpy(data.proprio).to(self.device))
-        tensors = torch.from_numpy(data.actions).to(self.device), torch.from_numpy(data.targets).to(self.device)
-        commands = self.model.scale_commands(*tensors)
-        video = LatentVideo(data, torch.cat(latents), proprio, commands, torch.cat(cells), self.model.memory)
-        return video, weights
-
 
 class TokenizerStage(Stage):
     """Learns to compress the images of all cameras."""
@@ -92,7 +107,7 @@ class TokenizerStage(Stage):
 
     def prepare(self) -> None:
         """Count colours and medians."""
-        self.weights = PixelWeights(self.data, self.model.config.tokenizer)
+        self.weights = self.encoded.weights
 
     def loss(self, step: int) -> dict[str, Tensor]:
         """Weighted reconstruction error of images of one camera after the other."""
@@ -109,13 +124,13 @@ class TokenizerStage(Stage):
         """Scale the latents; report the error of held-out images."""
         spread = self.train_frames[:: max(1, len(self.train_frames) // 2000)]
         parts = np.array_split(spread, max(1, len(spread) // ENCODE_BATCH))
-        latents = torch.cat([self.model.encode(self.images(part)) for part in parts])
+        latents = torch.cat([self.model.encode(self.encoded.images(part)) for part in parts])
         self.model.tokenizer.set_scale(latents.unflatten(1, (self.model.views, -1)).flatten(0, 1))
         held_out = self.held_out_frames[:: max(1, len(self.held_out_frames) // HELD_OUT_FRAMES)]
         squared, weighted, count = 0.0, 0.0, 0
         for part in np.array_split(held_out, max(1, len(held_out) // ENCODE_BATCH)):
             images, weight = self._batch([part] * self.model.views)
-            decoded = self.model.decode(self.model.encode(self.images(part))).transpose(0, 1).flatten(0, 1)
+            decoded = self.model.decode(self.model.encode(self.encoded.images(part))).transpose(0, 1).flatten(0, 1)
             error = ((decoded.float() - images.float()) / 255).square().mean(-1)
             squared += float(error.sum())
             weighted += float((error * weight).sum())
@@ -133,7 +148,7 @@ class DynamicsStage(Stage):
 
     def prepare(self) -> None:
         """Encode the data once, and fit the linear model of proprio."""
-        self.video, _ = self.encode_all()
+        self.video = self.encoded.video
         if self.fresh:
             followed = self.video.usable(self.train_frames, 1)
             self.model.dynamics.linear.fit(self.video.proprio, self.video.commands, self.video.first, followed)
@@ -189,8 +204,7 @@ class ClassifierStage(Stage):
 
     def prepare(self) -> None:
         """Encode the data, imagine episodes, and sort the frames into what the batches are made of."""
-        video, _ = self.encode_all()
-        data, config = self.data, self.model.config.classifier
+        video, data, config = self.encoded.video, self.data, self.model.config.classifier
         labels = torch.from_numpy(data.labels).to(self.device)
         chosen = np.flatnonzero(~data.held_out)
         chosen = chosen[:: max(1, len(chosen) // max(1, config.generated_episodes))][: config.generated_episodes]

@@ -25,7 +25,7 @@ from simtoreal.policies.trainer import MOMENTS, choose_precision, learning_rate,
 from simtoreal.policies.training_log import TrainingLog
 from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model, save_world_model
 from simtoreal.world_models.config import WorldModelConfig, WorldModelTrainerConfig
-from simtoreal.world_models.stages import ClassifierStage, DynamicsStage, Stage, TokenizerStage
+from simtoreal.world_models.stages import ClassifierStage, DynamicsStage, EncodedData, Stage, TokenizerStage
 from simtoreal.world_models.video_data import VideoData
 from simtoreal.world_models.world_model import WorldModel, fit_world_statistics
 
@@ -137,9 +137,9 @@ class _Training:
             kept = [config.dynamics.schedule(), config.classifier.schedule()]
             schedules = [dataclasses.replace(one, steps=math.ceil(one.steps * config.fine_tune_share)) for one in kept]
         kinds: list[type[Stage]] = [TokenizerStage, DynamicsStage, ClassifierStage][-len(schedules) :]  # type: ignore[list-item]
+        encoded = EncodedData(self.model, self.data, self.device)
         return [
-            kind(self.model, self.data, schedule, self.device, fresh=self.initial is None)
-            for kind, schedule in zip(kinds, schedules, strict=True)
+            kind(encoded, schedule, fresh=self.initial is None) for kind, schedule in zip(kinds, schedules, strict=True)
         ]
 
     def run(self) -> WorldModelResult:

@@ -1,0 +1,26 @@
+"""The anchor of RL-Co for a run of reinforcement: the imitation loss on demonstrations, opened when it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from simtoreal.policies.base import Policy
+from simtoreal.policies.mixed_windows import open_mixed_data
+from simtoreal.policies.reinforcement import Anchor, demonstration_anchor
+
+
+def anchor_on(demonstrations: Sequence[Path], batch_size: int, seed: int) -> Callable[[Policy], Anchor]:
+    """Return what makes the anchor for a policy.
+
+    Args:
+        demonstrations: dataset folders.
+        batch_size: windows per update.
+        seed: decides their order.
+    """
+
+    def make(policy: Policy) -> Anchor:
+        data = open_mixed_data(demonstrations, (), policy.config, real_share=1.0)
+        return demonstration_anchor(policy, data.train, batch_size, seed)
+
+    return make

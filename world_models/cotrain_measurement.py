@@ -1,0 +1,170 @@
+"""Success of policies during co-training, in the real world and in the one they learn in, always paired."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.vector import VectorEnv
+
+from simtoreal.envs.errors import ConfigError
+from simtoreal.envs.task import TaskSpec
+from simtoreal.evaluation.evaluate import check_unseen, evaluate
+from simtoreal.evaluation.policies import checkpoint_digest, load_actor, training_seeds
+from simtoreal.evaluation.results import read_episodes
+from simtoreal.policies.checkpoint import find_checkpoint
+from simtoreal.world_models.checkpoint import load_world_model
+from simtoreal.world_models.cotrain_config import MeasurementConfig
+from simtoreal.world_models.cotrain_stages import EVALUATION, REAL, SIMULATION, steps_taken
+from simtoreal.world_models.hallucination import first_frames, places_by_seed, world_gap, write_side_by_side
+from simtoreal.world_models.vector_env import WorldModelVectorEnv
+from simtoreal.world_models.video_data import VideoData
+
+MEASUREMENTS = "measurements"
+IMAGINED = "imagined"
+_RATE = ("success_rate", "successes", "n", "interval")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """An environment that can be made: a simulation, a twin, a robot.
+
+    Attributes:
+        make: makes it.
+        task: what is done in it.
+        settings: what decides outcomes in it, JSON-compatible, e.g. its ``randomization``.
+    """
+
+    make: Callable[[], VectorEnv | gym.Env]
+    task: TaskSpec
+    settings: Mapping[str, Any]
+
+
+class Measurements:
+    """Measures policies from the same initial conditions, with the same noise of the policy.
+
+    Args:
+        config: how often.
+        real: the world that counts.
+        output: folder of the co-training; everything goes below its ``measurements``.
+        device: torch device, None for a GPU if there is one.
+        seed: of the policy's noise.
+        imagined_envs: episodes imagined together.
+    """
+
+    def __init__(
+        self, config: MeasurementConfig, real: World, output: Path, device: str | None, seed: int, imagined_envs: int
+    ) -> None:
+        self.config, self.real, self.output, self.device, self.seed = config, real, output, device, seed
+        self.seeds = range(config.first_seed, config.first_seed + config.episodes)
+        self.imagined_envs = imagined_envs
+        self._worlds: dict[int, VectorEnv | gym.Env] = {}
+        self._frames: VideoData | None = None
+
+    def env(self, world: World | None = None) -> VectorEnv | gym.Env:
+        """The environment of a world, the real one by default; made once."""
+        world = world or self.real
+        if id(world) not in self._worlds:
+            self._worlds[id(world)] = world.make()
+        return self._worlds[id(world)]
+
+    def close(self) -> None:
+        """Close what was made."""
+        for env in self._worlds.values():
+            env.close()
+        self._worlds.clear()
+
+    def require_unseen(self, policy: Path) -> None:
+        """Refuse to measure on what a policy was trained on.
+
+        Raises:
+            ConfigError: initial conditions overlap.
+        """
+        loaded, _ = load_actor(policy, device="cpu")
+        try:
+            check_unseen(self.seeds, training_seeds(loaded))
+        except ConfigError as error:
+            raise ConfigError(f"measurement.first_seed is {self.config.first_seed}: {error}") from error
+
+    def in_world(self, name: str, policy: Path, *, world: World | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Measure a policy in a world; return rate and what it took.
+
+        Args:
+            name: folder below ``measurements``; of the real world ``real`` in it, otherwise ``simulation``.
+            policy: run or checkpoint folder.
+            world: the real one by default.
+        """
+        label = REAL if world is None else SIMULATION
+        folder = self.folder(name, label)
+        chosen = world or self.real
+        results = self._evaluate(policy, self.env(world), folder, "simulation", chosen.settings)
+        steps = sum(episode.steps for episode in read_episodes(folder))
+        return (
+            {key: results[key] for key in _RATE},
+            steps_taken(label, EVALUATION, self.config.episodes, steps),
+        )  # fmt: skip
+
+    def imagined(self, name: str, policy: Path, model: Path, *, real: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Measure a policy in a world model; return its hallucination and what that took.
+
+        Args:
+            name: folder below ``measurements``.
+            policy, model: run or checkpoint folders.
+            real: evaluation folder of the same policy in the real world.
+        """
+        folder = self.folder(name, IMAGINED)
+        env = self._imagination(model, min(self.imagined_envs, self.config.episodes))
+        settings = {"world_model": str(model), "world_model_checkpoint": checkpoint_digest(find_checkpoint(model))}
+        self._evaluate(policy, env, folder, "world_model", settings)
+        steps = sum(episode.steps for episode in read_episodes(folder))
+        return world_gap(real, folder), steps_taken("imagination", EVALUATION, self.config.episodes, steps)
+
+    def side_by_side(self, name: str, policy: Path, model: Path) -> tuple[list[str], dict[str, Any]]:
+        """Write videos of real above imagined episodes; return their paths and the real steps they took."""
+        seeds = list(self.seeds)[: self.config.videos]
+        if not seeds:
+            return [], steps_taken(REAL, EVALUATION, 0, 0)
+        _, actor = load_actor(policy, device=self._device(), seed=self.seed)
+        folder = self.folder(name, "side_by_side")
+        videos, steps = write_side_by_side(self.env(), self._imagination(model, len(seeds)), actor, seeds, folder)
+        paths = [str(path.relative_to(self.output)) for path in videos]
+        return paths, steps_taken(REAL, EVALUATION, len(seeds), steps)
+
+    def folder(self, name: str, world: str) -> Path:
+        """Where the evaluation of a measurement lies."""
+        return self.output / MEASUREMENTS / name / world
+
+    def _device(self) -> str:
+        return self.device or "auto"
+
+    def _imagination(self, model: Path, count: int) -> WorldModelVectorEnv:
+        if self._frames is None:
+            self._frames = first_frames(self.env(), self.seeds, self.real.task)
+        return WorldModelVectorEnv(
+            model, count, self._frames, places=places_by_seed(self.seeds), task=self.real.task, device=self.device
+        )
+
+    def _evaluate(
+        self, policy: Path, env: VectorEnv | gym.Env, folder: Path, backend: str, settings: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        loaded, actor = load_actor(policy, device=self._device(), seed=self.seed)
+        task = self.real.task
+        identity = {
+            "task": task.name, "label": loaded.config.type, "policy": str(policy),
+            "checkpoint": checkpoint_digest(loaded.folder), "horizon": task.horizon, "backend": backend,
+            "first_seed": self.config.first_seed, "policy_seed": self.seed, **settings,
+        }  # fmt: skip
+        return evaluate(env, actor, self.seeds, folder, identity, videos=self.config.videos)
+
+
+def require_same_embodiment(policy: Any, model: Path) -> None:
+    """Refuse a policy and a world model of different robots, cameras, rates or render profiles.
+
+    Raises:
+        EmbodimentMismatchError: lists every difference.
+        CheckpointError: the world model cannot be loaded.
+    """
+    load_world_model(model).embodiment.require_equal(policy.embodiment, f"world model {model}", "the policy")

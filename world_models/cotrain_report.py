@@ -1,0 +1,136 @@
+"""What a co-training leaves behind: results.json, a plot of real and learned-in success, and a link to the policy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from simtoreal.envs.figures import COLORS, TEXT_COLOR, new_figure
+from simtoreal.envs.files import write_json
+from simtoreal.envs.provenance import provenance
+from simtoreal.evaluation.compare import compare
+from simtoreal.evaluation.plots import save_png
+from simtoreal.evaluation.results import load_evaluation
+from simtoreal.policies.training_log import read_metrics
+from simtoreal.world_models.cotrain_measurement import Measurements
+from simtoreal.world_models.cotrain_stages import REAL, Stages
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+RESULTS, PLOT, POLICY = "results.json", "success.png", "policy"
+# Values of an iteration that the results keep; everything else is in metrics.jsonl of the run.
+_KEPT = (
+    "success", "success_from_beginnings", "success_from_keyframes", "rollouts", "rollouts_from_keyframes",
+    "dropped_rollouts", "control_steps", "divergence", "anchor_loss",
+)  # fmt: skip
+
+
+def write_report(
+    stages: Stages, settings: Mapping[str, Any], measurements: Measurements, *, base: str, final: str, policy: Path
+) -> dict[str, Any]:
+    """Write ``results.json`` and ``success.png``, let ``policy`` point to the final policy, and return the results.
+
+    Args:
+        stages: all of them finished.
+        settings: of the co-training.
+        measurements: where the evaluations lie.
+        base, final: names of the measurements of the first and the last policy.
+        policy: folder of the final policy.
+    """
+    output = stages.output
+    arms = [
+        load_evaluation(measurements.folder(name, REAL), label) for name, label in ((base, "base"), (final, "final"))
+    ]
+    compared = compare(arms) if base != final else None
+    points = [record["measurement"] for record in stages.records if "measurement" in record]
+    iterations = _iterations(stages)
+    results = {
+        "kind": "cotrain",
+        "method": settings["method"],
+        "task": settings["task"],
+        "policy": POLICY,
+        **{
+            label: {key: arm.results[key] for key in ("success_rate", "successes", "n", "interval")}
+            for label, arm in zip(("base", "final"), arms, strict=True)
+        },
+        "comparison": compared["pairs"][0] if compared else None,
+        "measurements": points,
+        "iterations": iterations,
+        **stages.real_so_far(),
+        "ledger": stages.ledger(),
+        "dropped_rollouts": sum(record.get("dropped_rollouts", 0) for record in stages.records),
+        "videos": [path for record in stages.records for path in record.get("videos", ())],
+        "seconds": sum(record["seconds"] for record in stages.records),
+        "stages": {record["name"]: record["seconds"] for record in stages.records},
+        "settings": dict(settings),
+        "provenance": provenance([settings["seed"]]),
+    }
+    write_json(output / RESULTS, results)
+    save_png(success_plot(points, iterations), output / PLOT)
+    _link(output / POLICY, policy)
+    return results
+
+
+def _iterations(stages: Stages) -> list[dict[str, Any]]:
+    """Metrics of every iteration of reinforcement."""
+    runs = dict.fromkeys(record["run"] for record in stages.records if "run" in record)
+    return [
+        {"iteration": line["step"], **{key: line[key] for key in _KEPT if key in line}}
+        for run in runs
+        for line in read_metrics(stages.output / run)
+    ]
+
+
+def success_plot(points: list[dict[str, Any]], iterations: list[dict[str, Any]]) -> Figure:
+    """Draw success over iterations: while learning, and measured on equal initial conditions in both worlds.
+
+    Args:
+        points: measurements with ``iteration`` and the rates of ``real`` and possibly ``imagined`` or ``simulation``.
+        iterations: see ``iterations`` of the results.
+    """
+    figure, (ax,) = new_figure(7.2, 3.4)
+    for color, key, label in (
+        (COLORS[5], "success_from_keyframes", "while learning, from key frames"),
+        (COLORS[4], "success_from_beginnings", "while learning, from first frames"),
+        (COLORS[4], "success", "while learning"),
+    ):
+        drawn = [(line["iteration"], 100 * line[key]) for line in iterations if key in line]
+        if drawn and not (key == "success" and any("success_from_beginnings" in line for line in iterations)):
+            ax.plot(*np.array(drawn).T, color=color, linewidth=1.2, alpha=0.8, label=label)
+    for color, key, label, marker in (
+        (COLORS[1], "imagined", "imagined, same initial conditions", "s"),
+        (COLORS[1], "simulation", "simulation, same initial conditions", "s"),
+        (COLORS[0], "real", "real", "o"),
+    ):
+        found = {point["iteration"]: point[key] for point in points if key in point}
+        if key != "real":
+            # The model changes between two stages: both values belong to the same iteration.
+            pairs = [(point["iteration"], point[key]) for point in points if key in point]
+        else:
+            pairs = sorted(found.items())
+        if pairs:
+            steps = np.array([step for step, _ in pairs])
+            rates = 100 * np.array([rate["success_rate"] for _, rate in pairs])
+            bounds = 100 * np.array([rate["interval"] for _, rate in pairs])
+            ax.errorbar(
+                steps, rates, yerr=np.abs(bounds.T - rates), color=color, marker=marker, markersize=6, linewidth=1.6,
+                capsize=3, label=label, linestyle="-" if key == "real" else "none",
+            )  # fmt: skip
+    ax.set_ylim(-3, 103)
+    ax.set_xlabel("iteration of reinforcement", fontsize=9, color=TEXT_COLOR)
+    ax.set_ylabel("success [%], 95 % interval", fontsize=9, color=TEXT_COLOR)
+    ax.legend(fontsize=8, frameon=False, loc="best")
+    return figure
+
+
+def _link(link: Path, target: Path) -> None:
+    """Let ``link`` point to a folder, atomically."""
+    temporary = link.with_name(f".{link.name}.tmp")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(os.path.relpath(target.resolve(), link.parent.resolve()))
+    os.replace(temporary, link)

@@ -1,0 +1,124 @@
+"""The stages of a co-training: what each did, what it cost, and which are left after an interruption.
+
+Stages run in one process, one after the other, and continue by themselves in their folder. A finished stage leaves a
+record with what it measured and with every episode and control step that it took in any world.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from simtoreal.envs.errors import ConfigError
+from simtoreal.envs.files import write_json
+
+RECORDS, SETTINGS = "stages", "settings.json"
+# Worlds and purposes that are counted apart.
+REAL, SIMULATION, IMAGINATION = "real", "simulation", "imagination"
+DEMONSTRATIONS, LEARNING, EVALUATION = "demonstrations", "learning", "evaluation"
+
+
+def steps_taken(world: str, purpose: str, episodes: int, steps: int) -> dict[str, Any]:
+    """Return an entry of a stage's ``taken``.
+
+    Args:
+        world: ``real``, ``simulation`` or ``imagination``.
+        purpose: ``demonstrations``, ``learning`` (rollouts that anything was learned from) or ``evaluation``.
+        episodes, steps: how many.
+    """
+    return {"world": world, "purpose": purpose, "episodes": int(episodes), "steps": int(steps)}
+
+
+class Stages:
+    """The records of a co-training in ``output``.
+
+    Args:
+        output: folder.
+        settings: what decides the results, JSON-compatible; compared when the folder exists already.
+        notify: told in a line when a stage begins and ends.
+
+    Raises:
+        ConfigError: the folder holds a co-training with other settings.
+    """
+
+    def __init__(self, output: Path, settings: Mapping[str, Any], notify: Callable[[str], None]) -> None:
+        self.output, self.notify = output, notify
+        self.records: list[dict[str, Any]] = []
+        _require_same(output / SETTINGS, json.loads(json.dumps(settings)))
+
+    def run(self, name: str, title: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Do a stage, unless it is finished already, and return its record.
+
+        Args:
+            name: of the stage; names that repeat belong to the same stage.
+            title: what it does, for people.
+            work: does it, continuing what an earlier attempt left, and returns what to record; its ``taken`` is a list
+                of :func:`steps_taken`.
+        """
+        path = self.output / RECORDS / f"{name}.json"
+        earlier = json.loads(path.read_text()) if path.exists() else {}
+        if not earlier.get("finished"):
+            self.notify(title)
+            seconds, started, content = float(earlier.get("seconds", 0.0)), time.monotonic(), None
+            try:
+                content = work()
+            finally:
+                seconds += time.monotonic() - started
+                earlier = {
+                    "name": name, "title": title, "finished": content is not None, "seconds": seconds,
+                    "number": len(self.records), "taken": [], **(content or {}),
+                }  # fmt: skip
+                write_json(path, earlier)
+        self.records.append(earlier)
+        return earlier
+
+    def ledger(self) -> list[dict[str, Any]]:
+        """Return one row per entry of every stage so far, with the sum of real episodes and steps up to it.
+
+        Evaluations are listed, but are not part of the sums: they serve the report and not the policy.
+        """
+        rows, episodes, steps = [], 0, 0
+        for record in self.records:
+            for entry in record["taken"]:
+                if entry["world"] == REAL and entry["purpose"] != EVALUATION:
+                    episodes, steps = episodes + entry["episodes"], steps + entry["steps"]
+                rows.append({"stage": record["name"], **entry, "real_episodes": episodes, "real_steps": steps})
+        return rows
+
+    def real_so_far(self) -> dict[str, int]:
+        """Return the real episodes and control steps that anything was learned from so far."""
+        rows = self.ledger()
+        return {key: rows[-1][key] if rows else 0 for key in ("real_episodes", "real_steps")}
+
+
+def _require_same(path: Path, settings: dict[str, Any]) -> None:
+    if not path.exists():
+        if (path.parent / RECORDS).exists():
+            raise ConfigError(f"{path.parent} holds a co-training without {SETTINGS}; choose another --output")
+        write_json(path, settings)
+        return
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is damaged ({error}); choose another --output") from error
+    lines = _differences("", stored, settings)
+    if lines:
+        listed = "\n  ".join(lines)
+        raise ConfigError(
+            f"{path.parent} holds a co-training with other settings:\n  {listed}\n"
+            "Continue with the same ones, or choose another --output."
+        )
+
+
+def _differences(prefix: str, stored: Any, now: Any) -> list[str]:
+    if isinstance(stored, dict) and isinstance(now, dict):
+        keys: Sequence[str] = [*stored, *(key for key in now if key not in stored)]
+        return [
+            line
+            for key in keys
+            for line in _differences(f"{prefix}.{key}" if prefix else key, stored.get(key), now.get(key))
+        ]
+    return [] if stored == now else [f"{prefix}: {stored} there, {now} now"]

@@ -1,0 +1,330 @@
+"""How far can a world model be trusted? Open-loop comparison with reality, and with the simulator as a judge of policies.
+
+Everything is measured on episodes that the model did not learn from, beside what the same measurement gives on real
+videos: the probe's error, the judge's reading of actions, the rate of false alarms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simtoreal.envs.errors import DatasetError
+from simtoreal.envs.files import write_json
+from simtoreal.envs.provenance import provenance
+from simtoreal.evaluation.evaluate import FIRST_SEED
+from simtoreal.evaluation.results import RESULTS_FILE
+from simtoreal.policies.inverse_dynamics import InverseDynamics, load_inverse_dynamics
+from simtoreal.world_models import measure
+from simtoreal.world_models.action_following import action_following, require_judge, train_judge
+from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model
+from simtoreal.world_models.clips import Clips, altered_actions, imagine_clips, real_clips
+from simtoreal.world_models.policy_evaluation import evaluate_policies
+from simtoreal.world_models.positions import (
+    PositionProbe,
+    Positions,
+    decode_positions,
+    perceptual_distance,
+    read_positions,
+    tcp_columns,
+    train_probe,
+)
+from simtoreal.world_models.side_by_side import write_side_by_side
+from simtoreal.world_models.video_data import VideoData, open_video_data
+from simtoreal.world_models.violations import learn_evidence
+
+# Fewer episodes give intervals that say nothing; fewer to learn from give a probe that sees nothing.
+FEWEST_JUDGED, FEWEST_LEARNED = 2, 4
+# A violation is reported as a warning from this rate above that of real videos on.
+NOTABLE = 0.1
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judges:
+    """What looks at the videos.
+
+    Attributes:
+        positions: simulator truth of the data.
+        probe: reads positions from frames; None if nothing is known about positions.
+        actions: reads actions from pairs of frames.
+    """
+
+    positions: Positions
+    probe: PositionProbe | None
+    actions: InverseDynamics
+
+
+def unseen_episodes(loaded: LoadedWorldModel, data: VideoData) -> np.ndarray:
+    """Return ``(E,)`` bool: episodes that the model did not learn from, by name and by initial condition."""
+    described = loaded.training.get("data") or {}
+    episodes, held_out = list(described.get("episodes", ())), set(described.get("held_out", ()))
+    seeds = described.get("seeds", ())
+    learned = {str(Path(name).resolve()) for name in episodes if name not in held_out}
+    kept = {str(Path(name).resolve()) for name in held_out}
+    learned_seeds = {seed for name, seed in zip(episodes, seeds, strict=False) if name not in held_out}
+    names = [str(Path(name).resolve()) for name in data.names]
+    return np.array(
+        [
+            name in kept or (name not in learned and seed not in learned_seeds)
+            for name, seed in zip(names, data.seeds, strict=True)
+        ]
+    )
+
+
+def choose_episodes(loaded: LoadedWorldModel, data: VideoData, limit: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the episodes to judge (indices), and those ``(E,)`` bool that probe and judge learn from.
+
+    Raises:
+        DatasetError: there are too few episodes that the model did not learn from.
+    """
+    unseen = np.flatnonzero(unseen_episodes(loaded, data))
+    # If nothing was learned from, half of it is needed for the probe.
+    most = min(limit, len(unseen), len(data.ends) // 2)
+    judged = unseen[len(unseen) - most :]
+    learned = np.ones(len(data.ends), bool)
+    learned[judged] = False
+    if len(judged) < FEWEST_JUDGED or learned.sum() < FEWEST_LEARNED:
+        raise DatasetError(
+            f"{len(unseen)} of {len(data.ends)} episodes were not learned from, which leaves {len(judged)} to judge and "
+            f"{learned.sum()} for the probe; at least {FEWEST_JUDGED} and {FEWEST_LEARNED} are needed. Collect more, or "
+            "add another dataset to --data."
+        )
+    return judged, learned
+
+
+def prepare_judges(
+    data: VideoData,
+    learned: np.ndarray,
+    output: Path,
+    *,
+    judge: Path | None,
+    steps: int,
+    device: str | None = None,
+    progress: bool = False,
+    say: Say = print,
+) -> Judges:
+    """Train what looks at the videos on real episodes, or load what was trained in ``output`` before.
+
+    Args:
+        data: real episodes.
+        learned: ``(E,)`` bool: to learn from.
+        output: gets the folders ``probe`` and ``judge``.
+        judge: inverse-dynamics model to use instead of one of its own.
+        steps: of both trainings.
+        device, progress: as for the trainings.
+        say: told what takes a while.
+
+    Raises:
+        EmbodimentMismatchError: ``judge`` is of another embodiment.
+    """
+    positions = read_positions(data)
+    probe = None
+    if positions.names:
+        say(f"a probe learns to see {', '.join(positions.names)} in real frames")
+        probe = train_probe(data, positions, learned, output / "probe", steps=steps, device=device, progress=progress)
+    if judge is not None:
+        actions, _ = load_inverse_dynamics(judge, device or "cpu")
+        require_judge(actions, data, judge)
+    else:
+        say("a judge learns to read actions from real frames")
+        actions = train_judge(data, learned, output / "judge", steps=steps, device=device, progress=progress)
+    return Judges(positions=positions, probe=probe, actions=actions)
+
+
+def evaluate_world_model(
+    model: Path,
+    paths: Sequence[Path],
+    output: Path,
+    *,
+    policies: Sequence[Path] = (),
+    judge: Path | None = None,
+    episodes: int = 32,
+    judge_steps: int = 800,
+    conditions: int = 100,
+    first_seed: int = FIRST_SEED,
+    task: str | None = None,
+    seed: int = 0,
+    videos: int = 4,
+    device: str | None = None,
+    progress: bool = False,
+    say: Say = print,
+) -> dict[str, Any]:
+    """Evaluate a world model, and write ``results.json`` and videos into ``output``.
+
+    Args:
+        model: run or checkpoint folder.
+        paths: dataset folders of the model's embodiment; episodes that it learned from are not judged.
+        output: folder; trainings of probe and judge and evaluations of policies in it are continued.
+        policies: runs to evaluate in the model and in the simulator.
+        judge: inverse-dynamics model (not one that gave rewards to this model); default: one is trained.
+        episodes: most episodes to judge.
+        judge_steps: training of probe and judge.
+        conditions, first_seed, task: see :func:`~simtoreal.world_models.policy_evaluation.evaluate_policies`.
+        seed: of the noise of imagination.
+        videos: of episodes, real beside imagined.
+        device: torch device; None picks a GPU if there is one.
+        progress: draw progress bars.
+        say: told what takes a while.
+
+    Raises:
+        CheckpointError: the model or a policy cannot be loaded.
+        DatasetError: too few episodes.
+        EmbodimentMismatchError: model, data, judge or a policy are of different embodiments or render profiles.
+    """
+    import torch
+
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_world_model(model, chosen)
+    data = open_video_data(paths, embodiment=loaded.embodiment)
+    judged, learned = choose_episodes(loaded, data, episodes)
+    judges = prepare_judges(
+        data, learned, output, judge=judge, steps=judge_steps, device=device, progress=progress, say=say
+    )
+    say(f"imagining {len(judged)} episodes")
+    net = loaded.model
+    real, imagined = real_clips(net, data, judged), imagine_clips(net, data, judged, seed=seed)
+    swapped = None
+    if loaded.embodiment.action.mode == "ee_delta":
+        swapped = imagine_clips(net, data, judged, altered_actions(data, judged, "swapped"), seed=seed)
+    results = judge_videos(loaded, data, judges, learned, real, imagined, swapped)
+    results["notes"] = [*data.notes, *results["notes"]]
+    results["videos"] = _write_videos(output, data, real, imagined, results, videos)
+    if policies:
+        say(f"evaluating {len(policies)} policies on {conditions} initial conditions in the simulator and in the model")
+        results["policies"] = evaluate_policies(
+            loaded, policies, output / "policies", task=task, conditions=conditions, first_seed=first_seed,
+            device=chosen,
+        )  # fmt: skip
+    results = {
+        "kind": "world_model_evaluation", "model": str(loaded.folder), "data": [str(path) for path in paths],
+        "step": loaded.training.get("step"), "control_hz": loaded.embodiment.control_hz,
+        **results, "provenance": provenance([seed]),
+    }  # fmt: skip
+    write_json(output / RESULTS_FILE, results)
+    return results
+
+
+def judge_videos(
+    loaded: LoadedWorldModel,
+    data: VideoData,
+    judges: Judges,
+    learned: np.ndarray,
+    real: Clips,
+    imagined: Clips,
+    swapped: Clips | None = None,
+) -> dict[str, Any]:
+    """Measure imagined against real videos of the same episodes.
+
+    Args:
+        loaded: the model, whose classifier is judged.
+        data: what the videos are of.
+        judges: see :func:`prepare_judges`.
+        learned: ``(E,)`` bool: episodes from which limits of physics are learned.
+        real, imagined: videos of the same episodes.
+        swapped: videos of the same first frames under the actions of other episodes.
+    """
+    positions, probe = judges.positions, judges.probe
+    results: dict[str, Any] = {
+        "episodes": {
+            "judged": len(real.episodes), "successes": int(data.success[real.episodes].sum()),
+            "names": [data.names[e] for e in real.episodes], "longest": int((real.ends - real.starts).max()) - 1,
+        },
+        "notes": list(positions.notes),
+        "psnr_db": measure.against_horizon(real, measure.psnr_db(real.images, imagined.images)),
+        "proprio_tcp_m": measure.proprio_error(tcp_columns(data.embodiment), real, imagined),
+        "perceptual": None, "positions": None, "violations": None,
+    }  # fmt: skip
+    if probe is not None:
+        distance = perceptual_distance(probe, real.images, imagined.images)
+        results["perceptual"] = measure.against_horizon(real, distance)
+        seen = decode_positions(probe, real), decode_positions(probe, imagined)
+        results["positions"] = measure.displacement(positions, real, imagined, *seen)
+        results["violations"] = _physics(loaded, data, judges, learned, results, real, imagined, seen)
+    videos = {"imagined": imagined} | ({"swapped": swapped} if swapped is not None else {})
+    results["actions"] = action_following(judges.actions, real, videos)
+    net = loaded.model
+    threshold, consecutive = float(net.classifier.threshold), net.config.classifier.consecutive
+    results["classifier"] = {
+        "threshold": threshold, "consecutive": consecutive,
+        "real": measure.confusion(data, real, threshold, consecutive),
+        "imagined": measure.confusion(data, imagined, threshold, consecutive),
+    }  # fmt: skip
+    results["warnings"] = find_warnings(results)
+    return results
+
+
+def _physics(
+    loaded: LoadedWorldModel,
+    data: VideoData,
+    judges: Judges,
+    learned: np.ndarray,
+    results: dict[str, Any],
+    real: Clips,
+    imagined: Clips,
+    seen: tuple[np.ndarray, np.ndarray],
+) -> dict[str, Any] | None:
+    fixed = [view for view, camera in enumerate(data.embodiment.cameras) if camera.mount == "world"]
+    known = real_clips(loaded.model, data, np.flatnonzero(learned)[:100])
+    evidence, notes = learn_evidence(known, judges.positions, fixed)
+    results["notes"] += notes
+    if not evidence:
+        return None
+    truth = judges.positions.values[real.frames]
+    error = np.median(np.linalg.norm(seen[0] - truth, axis=-1), axis=0)
+    return measure.violation_rates(evidence, {"real": (real, seen[0]), "imagined": (imagined, seen[1])}, error)
+
+
+def find_warnings(results: dict[str, Any]) -> list[str]:
+    """Return what a user of the model must know, one sentence each."""
+    found = []
+    actions = results["actions"]
+    if not actions["readable"]:
+        found.append("the judge cannot read any action from real videos, so nothing is known about action following")
+    for name in ("imagined", "swapped"):
+        if name in actions and actions[name]["follows"] is False:
+            under = "the recorded actions" if name == "imagined" else "actions of other episodes"
+            found.append(
+                f"the model does not follow {under}: {100 * max(0.0, actions[name]['following']):.0f} % of what can be "
+                "read from real videos"
+            )
+    for rule, rates in (results["violations"] or {}).items():
+        if rates["imagined"]["rate"] > rates["real"]["rate"] + NOTABLE:
+            texts = {"vanishes": "vanish", "duplicates": "appear twice", "moves": "move untouched"}
+            found.append(
+                f"objects {texts[rule]} in {100 * rates['imagined']['rate']:.0f} % of imagined episodes "
+                f"({100 * rates['real']['rate']:.0f} % of real ones are flagged, too)"
+            )
+    dreamt = results["classifier"]["imagined"]["episodes"]
+    failures = dreamt["false_positives"] + dreamt["true_negatives"]
+    if failures and dreamt["false_positives"] / failures > NOTABLE:
+        found.append(
+            f"{dreamt['false_positives']} of {failures} episodes that failed are imagined as successes: reinforcement "
+            "would exploit that"
+        )
+    return found
+
+
+def _write_videos(
+    output: Path, data: VideoData, real: Clips, imagined: Clips, results: dict[str, Any], limit: int
+) -> list[dict[str, Any]]:
+    """Write the episodes with violations first, then successes and failures in turn."""
+    flagged = sorted({row for rates in (results["violations"] or {}).values() for row in rates["imagined"]["rows"]})
+    success = data.success[real.episodes]
+    rest = [row for pair in zip(np.flatnonzero(success), np.flatnonzero(~success), strict=False) for row in pair]
+    order = [*flagged[: max(1, limit // 2)], *rest, *np.flatnonzero(success), *np.flatnonzero(~success)]
+    found = []
+    for row in list(dict.fromkeys(int(row) for row in order))[:limit]:
+        inside = slice(int(real.starts[row]), int(real.ends[row]))
+        file = f"videos/episode_{row:03d}.mp4"
+        columns = {"real": real.images[inside], "imagined": imagined.images[inside]}
+        write_side_by_side(output / file, [columns], data.embodiment.control_hz)
+        broken = [rule for rule, rates in (results["violations"] or {}).items() if row in rates["imagined"]["rows"]]
+        name = data.names[real.episodes[row]]
+        found.append({"file": file, "episode": name, "success": bool(success[row]), "violations": broken})
+    return found

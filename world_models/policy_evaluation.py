@@ -1,0 +1,115 @@
+"""Is success in the model what success in the simulator is? The same policies from the same first frames in both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simtoreal.envs import make_vector_env
+from simtoreal.envs.errors import ConfigError
+from simtoreal.envs.rollout import Listener
+from simtoreal.envs.task import TaskSpec
+from simtoreal.envs.task_file import load_task, parse_task
+from simtoreal.evaluation.evaluate import FIRST_SEED, check_unseen, evaluate
+from simtoreal.evaluation.policies import checkpoint_digest, load_actor, training_seeds
+from simtoreal.evaluation.results import read_episodes
+from simtoreal.evaluation.statistics import paired_test
+from simtoreal.evaluation.validity import policy_validity
+from simtoreal.world_models.checkpoint import LoadedWorldModel
+from simtoreal.world_models.hallucination import first_frames, places_by_seed
+from simtoreal.world_models.vector_env import WorldModelVectorEnv
+
+# Episodes run together.
+SLOTS = 32
+
+
+def evaluate_policies(
+    loaded: LoadedWorldModel,
+    policies: Sequence[Path],
+    output: Path,
+    *,
+    task: str | TaskSpec | None = None,
+    conditions: int,
+    first_seed: int = FIRST_SEED,
+    device: str = "auto",
+    videos: int = 1,
+    listeners: Sequence[Listener] = (),
+) -> dict[str, Any]:
+    """Run every policy in the simulator and in the model, and compare.
+
+    Interrupted evaluations continue.
+
+    Args:
+        loaded: the world model.
+        policies: run or checkpoint folders, of the model's embodiment.
+        output: folder; every policy gets ``<number>_<type>/simulation`` and ``.../imagined`` in it.
+        task: default: the task of the model's data.
+        conditions: initial conditions, the same for all policies and both worlds.
+        first_seed: of the conditions.
+        device: where the policies run.
+        videos: of successes and failures in each world.
+        listeners: see :func:`~simtoreal.envs.rollout.rollout`.
+
+    Returns:
+        ``policies``: label, path, success in both worlds with n and interval, and the paired test; and the entries of
+        :func:`~simtoreal.evaluation.validity.policy_validity`.
+
+    Raises:
+        ConfigError: the model is of several tasks and none is named, or a policy was trained on the conditions.
+        EmbodimentMismatchError: a policy is of another embodiment or render profile than the model.
+    """
+    if task is None and not loaded.task:
+        raise ConfigError(f"{loaded.folder} was trained on several tasks; say which one to evaluate policies on")
+    chosen = load_task(task) if task is not None else parse_task(loaded.task, source=str(loaded.folder))
+    seeds = range(first_seed, first_seed + conditions)
+    actors = []
+    for path in policies:
+        policy, actor = load_actor(path, device=device)
+        policy.embodiment.require_equal(loaded.embodiment, f"policy {path}", f"the world model {loaded.folder}")
+        check_unseen(seeds, training_seeds(policy))
+        actors.append((path, policy, actor))
+    slots = min(SLOTS, conditions)
+    env = make_vector_env(chosen, slots, embodiment=loaded.embodiment, observe="image")
+    try:
+        begin = first_frames(env, seeds, chosen)
+    finally:
+        env.close()
+    places, rows, outcomes = places_by_seed(seeds), [], []
+    for number, (path, policy, actor) in enumerate(actors):
+        label = f"{number}_{policy.config.type.replace('/', '_')}"
+        shared = {
+            "task": chosen.name, "label": label, "policy": str(path), "checkpoint": checkpoint_digest(policy.folder),
+            "horizon": chosen.horizon, "first_seed": first_seed, "model": str(loaded.folder),
+        }  # fmt: skip
+        results, successes = {}, []
+        for world in ("simulation", "imagined"):
+            env = (
+                make_vector_env(chosen, slots, embodiment=loaded.embodiment, observe="image")
+                if world == "simulation"
+                else WorldModelVectorEnv(loaded, slots, begin, places=places, task=chosen)
+            )
+            folder = output / label / world
+            try:
+                settings = {**shared, "backend": world}
+                results[world] = evaluate(env, actor, seeds, folder, settings, videos=videos, listeners=listeners)
+            finally:
+                env.close()
+            successes.append([result.success for result in read_episodes(folder)])
+        outcomes.append(successes)
+        test = paired_test(*successes)
+        kept = ("success_rate", "successes", "n", "interval")
+        rows.append(
+            {
+                "label": label,
+                "path": str(path),
+                **{world: {key: results[world][key] for key in kept} for world in results},
+                "only_simulation": test.only_first,
+                "only_imagined": test.only_second,
+                "p_value": test.p_value,
+            }  # fmt: skip
+        )
+    table = np.array(outcomes, dtype=bool)
+    return {"rows": rows, **policy_validity(table[:, 0], table[:, 1])}

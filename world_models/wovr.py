@@ -1,0 +1,278 @@
+"""Co-training of a policy and the world model that it learns in (WoVR, arXiv 2602.13977).
+
+collect with the policy -> train world model and success classifier -> reinforcement in imagination, beginning in first
+frames and key frames (KIR) -> collect with the improved policy -> train model and classifier on (PACE) -> go on.
+Before and after every reinforcement, imagined success is held against real success on the same initial conditions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.rollouts import record_rollouts
+from simtoreal.data_collection.writer import lock_folder
+from simtoreal.evaluation.policies import checkpoint_digest
+from simtoreal.policies.actor import PolicyActor
+from simtoreal.policies.checkpoint import load_policy, plain_config
+from simtoreal.policies.exploring_actor import ExploringActor, require_denoising
+from simtoreal.policies.reinforcement_config import ReinforcementConfig
+from simtoreal.policies.reinforcement_run import reinforce
+from simtoreal.world_models.checkpoint import load_world_model
+from simtoreal.world_models.cotrain_anchor import anchor_on
+from simtoreal.world_models.cotrain_config import MeasurementConfig, WovrConfig
+from simtoreal.world_models.cotrain_measurement import Measurements, World, require_same_embodiment
+from simtoreal.world_models.cotrain_report import write_report
+from simtoreal.world_models.cotrain_stages import DEMONSTRATIONS, IMAGINATION, LEARNING, REAL, Stages, steps_taken
+from simtoreal.world_models.imagined_starts import ImaginedReinforcement, ImaginedStarts
+from simtoreal.world_models.keyframes import find_keyframes
+from simtoreal.world_models.trainer import train_world_model
+from simtoreal.world_models.vector_env import WorldModelVectorEnv
+from simtoreal.world_models.video_data import VideoData, open_video_data
+
+
+class Wovr:
+    """One co-training; :meth:`run` does what is left of it.
+
+    Args:
+        config: sizes of the loop.
+        reinforcement: how the policy is improved.
+        measurement: how success is measured.
+        policy: run or checkpoint folder of the policy to begin with, of a type with a denoising chain.
+        demonstrations: dataset folders; the world model learns from them too.
+        real: the world that counts. Its environment is asked for rollouts, and reset to measure.
+        output: folder.
+        world_model: world model to train on instead of a new one.
+        device: torch device; None picks a GPU if there is one.
+        seed: decides everything that the settings leave open.
+        notify: told what happens, a line at a time.
+        progress: draw progress bars of the trainings.
+
+    Raises:
+        ConfigError: the folder holds another co-training, the policy cannot be improved, or its training data overlap
+            with the initial conditions of the measurements.
+        CheckpointError, DatasetError: policy, world model or data are missing or damaged.
+        EmbodimentMismatchError: they are of different embodiments or render profiles.
+    """
+
+    def __init__(
+        self,
+        config: WovrConfig,
+        reinforcement: ReinforcementConfig,
+        measurement: MeasurementConfig,
+        *,
+        policy: Path,
+        demonstrations: Sequence[Path],
+        real: World,
+        output: Path,
+        world_model: Path | None = None,
+        device: str | None = None,
+        seed: int = 0,
+        notify: Callable[[str], None] = lambda text: None,
+        progress: bool = False,
+    ) -> None:
+        self.config, self.reinforcement = config, dataclasses.replace(reinforcement, seed=seed)
+        self.measurement, self.policy, self.demonstrations = measurement, Path(policy), list(demonstrations)
+        self.real, self.output, self.world_model = real, Path(output), world_model
+        self.device, self.seed, self.notify, self.progress = device, seed, notify, progress
+        self.loaded = load_policy(policy)
+        require_denoising(self.loaded.policy, f"policy {policy}")
+        # A world model that does not fit, or data that are not there, must not be found out an hour from now.
+        self.data_sizes = [
+            (len(dataset.episodes), sum(episode.steps for episode in dataset.episodes))
+            for dataset in (Dataset.open(path, embodiment=self.loaded.embodiment) for path in self.demonstrations)
+        ]
+        if world_model is not None:
+            require_same_embodiment(self.loaded, world_model)
+        self.measurements = Measurements(
+            measurement, real, self.output, device, seed, imagined_envs=config.imagined_envs
+        )  # fmt: skip
+        self.measurements.require_unseen(self.policy)
+        self._data: tuple[int, VideoData] | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Do the stages that are left; return and write the results."""
+        with contextlib.closing(lock_folder(self.output)), contextlib.closing(self.measurements):
+            self.stages = Stages(self.output, self._settings(), self.notify)
+            self._count_demonstrations()
+            current, model, real = self.policy, self.world_model, "base"
+            self._measure_real("base", current, 0)
+            for turn in range(self.config.refreshes + 1):
+                self._collect(turn, current)
+                model = self._learn_world(turn, model)
+                # What the policy would gain from what the model believes, before it could exploit it.
+                self._measure_imagined(f"model_{turn}", current, model, turn * self.config.iterations, real)
+                current, real = self._improve(turn, current, model), f"policy_{turn}"
+            return write_report(
+                self.stages, self._settings(), self.measurements, base="base", final=real, policy=current
+            )
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "method": "wovr", "task": self.real.task.name, "real": dict(self.real.settings), "seed": self.seed,
+            "policy": checkpoint_digest(self.loaded.folder),
+            "demonstrations": [list(size) for size in self.data_sizes],
+            "world_model": str(self.world_model) if self.world_model else None,
+            **{
+                name: plain_config(value)
+                for name, value in (
+                    ("wovr", self.config), ("reinforcement", self.reinforcement), ("measurement", self.measurement),
+                )
+            },
+        }  # fmt: skip
+
+    # Stages -----------------------------------------------------------------------------------------------
+
+    def _count_demonstrations(self) -> None:
+        episodes, steps = (sum(sizes) for sizes in zip(*self.data_sizes, strict=True)) if self.data_sizes else (0, 0)
+        taken = [steps_taken(REAL, DEMONSTRATIONS, episodes, steps)]
+        self.stages.run("demonstrations", "counting the demonstrations", lambda: {"taken": taken})
+
+    def _collect(self, turn: int, policy: Path) -> None:
+        config = self.config
+        count = config.rollouts if turn == 0 else config.refresh_rollouts
+        first = config.first_seed + (config.rollouts + (turn - 1) * config.refresh_rollouts if turn else 0)
+        seeds = range(first, first + count)
+
+        def work() -> dict[str, Any]:
+            loaded = load_policy(policy, self._torch_device())
+            noise = self.seed + turn
+            actor = PolicyActor(loaded.policy, noise)
+            if config.explore:
+                actor = ExploringActor(loaded.policy, self.reinforcement.exploration, noise)
+            settings = {
+                "policy": str(policy), "checkpoint": checkpoint_digest(loaded.folder), "explored": config.explore,
+                **self.real.settings,
+            }  # fmt: skip
+            outcomes = record_rollouts(
+                self.measurements.env(), actor, seeds, self._rollouts(turn), task=self.real.task,
+                operator=loaded.config.type, settings=settings,
+            )  # fmt: skip
+            successes, steps = (sum(getattr(one, name) for one in outcomes) for name in ("success", "steps"))
+            return {
+                "taken": [steps_taken(REAL, LEARNING, count, steps)],
+                "successes": successes, "dropped": sum(not one.stored for one in outcomes),
+            }  # fmt: skip
+
+        who = "the base policy" if turn == 0 else "the improved policy (PACE)"
+        self.stages.run(f"rollouts_{turn}", f"collecting {count} real episodes of {who}", work)
+
+    def _learn_world(self, turn: int, initial: Path | None) -> Path:
+        run = self.output / f"world_model_{turn}"
+
+        def work() -> dict[str, Any]:
+            trainer = self.config.world_model_trainer
+            result = train_world_model(
+                self.config.world_model, dataclasses.replace(trainer, seed=trainer.seed + self.seed + turn),
+                self._episodes(turn), run, initial=initial, resume=True, device=self.device, progress=self.progress,
+            )  # fmt: skip
+            return {"metrics": result.metrics, "training_seconds": result.seconds}
+
+        new = "training a world model" if initial is None else "training the world model on"
+        self.stages.run(f"world_model_{turn}", f"{new} with {self._frames_of(turn)}", work)
+        return run
+
+    def _improve(self, turn: int, policy: Path, model: Path) -> Path:
+        """Reinforcement in imagination, with measurements on the way and at the end."""
+        run = self.output / f"reinforcement_{turn}"
+        begun, end = turn * self.config.iterations, (turn + 1) * self.config.iterations
+        every = self.measurement.every or self.config.iterations
+        before = begun
+        for target in [*range(begun + every, end, every), end]:
+            last = target == end
+            self._reinforce(turn, before, target, run, policy, model)
+            before = target
+            name = f"policy_{turn}" if last else f"policy_{turn}_{target}"
+            self._measure_real(name, run, target)
+            self._measure_imagined(f"imagined_{name}", run, model, target, name, videos=last)
+        return run
+
+    def _reinforce(self, turn: int, before: int, target: int, run: Path, policy: Path, model: Path) -> None:
+        config = self.config
+
+        def work() -> dict[str, Any]:
+            data = self._episodes(turn)
+            loaded = load_world_model(model, self._torch_device())
+            keyframes = ()
+            if config.keyframes.share > 0:
+                keyframes = find_keyframes(
+                    data, config.keyframes, memory=loaded.model.memory, horizon=self.real.task.horizon, seed=self.seed
+                )
+            starts = ImaginedStarts(data, keyframes, config.keyframes.share, self.seed)
+            count = min(config.imagined_envs, self.reinforcement.rollouts)
+            env = WorldModelVectorEnv(loaded, count, data, places=starts.places, task=self.real.task)
+            result = reinforce(
+                policy, self.reinforcement, env, run, iterations=target, previous=policy if turn else None,
+                starts=starts, anchor=anchor_on(self.demonstrations, config.anchor_batch, self.seed),
+                learner=lambda policy, config, anchor: ImaginedReinforcement(policy, config, starts, anchor),
+                seeds=data.seeds, device=self.device, on_iteration=self._say,
+            ).since(before)  # fmt: skip
+            reasons = [one.reason for one in keyframes]
+            return {
+                "taken": [steps_taken(IMAGINATION, LEARNING, result.rollouts, result.control_steps)],
+                "run": str(run.relative_to(self.output)), "dropped_rollouts": result.dropped_rollouts,
+                "contexts": {
+                    "beginnings": starts.beginnings, "keyframes": starts.keyframes,
+                    "reasons": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
+                },
+            }  # fmt: skip
+
+        title = f"reinforcement in imagination up to iteration {target}"
+        self.stages.run(f"reinforcement_{turn}_{target}", title, work)
+
+    def _measure_real(self, name: str, policy: Path, iteration: int) -> None:
+        def work() -> dict[str, Any]:
+            rate, taken = self.measurements.in_world(name, policy)
+            return {"taken": [taken], "measurement": {"iteration": iteration, "policy": name, "real": rate}}
+
+        title = f"measuring the policy after {iteration} iterations in {self.measurement.episodes} real episodes"
+        self.stages.run(f"measure_{name}", title, work)
+
+    def _measure_imagined(
+        self, name: str, policy: Path, model: Path, iteration: int, real: str, *, videos: bool = False
+    ) -> None:
+        def work() -> dict[str, Any]:
+            folder = self.measurements.folder(real, REAL)
+            gap, taken = self.measurements.imagined(name, policy, model, real=folder)
+            entries, paths = [taken], []
+            if videos:
+                paths, shown = self.measurements.side_by_side(name, policy, model)
+                entries.append(shown)
+            where = {"iteration": iteration, "policy": real, "world_model": str(model.relative_to(self.output))}
+            return {"taken": entries, "measurement": {**where, **gap}, "videos": paths}
+
+        self.stages.run(f"measure_{name}", f"imagining the same {self.measurement.episodes} episodes", work)
+
+    # What stages share --------------------------------------------------------------------------------------
+
+    def _rollouts(self, turn: int) -> Path:
+        return self.output / f"rollouts_{turn}"
+
+    def _frames_of(self, turn: int) -> str:
+        return "demonstrations and " + ("rollouts" if turn == 0 else f"{turn + 1} sets of rollouts")
+
+    def _episodes(self, turn: int) -> VideoData:
+        """Everything real that was seen up to a turn; read once."""
+        if self._data is None or self._data[0] != turn:
+            self._data = None
+            paths = [*self.demonstrations, *(self._rollouts(number) for number in range(turn + 1))]
+            self._data = turn, open_video_data(paths, embodiment=self.loaded.embodiment)
+        return self._data[1]
+
+    def _torch_device(self) -> str:
+        return self.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    def _say(self, iteration: int, metrics: dict[str, Any]) -> None:
+        parts = [f"iteration {iteration}: imagined success {100 * metrics['success']:.0f} %"]
+        if "success_from_beginnings" in metrics and "success_from_keyframes" in metrics:
+            begun, key = (metrics[f"success_from_{name}"] for name in ("beginnings", "keyframes"))
+            parts.append(f"from first frames {100 * begun:.0f} %, from key frames {100 * key:.0f} %")
+        if metrics["dropped_rollouts"]:
+            parts.append(f"{metrics['dropped_rollouts']} rollouts dropped")
+        self.notify(", ".join(parts))
