@@ -18,6 +18,7 @@ from torch import Tensor
 from simtoreal.envs.errors import ConfigError, SimtorealError
 from simtoreal.envs.rollout import Observation
 from simtoreal.policies.denoising_chain import DenoisingPolicy
+from simtoreal.policies.reinforcement_config import ExplorationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +113,7 @@ def collect_rollouts(
     policy: DenoisingPolicy,
     starts: Starts,
     *,
-    noise_scale: float,
+    exploration: ExplorationConfig,
     noise_seed: int,
     max_chunks: int | None = None,
     keep_observations: bool = True,
@@ -127,7 +128,7 @@ def collect_rollouts(
         env: vector environment with ``AutoresetMode.DISABLED``; equal seeds must give equal initial conditions.
         policy: used in evaluation mode.
         starts: of the rollouts, any number.
-        noise_scale: see :func:`~simtoreal.policies.denoising_chain.standard_deviations`.
+        exploration: noise of the policy.
         noise_seed: decides the noise.
         max_chunks: decisions after which a rollout is cut off; None leaves the end to the environment.
         keep_observations: keep them in the result; False is for updates that begin from features.
@@ -148,7 +149,7 @@ def collect_rollouts(
     was_training = policy.training
     policy.eval()
     try:
-        collector = _Collector(env, policy, starts, noise_scale, noise_seed, max_chunks, keep_observations)
+        collector = _Collector(env, policy, starts, exploration, noise_seed, max_chunks, keep_observations)
         with torch.no_grad():
             return collector.run()
     finally:
@@ -161,13 +162,13 @@ class _Collector:
         env: VectorEnv,
         policy: DenoisingPolicy,
         starts: Starts,
-        noise_scale: float,
+        exploration: ExplorationConfig,
         noise_seed: int,
         max_chunks: int | None,
         keep_observations: bool,
     ) -> None:
         self.env, self.policy, self.starts = env, policy, starts
-        self.noise_scale, self.noise_seed = noise_scale, noise_seed
+        self.exploration, self.noise_seed = exploration, noise_seed
         self.max_chunks, self.keep = max_chunks, keep_observations
         count, rollouts = env.num_envs, len(starts.seeds)
         self.next, self.control_steps = 0, 0
@@ -230,7 +231,7 @@ class _Collector:
             return
         features = self.features(slots)
         sample = self.policy.sample_from_condition(
-            self.policy.condition(features), [self.generators[int(slot)] for slot in slots], self.noise_scale
+            self.policy.condition(features), [self.generators[int(slot)] for slot in slots], self.exploration
         )
         rows = self.rollout[slots]
         decision = {
@@ -288,15 +289,14 @@ class _Collector:
 
     def drop_faulty(self, info: Mapping[str, Any], reward: np.ndarray) -> None:
         """End the rollouts whose environment went wrong."""
-        for slot in np.flatnonzero(self.running):
-            fault = str(info["sim_fault"][slot]) if "sim_fault" in info else ""
-            seen = {key: self.history[key][slot, -1] for key in self.policy.config.state_keys}
-            bad = [f"observation '{key}'" for key, value in seen.items() if not np.isfinite(value).all()]
-            if not np.isfinite(reward[slot]):
-                bad.append("the reward")
-            if fault or bad:
-                self.faults[int(self.rollout[slot])] = fault or f"{bad[0]} is not finite"
-                self.running[slot] = False
+        faults = np.array(info.get("sim_fault", [""] * self.env.num_envs), dtype=object)
+        seen = {f"observation '{key}'": self.history[key][:, -1] for key in self.policy.config.state_keys}
+        for name, values in {**seen, "the reward": np.asarray(reward)[:, None]}.items():
+            bad = ~np.isfinite(values).all(axis=-1) & (faults == "")
+            faults[bad] = f"{name} is not finite"
+        for slot in np.flatnonzero(self.running & (faults != "")):
+            self.faults[int(self.rollout[slot])] = str(faults[slot])
+            self.running[slot] = False
 
     def end(self, slots: np.ndarray) -> None:
         """Remember what was seen last in ``slots``, and free them."""

@@ -1,20 +1,26 @@
 """Denoising as a random walk with exact log-probabilities, so that reinforcement learning can improve the policy.
 
-A denoising step of rectified flow (or of DDIM) is deterministic: the likelihood of the chunk that comes out is not
-tractable. Here every step becomes a Gaussian, as in Flow-GRPO (Liu et al. 2025), ReinFlow (Zhang et al. 2025) and
-DPPO (Ren et al. 2024). With a network that predicts the clean chunk x̂ from x at a level x = a x̂ + b ε, the step to
+A denoising step of rectified flow (or of DDIM) is deterministic, and the likelihood of the chunk that comes out of all
+of them is not tractable. Here the steps are Gaussian, as in Flow-GRPO (Liu et al. 2025), ReinFlow (Zhang et al. 2025)
+and DPPO (Ren et al. 2024). With a network that predicts the clean chunk x̂ from x at a level x = a x̂ + b ε, the step to
 the next level (a', b') is
 
-    x' ~ N(a' x̂ + sqrt(max(b'^2 - σ^2, 0)) ε̂, σ^2),     ε̂ = (x - a x̂) / b.
+    x' ~ N(a' x̂ + sqrt(max(b'² - σ², 0)) ε̂, σ² R),     ε̂ = (x - a x̂) / b,     σ = min(noise_scale, b').
 
 This is the step of DDIM with η > 0 (Song et al. 2021, eq. 12), and for rectified flow "coefficients-preserving
 sampling" (Wang & Yu 2025): of the noise b' that belongs to the next level, σ is drawn afresh, so that the network
 meets chunks exactly as noisy as in training, however few and coarse the steps. The Euler-Maruyama step of Flow-GRPO
 keeps that only for many steps, and its noise is unbounded at the first; the fixed noise of ReinFlow adds to what is
-there. The last step ends at b' = 0 and would be deterministic; there, as in ReinFlow and DPPO, the noise is added, and
-it is the exploration in action space. As σ goes to 0 the walk becomes the deterministic sampler.
+there. The last step ends at b' = 0 and would be deterministic; there, as in ReinFlow and DPPO, noise_scale is added,
+and it is the exploration in action space. As σ goes to 0 the walk becomes the deterministic sampler.
 
-Only the part of a chunk that is executed can be good or bad, so only its densities are counted, at every denoising
+R correlates the noise over the actions of a chunk, by ``correlation`` to the power of their distance (Eberhard et al.
+2023: correlated noise explores further than white noise of the same size, which averages out along a trajectory).
+
+Only the last ``stochastic_steps`` steps are Gaussian. Those before are deterministic, and differentiated through: the
+log-probability is exactly that of the walk given the noise that it begins with.
+
+Only the part of a chunk that is executed can be good or bad, so only its densities are counted, at every stochastic
 step. (Through the network, earlier values of the rest also touch the executed part. They are treated as noise of the
 world, whose density does not depend on the policy, as the released code of RL-Co does: it halves the variance.)
 """
@@ -29,9 +35,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from simtoreal.envs.errors import ConfigError
 from simtoreal.policies.base import Generators, Policy, normal_noise
-from simtoreal.policies.schedulers import Denoiser, Level, NoiseProcess
+from simtoreal.policies.reinforcement_config import ExplorationConfig
+from simtoreal.policies.schedulers import Denoiser, NoiseProcess
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,55 +55,71 @@ class ChainSample:
     log_prob: Tensor
 
 
-def standard_deviations(levels: Sequence[Level], noise_scale: float) -> list[float]:
-    """Return the noise σ of the K steps between ``levels``: ``noise_scale``, but at most the noise of the level.
-
-    Args:
-        levels: K + 1 levels, from noise to clean.
-        noise_scale: in normalised units, in which actions range over [-1, 1].
-
-    Raises:
-        ConfigError: ``noise_scale`` is not positive.
-    """
-    if not noise_scale > 0:
-        raise ConfigError(f"noise_scale is {noise_scale}; a log-probability needs a positive one, e.g. 0.1")
-    return [min(noise_scale, level.noise) if level.noise > 0 else noise_scale for level in levels[1:]]
-
-
 class GaussianChain:
-    """The Gaussian steps of one noise process.
+    """The denoising steps of one noise process, the last of them Gaussian.
 
     Args:
         process: gives levels and clipping.
-        noise_scale: see :func:`standard_deviations`.
+        exploration: the noise.
+        horizon: actions per chunk (T).
+
+    Attributes:
+        deviations: σ of every step, 0 for the deterministic ones.
 
     Raises:
-        ConfigError: the process has no deterministic sampler, or ``noise_scale`` is not positive.
+        ConfigError: the process has no deterministic sampler.
     """
 
-    def __init__(self, process: NoiseProcess, noise_scale: float) -> None:
+    def __init__(self, process: NoiseProcess, exploration: ExplorationConfig, horizon: int) -> None:
         self.levels, self.clip = process.levels(), process.clip
-        self.deviations = standard_deviations(self.levels, noise_scale)
+        steps, scale = len(self.levels) - 1, exploration.noise_scale
+        self.deterministic = max(0, steps - exploration.stochastic_steps)
+        self.deviations = [0.0] * self.deterministic + [
+            min(scale, level.noise) if level.noise > 0 else scale for level in self.levels[self.deterministic + 1 :]
+        ]
+        # Lower triangular: white noise to correlated noise, of which a prefix is a function of the same prefix.
+        lag = torch.arange(horizon)[:, None] - torch.arange(horizon)
+        self.mixing = torch.linalg.cholesky(exploration.correlation ** lag.abs().double())
 
     def sample(self, denoiser: Denoiser, noise: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
         """Return chains ``(N, K + 1, T, A)`` that begin at ``noise`` ``(N, T, A)``, and their :meth:`means`."""
         chain, means = [noise], []
+        mixing = self.mixing.to(noise)
         for index, deviation in enumerate(self.deviations):
-            means.append(self.means(denoiser, chain[-1][:, None], first=index)[:, 0])
-            chain.append(means[-1] + deviation * normal_noise(noise.shape, generator, noise.device))
+            state = self._step(denoiser, chain[-1][:, None], index)[:, 0]
+            if deviation > 0:
+                means.append(state)
+                state = state + deviation * (mixing @ normal_noise(noise.shape, generator, noise.device))
+            chain.append(state)
         return torch.stack(chain, dim=1), torch.stack(means, dim=1)
 
-    def means(self, denoiser: Denoiser, states: Tensor, first: int = 0) -> Tensor:
-        """Return the means of the steps ``first``, ``first + 1``, ... from ``states`` ``(N, S, T, A)``.
+    def means(self, denoiser: Denoiser, chain: Tensor) -> Tensor:
+        """Return the means ``(N, S, T, A)`` of the S stochastic steps of ``chain`` ``(N, K + 1, T, A)``."""
+        state = chain[:, :1]
+        for index in range(self.deterministic):
+            state = self._step(denoiser, state, index)
+        states = torch.cat([state, chain[:, self.deterministic + 1 : -1]], dim=1)
+        return self._step(denoiser, states, self.deterministic)
 
-        The network sees all of them as one batch.
+    def log_density(self, means: Tensor, chain: Tensor) -> Tensor:
+        """Return the log-density ``(N, S, T, A)`` of the values after the S stochastic steps of ``chain``.
+
+        Given the values at earlier actions, so that sums over the first actions are their joint density.
         """
+        deviation = torch.tensor(self.deviations[self.deterministic :], device=chain.device)[:, None, None]
+        mixing = self.mixing.to(chain)
+        standard = (chain[:, self.deterministic + 1 :] - means) / deviation
+        white = torch.linalg.solve_triangular(mixing, standard, upper=False)
+        scale = deviation.log() + mixing.diagonal().log()[:, None]
+        return -0.5 * white.square() - scale - 0.5 * math.log(2 * math.pi)
+
+    def _step(self, denoiser: Denoiser, states: Tensor, first: int) -> Tensor:
+        """Means of the steps ``first``, ``first + 1``, ... from ``states`` ``(N, S, T, A)``, in one batch."""
         count, steps = states.shape[:2]
         table = torch.tensor(self.levels, device=states.device)
         now, after = table[first : first + steps], table[first + 1 : first + 1 + steps]
         deviation = torch.tensor(self.deviations[first : first + steps], device=states.device)
-        time = now[:, 0].repeat(count)
-        clean = denoiser(states.flatten(0, 1), time).float().view_as(states)
+        clean = denoiser(states.flatten(0, 1), now[:, 0].repeat(count)).float().view_as(states)
 
         def column(values: Tensor) -> Tensor:
             return values[:, None, None]
@@ -107,12 +129,6 @@ class GaussianChain:
             clean = clean.clamp(-self.clip, self.clip)
         kept = (after[:, 2].square() - deviation.square()).clamp_min(0).sqrt()
         return column(after[:, 1]) * clean + column(kept) * noise
-
-    def log_density(self, means: Tensor, chain: Tensor) -> Tensor:
-        """Return the log-density ``(N, K, T, A)`` of every value of ``chain`` ``(N, K + 1, T, A)`` but the first."""
-        deviation = torch.tensor(self.deviations, device=chain.device)[:, None, None]
-        standard = (chain[:, 1:] - means) / deviation
-        return -0.5 * standard.square() - deviation.log() - 0.5 * math.log(2 * math.pi)
 
 
 class DenoisingPolicy(Policy):
@@ -154,22 +170,26 @@ class DenoisingPolicy(Policy):
         """
 
     def sample_with_log_prob(
-        self, observation: dict[str, Tensor], instruction: Sequence[str], generator: Generators, noise_scale: float
+        self,
+        observation: dict[str, Tensor],
+        instruction: Sequence[str],
+        generator: Generators,
+        exploration: ExplorationConfig,
     ) -> ChainSample:
         """Return random chunks and how likely they were.
 
         Args:
             observation, instruction, generator: see :meth:`Policy.predict`.
-            noise_scale: see :func:`standard_deviations`; near 0 the chunks are those of :meth:`Policy.predict`.
+            exploration: the noise; near 0 the chunks are those of :meth:`Policy.predict`.
 
         Raises:
             ConfigError: see :class:`GaussianChain`.
         """
         condition = self.condition(self.features(observation, instruction))
-        return self.sample_from_condition(condition, generator, noise_scale)
+        return self.sample_from_condition(condition, generator, exploration)
 
     def log_prob(
-        self, observation: dict[str, Tensor], instruction: Sequence[str], chain: Tensor, noise_scale: float
+        self, observation: dict[str, Tensor], instruction: Sequence[str], chain: Tensor, exploration: ExplorationConfig
     ) -> Tensor:
         """Return log-probabilities ``(B, execute_steps)`` of the executed actions, with gradients.
 
@@ -180,14 +200,16 @@ class DenoisingPolicy(Policy):
         Args:
             observation, instruction: what the chains were sampled for.
             chain: ``(B, K + 1, horizon, A)``.
-            noise_scale: what they were sampled with.
+            exploration: what they were sampled with.
         """
         condition = self.condition(self.features(observation, instruction))
-        return self.log_prob_from_condition(condition, chain, noise_scale)
+        return self.log_prob_from_condition(condition, chain, exploration)
 
-    def sample_from_condition(self, condition: Tensor, generator: Generators, noise_scale: float) -> ChainSample:
+    def sample_from_condition(
+        self, condition: Tensor, generator: Generators, exploration: ExplorationConfig
+    ) -> ChainSample:
         """Same as :meth:`sample_with_log_prob` for a condition ``(B, C)``."""
-        gaussian = GaussianChain(self.process, noise_scale)
+        gaussian = GaussianChain(self.process, exploration, self.config.horizon)
         shape = (len(condition), self.config.horizon, self.action_dim)
         noise = normal_noise(shape, generator, condition.device)
         with torch.no_grad():
@@ -195,10 +217,10 @@ class DenoisingPolicy(Policy):
         log_prob = self._executed(gaussian.log_density(means, chain))
         return ChainSample(chunk=self.actions_from_normalized(chain[:, -1]), chain=chain, log_prob=log_prob)
 
-    def log_prob_from_condition(self, condition: Tensor, chain: Tensor, noise_scale: float) -> Tensor:
+    def log_prob_from_condition(self, condition: Tensor, chain: Tensor, exploration: ExplorationConfig) -> Tensor:
         """Same as :meth:`log_prob` for a condition ``(B, C)``; all denoising steps are one batch of the denoiser."""
-        gaussian = GaussianChain(self.process, noise_scale)
-        means = gaussian.means(self.denoise_with(condition), chain[:, :-1])
+        gaussian = GaussianChain(self.process, exploration, self.config.horizon)
+        means = gaussian.means(self.denoise_with(condition), chain)
         return self._executed(gaussian.log_density(means, chain))
 
     def _executed(self, density: Tensor) -> Tensor:

@@ -30,6 +30,9 @@ from simtoreal.policies.training_data import Windows, batch_indices, to_tensors
 # (number of the update) -> imitation loss of the policy, with gradients
 Anchor = Callable[[int], Tensor]
 
+# Of RL-Co: what is learned changes what is seen, so old gradients are soon outdated.
+BETAS = (0.9, 0.95)
+
 # Kinds of randomness that follow from the same seed.
 _NOISE, _ORDER = 1, 2
 
@@ -74,7 +77,9 @@ class Reinforcement:
                 "actions is not defined. Use type 'diffusion'."
             )
         policy.set_inference_steps(config.denoising_steps)
-        GaussianChain(policy.process, config.noise_scale)  # Refuses what cannot be sampled before anything is run.
+        GaussianChain(
+            policy.process, config.exploration, policy.config.horizon
+        )  # Refuses what cannot be sampled before anything is run.
         self.policy, self.config, self.anchor = policy.eval(), config, anchor
         self.iteration, self.updates = 0, 0
         policy.requires_grad_(True)
@@ -86,7 +91,7 @@ class Reinforcement:
         own = list(self.algorithm.parameters())
         groups = [{"params": self._trained, "lr": config.learning_rate}]
         groups += [{"params": own, "lr": self.algorithm.learning_rate}] if own else []
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
 
     def starts(self) -> Starts:
         """Return the default starts of the current iteration: seeds that no other iteration has."""
@@ -110,7 +115,7 @@ class Reinforcement:
         config, began = self.config, time.monotonic()
         noise = np.random.SeedSequence([config.seed, self.iteration, _NOISE]).generate_state(1, np.uint64)[0]
         rollouts = collect_rollouts(
-            env, self.policy, starts or self.starts(), noise_scale=config.noise_scale, noise_seed=int(noise),
+            env, self.policy, starts or self.starts(), exploration=config.exploration, noise_seed=int(noise),
             max_chunks=config.max_chunks, keep_observations=not config.freeze_encoder,
         )  # fmt: skip
         collected = time.monotonic()
@@ -143,7 +148,7 @@ class Reinforcement:
         decisions, device = batch["decisions"], policy.device
         condition = policy.condition(self._features(rollouts, decisions))
         chain = rollouts.chain[decisions].to(device)
-        log_prob = policy.log_prob_from_condition(condition, chain, config.noise_scale)
+        log_prob = policy.log_prob_from_condition(condition, chain, config.exploration)
         log_prob = executed_log_prob(log_prob, rollouts.executed[decisions].to(device))
         batch = {key: value.to(device) for key, value in batch.items()}
         loss, metrics = self.algorithm.loss(batch, log_prob, condition)
@@ -154,8 +159,8 @@ class Reinforcement:
         total = nn.utils.clip_grad_norm_(self._trained, config.max_gradient_norm)
         if not torch.isfinite(loss) or not torch.isfinite(total):
             raise SimtorealError(
-                f"reinforcement diverged in iteration {self.iteration}: loss {float(loss)}, gradient norm "
-                f"{float(total)}. The last checkpoint is intact. Lower learning_rate, or raise noise_scale."
+                f"reinforcement diverged in iteration {self.iteration}: loss {loss.item()}, gradient norm "
+                f"{total.item()}. The last checkpoint is intact. Lower learning_rate, or raise exploration.noise_scale."
             )
         self.optimizer.step()
         self.updates += 1

@@ -7,6 +7,27 @@ from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExplorationConfig:
+    """Noise that makes a policy try something else; see :mod:`simtoreal.policies.denoising_chain`."""
+
+    noise_scale: float = 0.1
+    """Standard deviation of the noise of a stochastic denoising step, in units of the normalised actions (range
+    [-1, 1]). Too small, nothing is explored; too large, the skill is lost while exploring."""
+    stochastic_steps: int = 1
+    """Last denoising steps of a chunk that are stochastic, the others being deterministic."""
+    correlation: float = 0.0
+    """Correlation of the noise of consecutive actions."""
+
+    def __post_init__(self) -> None:
+        if not self.noise_scale > 0:
+            raise ValueError(f"noise_scale is {self.noise_scale}; a probability needs a positive one, e.g. 0.1")
+        if self.stochastic_steps < 1:
+            raise ValueError(f"stochastic_steps is {self.stochastic_steps}; expected at least 1")
+        if not 0 <= self.correlation < 1:
+            raise ValueError(f"correlation is {self.correlation}; expected 0 (white noise) to less than 1")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClipConfig:
     """How far one update may move the policy from the one that acted."""
 
@@ -85,9 +106,8 @@ class ReinforcementConfig:
     """Chunks after which a rollout is cut off; None leaves the end to the environment."""
     denoising_steps: int = 4
     """Denoising steps per chunk, in rollouts and from then on whenever the policy is used."""
-    noise_scale: float = 0.1
-    """Noise added per denoising step, in units of the normalised actions (range [-1, 1]). Too small, nothing is
-    explored; too large, the skill is lost while exploring."""
+    exploration: ExplorationConfig = field(default_factory=ExplorationConfig)
+    """Noise of the rollouts."""
     learning_rate: float = 1e-4
     """Learning rate of the policy (AdamW)."""
     epochs: int = 2
@@ -111,8 +131,8 @@ class ReinforcementConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.max_chunks is not None and self.max_chunks < 1:
             raise ValueError(f"max_chunks is {self.max_chunks}; expected at least 1, or none")
-        if min(self.noise_scale, self.learning_rate, self.max_gradient_norm) <= 0:
-            raise ValueError("noise_scale, learning_rate and max_gradient_norm must be positive")
+        if min(self.learning_rate, self.max_gradient_norm) <= 0:
+            raise ValueError("learning_rate and max_gradient_norm must be positive")
         if min(self.anchor_weight, self.seed, self.first_seed) < 0:
             raise ValueError("anchor_weight, seed and first_seed must not be negative")
         if self.algorithm == "grpo" and self.rollouts % self.grpo.group_size:

@@ -13,9 +13,11 @@ from simtoreal.envs.errors import ConfigError, EmbodimentMismatchError, Simtorea
 from simtoreal.envs.panda import panda_embodiment
 from simtoreal.envs.tabletop_vector import TabletopVectorEnv
 from simtoreal.policies.chunk_rollout import Starts, collect_rollouts, executed_log_prob
+from simtoreal.policies.reinforcement_config import ExplorationConfig
 
 # Of the point world: seeds with remainder 3 modulo 5 cannot be solved.
 SEEDS = (10, 11, 13, 14)
+NOISE = ExplorationConfig(noise_scale=0.05)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def policy():
 
 
 def collect(env, policy, starts, **changes):
-    return collect_rollouts(env, policy, starts, **{"noise_scale": 0.05, "noise_seed": 1, **changes})
+    return collect_rollouts(env, policy, starts, **{"exploration": NOISE, "noise_seed": 1, **changes})
 
 
 def test_rollouts_end_with_success_or_time_and_nothing_after_that_counts(policy):
@@ -53,7 +55,7 @@ def test_rewards_arrive_in_the_chunk_that_earned_them(policy):
 def test_log_probs_are_those_of_the_stored_observations_and_chains(policy):
     rollouts = collect(PointVectorEnv(3), policy, Starts.repeated(SEEDS, 2))
     assert rollouts.observation["proprio"].shape[1:] == (1, 20)
-    again = policy.log_prob(rollouts.observation, rollouts.instruction, rollouts.chain, 0.05)
+    again = policy.log_prob(rollouts.observation, rollouts.instruction, rollouts.chain, NOISE)
     joint = executed_log_prob(again, rollouts.executed)
     torch.testing.assert_close(joint, rollouts.log_prob, atol=1e-3, rtol=1e-5)
     features = policy.features(rollouts.observation, rollouts.instruction)
