@@ -34,8 +34,8 @@ from simtoreal.envs.tabletop import TabletopEnv
 from simtoreal.policies.compatibility_coach import CompatibilityCoach
 from simtoreal.policies.compatibility_config import ScorerConfig
 
-# A browser that hangs fails its own test only.
-pytestmark = pytest.mark.timeout(200)
+# A browser that hangs fails its own test only; training the coach takes what the machine takes.
+pytestmark = pytest.mark.timeout(200, func_only=True)
 # Small, because the question is whether page and coach work together; tests/test_compatibility_scorer.py has the rest.
 SMALL = ScorerConfig(members=3, hidden=64, epochs=1, minimum_steps=400, batch_size=128, folds=2)
 # Straight to the goal at a constant speed, which a person at a slow machine can do as well as the expert.
