@@ -14,6 +14,8 @@ from simtoreal.world_models.linear_proprio import LinearProprio
 from simtoreal.world_models.state import Imagination, Noise
 
 CONDITION_WIDTH = 128
+# Channels drawn from the condition, cell by cell: where the arm is follows from proprio alone.
+DRAWN_CHANNELS = 16
 # Standard deviation of noise on the known proprio while training, scaled: about a millimetre.
 PROPRIO_NOISE = 0.005
 
@@ -68,7 +70,8 @@ class ResidualDynamics(nn.Module):
             nn.Linear(3 * proprio_dim + command_dim, CONDITION_WIDTH), nn.SiLU(),
             nn.Linear(CONDITION_WIDTH, CONDITION_WIDTH), nn.SiLU(),
         )  # fmt: skip
-        self.inputs = nn.Conv2d((1 + config.memory) * channels + 2, width, 3, 1, 1)
+        self.draw = nn.Linear(CONDITION_WIDTH, DRAWN_CHANNELS * grid[0] * grid[1])
+        self.inputs = nn.Conv2d((1 + config.memory) * channels + DRAWN_CHANNELS + 2, width, 3, 1, 1)
         self.blocks = nn.ModuleList([FilmBlock(width) for _ in range(config.layers)])
         self.norm = GroupNorm(GROUPS, width)
         self.outputs = nn.Conv2d(width, channels, 1)
@@ -93,7 +96,8 @@ class ResidualDynamics(nn.Module):
         expected = self.linear(before, now, command)
         condition = self.condition(torch.cat([before, now, expected, command], -1))
         coordinates = self.coordinates.expand(len(memory), -1, -1, -1).to(memory.dtype)
-        stacked = torch.cat([reference, memory.flatten(1, 2), coordinates], 1)
+        drawn = self.draw(condition).view(len(memory), DRAWN_CHANNELS, *memory.shape[-2:]).to(memory.dtype)
+        stacked = torch.cat([reference, memory.flatten(1, 2), drawn, coordinates], 1)
         hidden = self.inputs(stacked.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
             hidden = block(hidden, condition)
