@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.rollout import Observation
@@ -69,5 +70,10 @@ class PolicyActor:
         tensors = {key: torch.from_numpy(np.ascontiguousarray(observation[key])).to(device) for key in config.keys}
         generators = [self._generators[int(slot)] for slot in slots]
         with torch.inference_mode():
-            chunks = self.policy.predict(tensors, list(instructions), generators)
+            chunks = self._predict(tensors, list(instructions), generators)
         return chunks.float().cpu().numpy()
+
+    def _predict(
+        self, observation: dict[str, Tensor], instructions: list[str], generators: list[torch.Generator]
+    ) -> Tensor:
+        return self.policy.predict(observation, instructions, generators)

@@ -19,7 +19,7 @@ from simtoreal.policies.checkpoint import find_checkpoint
 from simtoreal.world_models.checkpoint import load_world_model
 from simtoreal.world_models.cotrain_config import MeasurementConfig
 from simtoreal.world_models.cotrain_stages import EVALUATION, REAL, SIMULATION, steps_taken
-from simtoreal.world_models.hallucination import first_frames, places_by_seed, world_gap, write_side_by_side
+from simtoreal.world_models.hallucination import film_both_worlds, first_frames, places_by_seed, world_gap
 from simtoreal.world_models.vector_env import WorldModelVectorEnv
 from simtoreal.world_models.video_data import VideoData
 
@@ -122,16 +122,15 @@ class Measurements:
         steps = sum(episode.steps for episode in read_episodes(folder))
         return world_gap(real, folder), steps_taken("imagination", EVALUATION, self.config.episodes, steps)
 
-    def side_by_side(self, name: str, policy: Path, model: Path) -> tuple[list[str], dict[str, Any]]:
-        """Write videos of real above imagined episodes; return their paths and the real steps they took."""
+    def film(self, name: str, policy: Path, model: Path) -> tuple[list[str], dict[str, Any]]:
+        """Write a video of real and imagined episodes side by side; return its path and the real steps it took."""
         seeds = list(self.seeds)[: self.config.videos]
         if not seeds:
             return [], steps_taken(REAL, EVALUATION, 0, 0)
         _, actor = load_actor(policy, device=self._device(), seed=self.seed)
-        folder = self.folder(name, "side_by_side")
-        videos, steps = write_side_by_side(self.env(), self._imagination(model, len(seeds)), actor, seeds, folder)
-        paths = [str(path.relative_to(self.output)) for path in videos]
-        return paths, steps_taken(REAL, EVALUATION, len(seeds), steps)
+        path = self.folder(name, "side_by_side.mp4")
+        steps = film_both_worlds(self.env(), self._imagination(model, len(seeds)), actor, seeds, path)
+        return [str(path.relative_to(self.output))], steps_taken(REAL, EVALUATION, len(seeds), steps)
 
     def folder(self, name: str, world: str) -> Path:
         """Where the evaluation of a measurement lies."""

@@ -93,34 +93,32 @@ def success_plot(points: list[dict[str, Any]], iterations: list[dict[str, Any]])
         points: measurements with ``iteration`` and the rates of ``real`` and possibly ``imagined`` or ``simulation``.
         iterations: see ``iterations`` of the results.
     """
+    from matplotlib.ticker import MaxNLocator
+
     figure, (ax,) = new_figure(7.2, 3.4)
-    for color, key, label in (
-        (COLORS[5], "success_from_keyframes", "while learning, from key frames"),
-        (COLORS[4], "success_from_beginnings", "while learning, from first frames"),
-        (COLORS[4], "success", "while learning"),
-    ):
-        drawn = [(line["iteration"], 100 * line[key]) for line in iterations if key in line]
-        if drawn and not (key == "success" and any("success_from_beginnings" in line for line in iterations)):
-            ax.plot(*np.array(drawn).T, color=color, linewidth=1.2, alpha=0.8, label=label)
-    for color, key, label, marker in (
-        (COLORS[1], "imagined", "imagined, same initial conditions", "s"),
-        (COLORS[1], "simulation", "simulation, same initial conditions", "s"),
-        (COLORS[0], "real", "real", "o"),
-    ):
-        found = {point["iteration"]: point[key] for point in points if key in point}
-        if key != "real":
-            # The model changes between two stages: both values belong to the same iteration.
-            pairs = [(point["iteration"], point[key]) for point in points if key in point]
-        else:
-            pairs = sorted(found.items())
-        if pairs:
-            steps = np.array([step for step, _ in pairs])
-            rates = 100 * np.array([rate["success_rate"] for _, rate in pairs])
-            bounds = 100 * np.array([rate["interval"] for _, rate in pairs])
+    parted = any("success_from_beginnings" in line for line in iterations)
+    while_learning = (
+        {"success_from_keyframes": "from key frames", "success_from_beginnings": "from first frames"}
+        if parted
+        else {"success": "all rollouts"}
+    )
+    for color, (key, label) in zip((COLORS[5], COLORS[4]), while_learning.items(), strict=False):
+        curve = [(line["iteration"], 100 * line[key]) for line in iterations if key in line]
+        if curve:
+            ax.plot(*np.array(curve).T, color=color, linewidth=1.2, label=f"while learning, {label}")
+    for color, key, style in ((COLORS[1], "imagined", "s"), (COLORS[1], "simulation", "s"), (COLORS[0], "real", "o-")):
+        # Both world models of a refresh are asked about the same iteration; what is real is told with each of them.
+        found = {(point["iteration"], tuple(point[key]["interval"])): point[key] for point in points if key in point}
+        if found:
+            steps = np.array([iteration for iteration, _ in found])
+            rates = 100 * np.array([rate["success_rate"] for rate in found.values()])
+            bounds = 100 * np.array([rate["interval"] for rate in found.values()])
+            label = key if key == "real" else f"{key}, same initial conditions"
             ax.errorbar(
-                steps, rates, yerr=np.abs(bounds.T - rates), color=color, marker=marker, markersize=6, linewidth=1.6,
-                capsize=3, label=label, linestyle="-" if key == "real" else "none",
+                steps, rates, yerr=np.abs(bounds.T - rates), color=color, fmt=style, markersize=6, linewidth=1.6,
+                capsize=3, label=label,
             )  # fmt: skip
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_ylim(-3, 103)
     ax.set_xlabel("iteration of reinforcement", fontsize=9, color=TEXT_COLOR)
     ax.set_ylabel("success [%], 95 % interval", fontsize=9, color=TEXT_COLOR)

@@ -7,6 +7,8 @@ record with what it measured and with every episode and control step that it too
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -49,12 +51,15 @@ class Stages:
         self.records: list[dict[str, Any]] = []
         _require_same(output / SETTINGS, json.loads(json.dumps(settings)))
 
-    def run(self, name: str, title: str, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def run(
+        self, name: str, title: str, work: Callable[[], dict[str, Any]], folder: str | None = None
+    ) -> dict[str, Any]:
         """Do a stage, unless it is finished already, and return its record.
 
         Args:
-            name: of the stage; names that repeat belong to the same stage.
+            name: of the stage.
             title: what it does, for people.
+            folder: below the output, what it makes; several stages may go on in the same.
             work: does it, continuing what an earlier attempt left, and returns what to record; its ``taken`` is a list
                 of :func:`steps_taken`.
         """
@@ -69,7 +74,7 @@ class Stages:
                 seconds += time.monotonic() - started
                 earlier = {
                     "name": name, "title": title, "finished": content is not None, "seconds": seconds,
-                    "number": len(self.records), "taken": [], **(content or {}),
+                    "folder": folder, "taken": [], **(content or {}),
                 }  # fmt: skip
                 write_json(path, earlier)
         self.records.append(earlier)
@@ -92,6 +97,39 @@ class Stages:
         """Return the real episodes and control steps that anything was learned from so far."""
         rows = self.ledger()
         return {key: rows[-1][key] if rows else 0 for key in ("real_episodes", "real_steps")}
+
+
+def adopt_stages(source: Path, output: Path, names: Sequence[str], settings: Mapping[str, Any]) -> None:
+    """Begin a co-training in ``output`` with finished stages of another one, which had the same settings for them.
+
+    Nothing is done if ``output`` exists. Files are linked, not copied: both must lie on the same file system.
+
+    Args:
+        source: folder of the other co-training.
+        output: folder that appears whole or not at all.
+        names: of the stages.
+        settings: of the new co-training.
+
+    Raises:
+        ConfigError: a stage is not finished there.
+    """
+    if output.exists():
+        return
+    temporary = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    (temporary / RECORDS).mkdir(parents=True)
+    for name in names:
+        path = source / RECORDS / f"{name}.json"
+        record = json.loads(path.read_text()) if path.exists() else {}
+        if not record.get("finished"):
+            raise ConfigError(f"{source} has not finished its stage '{name}', which another co-training begins with")
+        write_json(temporary / RECORDS / path.name, record)
+        folder = record["folder"]
+        if folder is not None and not (temporary / folder).exists():
+            ignored = shutil.ignore_patterns(".lock")
+            shutil.copytree(source / folder, temporary / folder, symlinks=True, ignore=ignored, copy_function=os.link)
+    write_json(temporary / SETTINGS, json.loads(json.dumps(settings)))
+    os.replace(temporary, output)
 
 
 def _require_same(path: Path, settings: dict[str, Any]) -> None:

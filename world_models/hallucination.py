@@ -18,13 +18,10 @@ from simtoreal.envs.embodiment import TARGET_NAMES
 from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.rollout import Actor, Listener, Observation, SingleVectorEnv, Step, rollout
 from simtoreal.envs.task import TaskSpec
-from simtoreal.envs.video import tile, write_video
 from simtoreal.evaluation.compare import compare
 from simtoreal.evaluation.results import load_evaluation
+from simtoreal.world_models.side_by_side import write_side_by_side
 from simtoreal.world_models.video_data import VideoData
-
-# Videos are enlarged by whole factors up to about this many pixels.
-_DISPLAY_HEIGHT = 192
 
 
 def first_frames(env: VectorEnv | gym.Env, seeds: Sequence[int], task: TaskSpec) -> VideoData:
@@ -110,46 +107,40 @@ def world_gap(real: Path, other: Path, name: str = "imagined") -> dict[str, Any]
 
 
 class _Frames(Listener):
-    """Keeps what the cameras show in every episode, by seed."""
+    """Keeps what all cameras show in every episode, by seed."""
 
     def __init__(self, image_keys: Sequence[str]) -> None:
-        self.image_keys, self.frames = tuple(image_keys), dict[int, list[np.ndarray]]()
+        self.image_keys = tuple(image_keys)
+        self.frames: dict[int, list[np.ndarray]] = {}
         self._seeds: dict[int, int] = {}
 
     def on_reset(self, slot: int, episode: int, seed: int, observation: Observation, info: dict[str, Any]) -> None:
         """Begin with the first frame."""
         self._seeds[slot] = seed
-        self.frames[seed] = [tile([observation[key] for key in self.image_keys], columns=len(self.image_keys))]
+        self.frames[seed] = [np.stack([observation[key] for key in self.image_keys])]
 
     def on_step(self, step: Step) -> None:
         """Add the frame after the action."""
         for row, slot in enumerate(step.slots):
-            images = [step.next_observation[key][row] for key in self.image_keys]
-            self.frames[self._seeds[int(slot)]].append(tile(images, columns=len(self.image_keys)))
+            frame = np.stack([step.next_observation[key][row] for key in self.image_keys])
+            self.frames[self._seeds[int(slot)]].append(frame)
 
 
-def write_side_by_side(
-    real: VectorEnv | gym.Env, imagined: VectorEnv, actor: Actor, seeds: Sequence[int], folder: Path
-) -> tuple[list[Path], int]:
-    """Let a policy act from the same initial conditions in both worlds, and write a video of each: real above imagined.
+def film_both_worlds(
+    real: VectorEnv | gym.Env, imagined: VectorEnv, actor: Actor, seeds: Sequence[int], path: Path
+) -> int:
+    """Let a policy act from the same initial conditions in both worlds, and write one video of them side by side.
 
     Returns:
-        The videos ``<folder>/<seed>.mp4``, and the control steps taken in the real world.
+        The control steps taken in the real world.
     """
     embodiment = imagined.unwrapped.embodiment  # type: ignore[attr-defined]
-    clips, steps = [], 0
-    for number, env in enumerate((real, imagined)):
-        frames = _Frames(embodiment.image_keys)
-        results = rollout(env, actor, seeds, listeners=[frames])
-        clips.append(frames.frames)
-        steps += sum(result.steps for result in results) if number == 0 else 0
-    videos = []
-    for seed in seeds:
-        above, below = (clip[seed] for clip in clips)
-        length = max(len(above), len(below))
-        pictures = (
-            np.concatenate([clip[min(moment, len(clip) - 1)] for clip in (above, below)]) for moment in range(length)
-        )
-        scale = max(1, round(_DISPLAY_HEIGHT / above[0].shape[0]))
-        videos.append(write_video(folder / f"{seed}.mp4", pictures, embodiment.control_hz, scale=scale))
-    return videos, steps
+    films, steps = {}, 0
+    for name, env in (("real", real), ("imagined", imagined)):
+        film = _Frames(embodiment.image_keys)
+        results = rollout(env, actor, seeds, listeners=[film])
+        films[name] = film.frames
+        steps += sum(result.steps for result in results) if name == "real" else 0
+    episodes = [{name: np.stack(frames[seed]) for name, frames in films.items()} for seed in seeds]
+    write_side_by_side(path, episodes, embodiment.control_hz)
+    return steps

@@ -27,9 +27,17 @@ from simtoreal.policies.reinforcement_run import reinforce
 from simtoreal.world_models.checkpoint import load_world_model
 from simtoreal.world_models.cotrain_anchor import anchor_on
 from simtoreal.world_models.cotrain_config import MeasurementConfig, WovrConfig
-from simtoreal.world_models.cotrain_measurement import Measurements, World, require_same_embodiment
+from simtoreal.world_models.cotrain_measurement import MEASUREMENTS, Measurements, World, require_same_embodiment
 from simtoreal.world_models.cotrain_report import write_report
-from simtoreal.world_models.cotrain_stages import DEMONSTRATIONS, IMAGINATION, LEARNING, REAL, Stages, steps_taken
+from simtoreal.world_models.cotrain_stages import (
+    DEMONSTRATIONS,
+    IMAGINATION,
+    LEARNING,
+    REAL,
+    Stages,
+    adopt_stages,
+    steps_taken,
+)
 from simtoreal.world_models.imagined_starts import ImaginedReinforcement, ImaginedStarts
 from simtoreal.world_models.keyframes import find_keyframes
 from simtoreal.world_models.trainer import train_world_model
@@ -96,6 +104,14 @@ class Wovr:
         self.measurements.require_unseen(self.policy)
         self._data: tuple[int, VideoData] | None = None
 
+    def adopt(self, source: Path, stages: Sequence[str]) -> None:
+        """Begin with finished ``stages`` of the co-training in ``source``, if nothing is here yet.
+
+        Raises:
+            ConfigError: a stage is not finished there.
+        """
+        adopt_stages(source, self.output, stages, self._settings())
+
     def run(self) -> dict[str, Any]:
         """Do the stages that are left; return and write the results."""
         with contextlib.closing(lock_folder(self.output)), contextlib.closing(self.measurements):
@@ -161,7 +177,8 @@ class Wovr:
             }  # fmt: skip
 
         who = "the base policy" if turn == 0 else "the improved policy (PACE)"
-        self.stages.run(f"rollouts_{turn}", f"collecting {count} real episodes of {who}", work)
+        title = f"collecting {count} real episodes of {who}"
+        self.stages.run(f"rollouts_{turn}", title, work, f"rollouts_{turn}")
 
     def _learn_world(self, turn: int, initial: Path | None) -> Path:
         run = self.output / f"world_model_{turn}"
@@ -175,7 +192,7 @@ class Wovr:
             return {"metrics": result.metrics, "training_seconds": result.seconds}
 
         new = "training a world model" if initial is None else "training the world model on"
-        self.stages.run(f"world_model_{turn}", f"{new} with {self._frames_of(turn)}", work)
+        self.stages.run(f"world_model_{turn}", f"{new} with {self._frames_of(turn)}", work, run.name)
         return run
 
     def _improve(self, turn: int, policy: Path, model: Path) -> Path:
@@ -224,7 +241,7 @@ class Wovr:
             }  # fmt: skip
 
         title = f"reinforcement in imagination up to iteration {target}"
-        self.stages.run(f"reinforcement_{turn}_{target}", title, work)
+        self.stages.run(f"reinforcement_{turn}_{target}", title, work, run.name)
 
     def _measure_real(self, name: str, policy: Path, iteration: int) -> None:
         def work() -> dict[str, Any]:
@@ -232,7 +249,7 @@ class Wovr:
             return {"taken": [taken], "measurement": {"iteration": iteration, "policy": name, "real": rate}}
 
         title = f"measuring the policy after {iteration} iterations in {self.measurement.episodes} real episodes"
-        self.stages.run(f"measure_{name}", title, work)
+        self.stages.run(f"measure_{name}", title, work, f"{MEASUREMENTS}/{name}")
 
     def _measure_imagined(
         self, name: str, policy: Path, model: Path, iteration: int, real: str, *, videos: bool = False
@@ -242,12 +259,13 @@ class Wovr:
             gap, taken = self.measurements.imagined(name, policy, model, real=folder)
             entries, paths = [taken], []
             if videos:
-                paths, shown = self.measurements.side_by_side(name, policy, model)
+                paths, shown = self.measurements.film(name, policy, model)
                 entries.append(shown)
             where = {"iteration": iteration, "policy": real, "world_model": str(model.relative_to(self.output))}
             return {"taken": entries, "measurement": {**where, **gap}, "videos": paths}
 
-        self.stages.run(f"measure_{name}", f"imagining the same {self.measurement.episodes} episodes", work)
+        title = f"imagining the same {self.measurement.episodes} episodes"
+        self.stages.run(f"measure_{name}", title, work, f"{MEASUREMENTS}/{name}")
 
     # What stages share --------------------------------------------------------------------------------------
 

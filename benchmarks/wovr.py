@@ -1,0 +1,293 @@
+"""Does a policy get better inside a world model that it helps to train (WoVR), and what is each part of that worth?
+
+    python benchmarks/wovr.py                      # profile cpu: two tasks, resumable
+    python benchmarks/wovr.py --tasks push &       # a second process does another task
+    python benchmarks/wovr.py --profile gpu        # one GPU: three training seeds, 400 episodes
+    python benchmarks/wovr.py --summarize          # only write benchmarks/results/wovr.json from what is finished
+
+A policy learns from few demonstrations (base). All arms begin with it, and with the same rollouts and world model:
+
+* full: reinforcement in imagination from first frames and key frames, one refresh, reinforcement again;
+* no_kir: the same from first frames only;
+* no_pace: as many iterations with the first world model, and so fewer real steps;
+* no_pace_equal (profile gpu): as many real steps as full, all of them from the base policy, one world model;
+* direct: the same reinforcement in MuJoCo itself, for as many control steps as full learned from beside demonstrations.
+
+Success is judged in MuJoCo on the same initial conditions for all arms, and beside it that of the same policies in the
+world model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cotraining_study import (
+    FIRST_EPISODE,
+    Outcomes,
+    arm,
+    compare,
+    demonstrate,
+    gpu_world_model,
+    imitate,
+    preset,
+    read_outcomes,
+    read_results,
+    say,
+    simulation,
+    store,
+)
+
+from simtoreal.data_collection.dataset import Dataset
+from simtoreal.envs.files import write_json
+from simtoreal.evaluation.results import load_evaluation
+from simtoreal.policies.config import DiffusionConfig, TrainerConfig
+from simtoreal.policies.reinforcement_config import ReinforcementConfig
+from simtoreal.policies.reinforcement_run import reinforce
+from simtoreal.world_models.cotrain_config import MeasurementConfig, WovrConfig
+from simtoreal.world_models.cotrain_measurement import Measurements
+from simtoreal.world_models.wovr import Wovr
+
+# What the arms have in common with the full loop, up to its first world model.
+SHARED = ("demonstrations", "measure_base", "rollouts_0", "world_model_0", "measure_model_0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """How much of everything.
+
+    Attributes:
+        demonstrations: task -> episodes, few enough that the policy succeeds in a third to a half of all cases.
+        imitation: training of the base policy.
+        wovr, reinforcement: the loop.
+        direct_rollouts: per iteration in MuJoCo, where every one of them counts.
+        episodes: initial conditions that judge every policy.
+        seeds: training seeds.
+        arms: which.
+    """
+
+    demonstrations: Mapping[str, int]
+    imitation: TrainerConfig
+    wovr: WovrConfig
+    reinforcement: ReinforcementConfig
+    direct_rollouts: int
+    episodes: int
+    seeds: tuple[int, ...]
+    arms: tuple[str, ...] = ("full", "no_kir", "no_pace", "direct")
+    image_size: int = 64
+    policy: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
+
+
+def profiles() -> dict[str, Profile]:
+    """The profiles by name."""
+    shipped, smoke = preset("wovr"), preset("wovr_smoke")
+    model, trainer = gpu_world_model()
+    cpu = Profile(
+        demonstrations={"pick_place": 40, "push": 30},
+        imitation=TrainerConfig(steps=2000),
+        wovr=shipped["wovr"],
+        reinforcement=shipped["reinforcement"],
+        direct_rollouts=32,
+        episodes=200,
+        seeds=(0,),
+    )
+    return {
+        "cpu": cpu,
+        "gpu": dataclasses.replace(
+            cpu,
+            imitation=TrainerConfig(steps=4000, batch_size=128),
+            wovr=dataclasses.replace(
+                cpu.wovr, iterations=100, imagined_envs=256, world_model=model, world_model_trainer=trainer
+            ),
+            reinforcement=dataclasses.replace(cpu.reinforcement, rollouts=256),
+            episodes=400,
+            seeds=(0, 1, 2),
+            arms=("full", "no_kir", "no_pace", "no_pace_equal", "direct"),
+        ),
+        # Shows in minutes that every arm runs; nothing is learned.
+        "smoke": Profile(
+            demonstrations={"reach": 8},
+            imitation=TrainerConfig(steps=20, batch_size=16),
+            wovr=smoke["wovr"],
+            reinforcement=smoke["reinforcement"],
+            direct_rollouts=4,
+            episodes=4,
+            seeds=(0,),
+            image_size=16,
+            arms=("full", "no_kir", "no_pace", "no_pace_equal", "direct"),
+        ),
+    }
+
+
+def wovr_of(name: str, profile: Profile) -> WovrConfig:
+    """Settings of an arm's loop."""
+    full = profile.wovr
+    if name == "no_kir":
+        return dataclasses.replace(full, keyframes=dataclasses.replace(full.keyframes, share=0.0))
+    if name in ("no_pace", "no_pace_equal"):
+        turns = full.refreshes + 1
+        rollouts = full.rollouts + (full.refreshes * full.refresh_rollouts if name == "no_pace_equal" else 0)
+        return dataclasses.replace(full, refreshes=0, iterations=turns * full.iterations, rollouts=rollouts)
+    return full
+
+
+def execute(name: str, task: str, seed: int, profile: Profile, output: Path, device: str | None) -> None:
+    """Do what is left of an arm."""
+    folder = output / f"{task}-{seed}"
+    data = demonstrate(
+        folder / "demonstrations", task, profile.demonstrations[task], seed, image_size=profile.image_size
+    )
+    trainer = dataclasses.replace(profile.imitation, seed=seed)
+    policy = imitate(folder / "base", data, profile.policy, trainer, device)
+    measurement = MeasurementConfig(episodes=profile.episodes, first_seed=FIRST_EPISODE, videos=2)
+    embodiment = Dataset.open(data).embodiment
+    real = simulation(task, embodiment, min(16, profile.episodes))
+    if name == "direct":
+        _execute_direct(folder, policy, profile, measurement, task, seed, device)
+        return
+    loop = Wovr(
+        wovr_of(name, profile), profile.reinforcement, measurement, policy=policy, demonstrations=[data], real=real,
+        output=folder / name, device=device, seed=seed, notify=say(f"{task}-{seed}-{name}"),
+    )  # fmt: skip
+    if name == "no_kir":
+        loop.adopt(folder / "full", SHARED)
+    elif name == "no_pace":
+        # With the first world model, the first half is that of the full loop.
+        loop.adopt(folder / "full", (*SHARED, f"reinforcement_0_{profile.wovr.iterations}"))
+    elif name == "no_pace_equal":
+        loop.adopt(folder / "full", SHARED[:2])
+    loop.run()
+
+
+def _execute_direct(
+    folder: Path, policy: Path, profile: Profile, measurement: MeasurementConfig, task: str, seed: int,
+    device: str | None,
+) -> None:  # fmt: skip
+    """Reinforcement in MuJoCo for as many control steps as the full loop learned from beside demonstrations."""
+    if (folder / "direct" / "results.json").exists():
+        return
+    began = time.monotonic()
+    full = read_results(folder / "full")
+    if not full:
+        raise SystemExit("the arm 'direct' needs the real steps of the arm 'full'; do that first")
+    ledger = [row for row in full["ledger"] if (row["world"], row["purpose"]) == ("real", "learning")]
+    budget = sum(row["steps"] for row in ledger)
+    config = dataclasses.replace(profile.reinforcement, rollouts=profile.direct_rollouts, seed=seed)
+    world = simulation(task, Dataset.open(folder / "demonstrations").embodiment, min(16, config.rollouts))
+    measurements = Measurements(measurement, world, folder / "direct", device, seed, imagined_envs=1)
+    try:
+        result = reinforce(
+            policy, config, measurements.env(), folder / "direct" / "reinforcement", iterations=10**6,
+            most_control_steps=budget, device=device,
+        )  # fmt: skip
+        rate, _ = measurements.in_world("final", result.run)
+    finally:
+        measurements.close()
+    write_json(
+        folder / "direct" / "results.json",
+        {
+            "final": rate, "iterations": result.iterations, "real_episodes": result.rollouts,
+            "real_steps": result.control_steps, "budget_steps": budget, "seconds": time.monotonic() - began,
+        },
+    )  # fmt: skip
+
+
+def evaluation_of(name: str, folder: Path, profile: Profile) -> Path:
+    """Evaluation folder of an arm's final policy."""
+    if name == "base":
+        return folder / "full" / "measurements" / "base" / "real"
+    last = {"direct": "final", "full": f"policy_{profile.wovr.refreshes}", "no_kir": f"policy_{profile.wovr.refreshes}"}
+    return folder / name / "measurements" / last.get(name, "policy_0") / "real"
+
+
+def summarize(profile: Profile, output: Path, label: str) -> None:
+    """Write the benchmark's JSON from the finished arms."""
+    arms, notes, comparisons, seconds = [], [], {}, 0.0
+    for task in profile.demonstrations:
+        folders = {seed: output / f"{task}-{seed}" for seed in profile.seeds}
+        found: dict[str, Outcomes] = {
+            name: read_outcomes({seed: evaluation_of(name, folder, profile) for seed, folder in folders.items()})
+            for name in ("base", *profile.arms)
+        }
+        for name, outcomes in found.items():
+            results = {seed: read_results(folders[seed] / name) for seed in outcomes} if name != "base" else {}
+            results = {seed: content for seed, content in results.items() if content}
+            if not outcomes or (name != "base" and not results):
+                continue
+            seconds += sum(content["seconds"] for content in results.values())
+            steps = [content["real_steps"] for content in results.values()]
+            arms.append(
+                arm(f"{task}: {name}", outcomes, found["base"], real_steps=sum(steps) / len(steps) if steps else None)
+            )
+            notes += [_gaps(f"{task}, seed {seed}, {name}", content) for seed, content in results.items()]
+        if found["full"] and found["base"]:
+            comparisons[task] = compare(found["full"], found["base"])
+        if found["full"] and found.get("direct"):
+            versus = compare(found["full"], found["direct"])
+            low, high = versus["interval"]
+            notes.append(
+                f"{task}: full - direct {100 * versus['difference']:+.1f} points "
+                f"[{100 * low:+.1f}, {100 * high:+.1f}], p = {versus['p_value']:.2g}"
+            )
+    if not comparisons:
+        print("no task has finished its full loop yet")
+        return
+    # The smaller gain of the tasks is the claim.
+    task = min(comparisons, key=lambda one: comparisons[one]["difference"])
+    store(
+        "wovr" if label == "cpu" else f"wovr_{label}",
+        "Does a policy get better inside a world model that it helps to train?",
+        f"{task}: real success after co-training", comparisons[task], "base", arms, seconds=seconds,
+        seeds=[*profile.seeds, FIRST_EPISODE], notes=notes,
+    )  # fmt: skip
+
+
+def _gaps(name: str, results: dict[str, Any]) -> str:
+    if "measurements" not in results:
+        taken = f"{results['real_episodes']} episodes, {results['real_steps']} of {results['budget_steps']} steps"
+        return f"{name}: {results['iterations']} iterations, {taken} in MuJoCo"
+    parts = [
+        f"{point['policy']} in {point['world_model']}: real {100 * point['real']['success_rate']:.1f} %, imagined "
+        f"{100 * point['imagined']['success_rate']:.1f} %"
+        for point in results["measurements"]
+        if "imagined" in point
+    ]
+    return f"{name}: " + "; ".join(parts)
+
+
+def main() -> None:
+    """Do the arms that are left, then summarise."""
+    known = profiles()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", choices=known, default="cpu")
+    parser.add_argument("--output", type=Path, default=None, help="work folder, resumable")
+    parser.add_argument("--tasks", nargs="*", help="only these")
+    parser.add_argument("--arms", nargs="*", help="only these; 'full' first, the others begin with its stages")
+    parser.add_argument("--device", default=None)
+    parser.add_argument("--summarize", action="store_true", help="only write the result of the finished arms")
+    options = parser.parse_args()
+    profile = known[options.profile]
+    output = options.output or Path(f"outputs/benchmark_wovr_{options.profile}")
+    if not options.summarize:
+        import torch
+
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+        for task in options.tasks or profile.demonstrations:
+            for seed in profile.seeds:
+                for name in options.arms or profile.arms:
+                    execute(name, task, seed, profile, output, options.device)
+                    final = load_evaluation(evaluation_of(name, output / f"{task}-{seed}", profile)).results
+                    print(f"{task}-{seed}-{name}: {final['successes']}/{final['n']}", flush=True)
+    if options.profile == "smoke":
+        print("the profile smoke measures nothing; no result is written")
+        return
+    summarize(profile, output, options.profile)
+
+
+if __name__ == "__main__":
+    main()

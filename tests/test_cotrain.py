@@ -1,0 +1,413 @@
+"""Co-training: the whole loop, its costs and its continuation, with nets that learn nothing in images of 16 pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from gymnasium.vector import AutoresetMode
+from small_world import RESIDUAL, make_world_data, short_training
+from toy_reaching import small_vision
+
+from simtoreal import cli
+from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.expert import ScriptedExpert
+from simtoreal.data_collection.rollouts import record_rollouts
+from simtoreal.envs import load_task, make_vector_env
+from simtoreal.envs.errors import ConfigError, DatasetError, EmbodimentMismatchError
+from simtoreal.envs.tabletop_vector import TabletopVectorEnv
+from simtoreal.evaluation.results import load_evaluation
+from simtoreal.policies.actor import PolicyActor
+from simtoreal.policies.checkpoint import load_policy, load_tensors
+from simtoreal.policies.config import BCConfig, DiffusionConfig, TrainerConfig
+from simtoreal.policies.exploring_actor import ExploringActor
+from simtoreal.policies.mixed_windows import open_mixed_data
+from simtoreal.policies.reinforcement import Reinforcement
+from simtoreal.policies.reinforcement_config import ExplorationConfig, ReinforcementConfig
+from simtoreal.policies.reinforcement_run import reinforce
+from simtoreal.policies.trainer import train
+from simtoreal.policies.training_data import batch_indices, open_training_data
+from simtoreal.policies.training_log import read_metrics
+from simtoreal.world_models import trainer
+from simtoreal.world_models.config import StageConfig
+from simtoreal.world_models.cotrain_config import KeyframeConfig, MeasurementConfig, RlcoConfig, WovrConfig
+from simtoreal.world_models.cotrain_measurement import World
+from simtoreal.world_models.cotrain_stages import LEARNING, REAL
+from simtoreal.world_models.rlco import Rlco
+from simtoreal.world_models.wovr import Wovr
+
+torch.set_num_threads(1)
+
+TASK = load_task("reach")
+DIFFUSION = DiffusionConfig(
+    vision=small_vision(), horizon=8, execute_steps=4, unet_widths=(16,), condition_width=32, inference_steps=2,
+    noise_samples=2,
+)  # fmt: skip
+IMITATION = TrainerConfig(
+    steps=30, batch_size=16, warmup_steps=5, learning_rate=3e-3, checkpoint_every=100, validate_every=100
+)
+WOVR = WovrConfig(
+    rollouts=8, refreshes=1, refresh_rollouts=4, iterations=2, imagined_envs=12, anchor_batch=8,
+    keyframes=KeyframeConfig(margin_steps=4, remaining_steps=10, lead_steps=(2, 6)),
+    world_model=RESIDUAL,
+    world_model_trainer=short_training(
+        tokenizer=StageConfig(steps=40, batch_size=8, learning_rate=3e-3, warmup_steps=5),
+        dynamics=StageConfig(steps=30, batch_size=8, learning_rate=2e-3, warmup_steps=5),
+        classifier=StageConfig(steps=20, batch_size=16, learning_rate=2e-3, warmup_steps=5),
+    ),
+)  # fmt: skip
+# PPO learns from every rollout, also where a model this small sees no success at all; GRPO would change nothing then.
+REINFORCEMENT = ReinforcementConfig(algorithm="ppo", rollouts=12, denoising_steps=2, epochs=1, max_chunks=5)
+MEASUREMENT = MeasurementConfig(episodes=4, videos=1, every=1)
+
+
+def simulation(randomization: str = "none", num_envs: int = 4, **changes) -> World:
+    def make():
+        return make_vector_env(TASK, num_envs, image_size=16, randomization=randomization, **changes)
+
+    return World(make=make, task=TASK, settings={"randomization": randomization})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return make_world_data(tmp_path_factory.mktemp("demonstrations") / "data", episodes=8)
+
+
+@pytest.fixture(scope="module")
+def policy(data, tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("base") / "policy"
+    train(DIFFUSION, IMITATION, open_training_data(data, DIFFUSION), run, device="cpu")
+    return run
+
+
+def wovr(output: Path, data: Path, policy: Path, **changes) -> Wovr:
+    values = {
+        "policy": policy, "demonstrations": [data], "real": simulation(), "output": output, "device": "cpu",
+    }  # fmt: skip
+    return Wovr(
+        changes.pop("config", WOVR), changes.pop("reinforcement", REINFORCEMENT),
+        changes.pop("measurement", MEASUREMENT), **{**values, **changes},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(data, policy, tmp_path_factory) -> Path:
+    """A whole loop."""
+    output = tmp_path_factory.mktemp("wovr") / "output"
+    wovr(output, data, policy).run()
+    return output
+
+
+def results_of(output: Path) -> dict:
+    return json.loads((output / "results.json").read_text())
+
+
+def outcome(output: Path) -> tuple:
+    """What a co-training found, without how long it took."""
+    results = results_of(output)
+    for measurement in results["measurements"]:
+        measurement.pop("seconds", None)
+    kept = ("base", "final", "measurements", "iterations", "ledger", "comparison", "dropped_rollouts")
+    return tuple(results[key] for key in kept)
+
+
+# --- WoVR ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_whole_loop_leaves_a_policy_and_what_it_found(finished, policy):
+    results = results_of(finished)
+    assert [line["iteration"] for line in results["iterations"]] == [1, 2, 3, 4]
+    names = [point["policy"] for point in results["measurements"] if "imagined" in point]
+    assert names == ["base", "policy_0_1", "policy_0", "policy_0", "policy_1_3", "policy_1"]
+    for point in results["measurements"]:
+        if "imagined" in point:
+            gap = point["imagined"]["success_rate"] - point["real"]["success_rate"]
+            assert point["gap"] == pytest.approx(gap)
+            assert point["gap_interval"][0] <= gap <= point["gap_interval"][1]
+            assert point["real"]["n"] == point["imagined"]["n"] == 4
+    # Real and imagined episodes begin in the same initial conditions, in order.
+    folder = finished / "measurements"
+    seeds = load_evaluation(folder / "policy_1" / "real").seeds
+    assert seeds == load_evaluation(folder / "imagined_policy_1" / "imagined").seeds == tuple(range(100_000, 100_004))
+    assert load_evaluation(folder / "imagined_policy_1" / "imagined").backend == "world_model"
+    assert len(results["videos"]) == 2
+    assert all((finished / video).stat().st_size > 1000 for video in results["videos"])
+    assert (finished / "success.png").stat().st_size > 5000
+    changed = load_policy(finished / "policy")
+    before, after = load_policy(policy).policy.state_dict(), changed.policy.state_dict()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    # The image encoder is frozen; everything else may move, and something did.
+    assert moved
+    assert not any(name.startswith("encoder.images") for name in moved)
+    assert changed.config.inference_steps == REINFORCEMENT.denoising_steps
+
+
+def test_the_policy_is_evaluated_by_the_usual_command(finished, tmp_path):
+    cli.run(["evaluate", "--policy", str(finished / "policy"), "--episodes", "2", "--videos", "0", "--seed", "900000",
+             "--output", str(tmp_path), "--num-envs", "2", "--device", "cpu"])  # fmt: skip
+    assert load_evaluation(tmp_path).task == "reach"
+    with pytest.raises(ConfigError, match="initial conditions of the training demonstrations"):
+        cli.run(["evaluate", "--policy", str(finished / "policy"), "--episodes", "2", "--videos", "0", "--seed",
+                 str(WOVR.first_seed), "--output", str(tmp_path / "seen"), "--device", "cpu"])  # fmt: skip
+
+
+def test_every_real_step_is_counted(finished, data):
+    results = results_of(finished)
+    datasets = [Dataset.open(path) for path in (data, finished / "rollouts_0", finished / "rollouts_1")]
+    assert [len(dataset.episodes) for dataset in datasets] == [8, 8, 4]
+    steps = [sum(episode.steps for episode in dataset.episodes) for dataset in datasets]
+    assert (results["real_episodes"], results["real_steps"]) == (20, sum(steps))
+    learned = [row for row in results["ledger"] if (row["world"], row["purpose"]) == (REAL, LEARNING)]
+    assert [(row["stage"], row["episodes"], row["steps"]) for row in learned] == [
+        ("rollouts_0", 8, steps[1]), ("rollouts_1", 4, steps[2]),
+    ]  # fmt: skip
+    assert [row["real_steps"] for row in learned] == [steps[0] + steps[1], sum(steps)]
+    # Measurements are listed, with the steps that the episodes took.
+    measured = [row for row in results["ledger"] if row["purpose"] == "evaluation" and row["world"] == REAL]
+    folder = finished / "measurements" / "base" / "real"
+    assert measured[0]["steps"] == sum(episode.steps for episode in load_evaluation(folder).episodes)
+    imagined = [row for row in results["ledger"] if row["world"] == "imagination" and row["purpose"] == LEARNING]
+    assert sum(row["episodes"] for row in imagined) == 4 * REINFORCEMENT.rollouts
+    assert sum(row["steps"] for row in imagined) == sum(line["control_steps"] for line in results["iterations"])
+
+
+def test_a_third_of_the_imagined_rollouts_begins_in_key_frames(finished):
+    iterations = results_of(finished)["iterations"]
+    assert [line["rollouts_from_keyframes"] for line in iterations] == [4] * 4
+    record = json.loads((finished / "stages" / "reinforcement_0_1.json").read_text())
+    assert record["contexts"]["beginnings"] == 16
+    assert sum(record["contexts"]["reasons"].values()) == record["contexts"]["keyframes"] > 0
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_interrupted_anywhere_it_ends_as_if_nothing_had_happened(finished, data, policy, tmp_path, monkeypatch):
+    """In the middle of a collection, a training, reinforcement and a measurement."""
+    places = {
+        (TabletopVectorEnv, "step"): 200,
+        (trainer._Training, "_metrics"): 2,
+        (Reinforcement, "update"): 2,
+        (Reinforcement, "iterate"): 3,
+    }
+    for (owner, name), last in places.items():
+        original, calls = getattr(owner, name), iter(range(10**9))
+
+        def interrupting(self, *args, original=original, calls=calls, last=last, **kwargs):
+            if next(calls) == last:
+                raise Interrupted
+            return original(self, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, interrupting)
+            with pytest.raises(Interrupted):
+                wovr(tmp_path, data, policy).run()
+    wovr(tmp_path, data, policy).run()
+    assert outcome(tmp_path) == outcome(finished)
+    for run in ("world_model_1", "reinforcement_0", "reinforcement_1"):
+        for file in ("model.safetensors", "state.safetensors"):
+            mine, theirs = (load_tensors(one / run / "checkpoints" / "last" / file) for one in (tmp_path, finished))
+            assert [name for name in theirs if not torch.equal(mine[name], theirs[name])] == []
+    # A finished one is not begun again.
+    before = (tmp_path / "results.json").stat().st_mtime_ns
+    wovr(tmp_path, data, policy, notify=lambda text: pytest.fail(f"did it again: {text}")).run()
+    assert (tmp_path / "results.json").stat().st_mtime_ns > before
+    with pytest.raises(ConfigError, match=r"wovr\.iterations: 2 there, 3 now"):
+        wovr(tmp_path, data, policy, config=dataclasses.replace(WOVR, iterations=3)).run()
+
+
+def test_arms_of_a_comparison_share_what_they_have_in_common(finished, data, policy, tmp_path):
+    """Without refresh: what the whole loop did with its first world model, and then on with the same model."""
+    config = dataclasses.replace(WOVR, refreshes=0, iterations=3)
+    arm = wovr(tmp_path / "arm", data, policy, config=config, measurement=dataclasses.replace(MEASUREMENT, every=None))
+    shared = ["demonstrations", "measure_base", "rollouts_0", "world_model_0", "measure_model_0", "reinforcement_0_2"]
+    with pytest.raises(ConfigError, match="has not finished its stage 'measure_policy_7'"):
+        arm.adopt(finished, [*shared, "measure_policy_7"])
+    arm.adopt(finished, shared)
+    results = arm.run()
+    assert results["real_episodes"] == 16
+    old = results_of(finished)["iterations"]
+    assert [line["iteration"] for line in results["iterations"]] == [1, 2, 3]
+    assert results["iterations"][:2] == old[:2]
+    assert not (tmp_path / "arm" / "rollouts_1").exists()
+    # What was adopted is as it was.
+    assert len(read_metrics(finished / "reinforcement_0")) == 2
+
+
+# --- what does not fit -----------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_done(finished, data, policy, tmp_path):
+    output = tmp_path / "output"
+    other = tmp_path / "high"
+    env = make_vector_env(TASK, 2, image_size=16, render_profile="high", autoreset_mode=AutoresetMode.DISABLED)
+    expert = ScriptedExpert(TASK, env.embodiment)
+    record_rollouts(env, expert, range(2), other, task=TASK, operator="expert", settings={})
+    env.close()
+    with pytest.raises(EmbodimentMismatchError, match="render_profile"):
+        wovr(output, other, policy)
+    with pytest.raises(DatasetError, match="is not a dataset"):
+        wovr(output, tmp_path / "nowhere", policy)
+    bc = BCConfig(vision=small_vision(), hidden=16, layers=1)
+    train(bc, dataclasses.replace(IMITATION, steps=1), open_training_data(data, bc), tmp_path / "bc", device="cpu")
+    with pytest.raises(ConfigError, match="of type 'bc'"):
+        wovr(output, data, tmp_path / "bc")
+    with pytest.raises(ConfigError, match=r"measurement\.first_seed is 3"):
+        wovr(output, data, policy, measurement=MeasurementConfig(first_seed=3))
+    # A world model of another render profile, or one that is none.
+    copy = tmp_path / "world_model"
+    shutil.copytree(finished / "world_model_0" / "checkpoints" / "last", copy)
+    described = json.loads((copy / "embodiment.json").read_text())
+    (copy / "embodiment.json").write_text(json.dumps({**described, "render_profile": "high"}))
+    with pytest.raises(EmbodimentMismatchError, match="render_profile"):
+        wovr(output, data, policy, world_model=copy)
+    assert not output.exists()
+    flags = ["cotrain", "--config", "wovr", "--output", str(output), "--demonstrations", str(data)]
+    with pytest.raises(ConfigError, match="--policy is missing"):
+        cli.run(flags)
+
+
+# --- RL-Co -----------------------------------------------------------------------------------------------------------
+
+
+def test_windows_are_drawn_in_the_proportion_asked_for(data, tmp_path):
+    other = make_world_data(tmp_path / "other", episodes=4, seed=50)
+    mixed = open_mixed_data([other], [data], DIFFUSION, real_share=0.8)
+    parts = [open_training_data(path, DIFFUSION).train for path in (other, data)]
+    assert len(mixed.train) == sum(map(len, parts))
+    cumulative = np.cumsum(mixed.probabilities)
+    drawn = np.concatenate([batch_indices(len(mixed.train), 64, 0, step, cumulative) for step in range(40)])
+    share = float((mixed.train.source_of_window[drawn] == 0).mean())
+    # Standard deviation of 2560 draws: 0.008.
+    assert abs(share - 0.8) < 0.03
+    indices = np.array([len(parts[0]) + 3, 0, len(parts[0]), 5])
+    batch = mixed.train.batch(indices)
+    for row, (source, index) in enumerate(((1, 3), (0, 0), (1, 0), (0, 5))):
+        wanted = parts[source].batch(np.array([index]))
+        assert np.array_equal(batch["observation"]["front_image"][row], wanted["observation"]["front_image"][0])
+        assert np.array_equal(batch["actions"][row], wanted["actions"][0])
+        assert batch["instruction"][row] == wanted["instruction"][0]
+    with pytest.raises(ConfigError, match="no simulated demonstrations"):
+        open_mixed_data([other], [], DIFFUSION, real_share=0.5)
+    alone = open_mixed_data([other], [], DIFFUSION, real_share=1.0)
+    assert len(alone.train) == len(parts[0])
+
+
+def rlco(output: Path, data: Path, policy: Path | None = None, weight: float = 0.2, **changes) -> Rlco:
+    reinforcement = dataclasses.replace(
+        REINFORCEMENT, rollouts=4, max_chunks=2, anchor_weight=weight, first_seed=7_000_000
+    )
+    config = RlcoConfig(
+        imitation=dataclasses.replace(IMITATION, steps=3), diffusion=DIFFUSION, iterations=2, anchor_batch=8, envs=4
+    )
+    values = {"simulated": [data], "policy": policy, "device": "cpu", "output": output, **changes}
+    return Rlco(
+        changes.pop("config", config), reinforcement, dataclasses.replace(MEASUREMENT, episodes=2, every=None),
+        demonstrations=[data], real=simulation("standard"), practice=simulation(), **values,
+    )  # fmt: skip
+
+
+def test_the_anchor_changes_the_update_and_without_weight_it_does_not(data, policy, tmp_path):
+    weights = {}
+    for weight in (0.0, 0.2):
+        output = tmp_path / str(weight)
+        results = rlco(output, data, policy, weight).run()
+        weights[weight] = load_policy(output / "policy").policy.state_dict()
+        lines = read_metrics(output / "reinforcement")
+        assert [("anchor_gradient_norm" in line) for line in lines] == [weight > 0] * 2
+        (real, simulated) = ((point["real"], point["simulation"]) for point in results["measurements"])
+        assert real[0]["n"] == simulated[0]["n"] == 2
+        assert results["settings"]["real"] == {"randomization": "standard"}
+    assert any(not torch.equal(weights[0.0][name], weights[0.2][name]) for name in weights[0.0])
+    # Without weight it is the reinforcement that knows nothing of demonstrations.
+    plain = rlco(tmp_path / "unused", data, policy, 0.0).reinforcement
+    env = simulation().make()
+    reinforce(policy, plain, env, tmp_path / "plain", iterations=2, device="cpu")
+    env.close()
+    alone = load_policy(tmp_path / "plain").policy.state_dict()
+    assert all(torch.equal(alone[name], weights[0.0][name]) for name in alone)
+    # What the simulation showed must not measure it.
+    seeds = load_policy(tmp_path / "0.2" / "policy").training["data"]["seeds"]
+    assert set(range(7_000_000, 7_000_008)) <= set(seeds)
+
+
+def test_imitation_of_a_mixture_comes_first(data, tmp_path):
+    results = rlco(tmp_path, data).run()
+    assert load_policy(tmp_path / "imitation").training["step"] == 3
+    ledger = [(row["world"], row["purpose"], row["episodes"]) for row in results["ledger"]]
+    assert ledger[:2] == [("real", "demonstrations", 8), ("simulation", "demonstrations", 8)]
+    # Reinforcement costs nothing real.
+    assert results["real_episodes"] == 8
+    assert sum(row[2] for row in ledger if row[:2] == ("simulation", "learning")) == 8
+
+
+def test_reinforcement_beside_reality_inside_a_world_model(finished, data, policy, tmp_path):
+    config = RlcoConfig(world="world_model", iterations=1, anchor_batch=8, envs=4)
+    keyframes = KeyframeConfig(share=0.5, margin_steps=2, remaining_steps=5)
+    model = finished / "world_model_0"
+    results = rlco(tmp_path, data, policy, config=config, world_model=model, keyframes=keyframes).run()
+    assert results["iterations"][0]["rollouts_from_keyframes"] == 2
+    assert "imagined" in results["measurements"][-1]
+    with pytest.raises(ConfigError, match="belong together"):
+        rlco(tmp_path / "other", data, policy, config=config)
+
+
+# --- rollouts as data ------------------------------------------------------------------------------------------------
+
+
+def test_rollouts_are_stored_whatever_became_of_them(data, policy, tmp_path):
+    loaded = load_policy(policy).policy
+    env = make_vector_env(TASK, 2, image_size=16)
+    seeds = range(300, 306)
+    arguments = {"task": TASK, "operator": "diffusion", "settings": {"note": 1}}
+    outcomes = record_rollouts(env, PolicyActor(loaded), seeds, tmp_path / "whole", **arguments)
+    whole = Dataset.open(tmp_path / "whole")
+    assert [episode.seed for episode in whole.episodes] == list(seeds)
+    assert {episode.source for episode in whole.episodes} == {"policy"}
+    assert not all(episode.success for episode in whole.episodes)
+    assert [(one.seed, one.success, one.steps) for one in outcomes] == [
+        (episode.seed, episode.success, episode.steps) for episode in whole.episodes
+    ]
+
+    class Killed(PolicyActor):
+        left = 20
+
+        def act(self, *args):
+            Killed.left -= 1
+            if Killed.left < 0:
+                raise Interrupted
+            return super().act(*args)
+
+    with pytest.raises(Interrupted):
+        record_rollouts(env, Killed(loaded), seeds, tmp_path / "parts", **arguments)
+    assert 0 < len(Dataset.open(tmp_path / "parts").episodes) < 6
+    again = record_rollouts(env, PolicyActor(loaded), seeds, tmp_path / "parts", **arguments)
+    assert again == outcomes
+    parts = Dataset.open(tmp_path / "parts")
+    for one, other in zip(whole.episodes, parts.episodes, strict=True):
+        mine, theirs = whole.read(one), parts.read(other)
+        assert all(np.array_equal(mine[name], theirs[name]) for name in mine)
+    with pytest.raises(ConfigError, match="holds other data"):
+        record_rollouts(env, PolicyActor(loaded), seeds, tmp_path / "parts", **{**arguments, "settings": {"note": 2}})
+    env.close()
+
+
+def test_an_exploring_actor_without_noise_is_the_policy(policy):
+    loaded = load_policy(policy).policy
+    env = make_vector_env(TASK, 2, image_size=16)
+    still = ExploringActor(loaded, ExplorationConfig(noise_scale=1e-7))
+    kept = []
+    for actor in (PolicyActor(loaded), still, ExploringActor(loaded, ExplorationConfig(noise_scale=0.3))):
+        actor.reset(np.arange(2), [1, 2])
+        observation, _ = env.reset(seed=[1, 2])
+        history = {key: np.repeat(value[:, None], 2, axis=1) for key, value in observation.items()}
+        kept.append(actor.act(history, ["", ""], np.arange(2)))
+    env.close()
+    np.testing.assert_allclose(kept[1], kept[0], atol=1e-5)
+    assert np.abs(kept[2] - kept[0]).max() > 0.05
