@@ -225,12 +225,15 @@ def find_checkpoint(path: Path) -> Path:
     )
 
 
-def load_policy(path: str | Path, device: str | torch.device = "cpu") -> LoadedPolicy:
+def load_policy(
+    path: str | Path, device: str | torch.device = "cpu", *, kind: type[Policy] | None = None
+) -> LoadedPolicy:
     """Load a policy, knowing nothing but its path.
 
     Args:
         path: checkpoint folder, or run folder (then its newest checkpoint).
         device: where to put it.
+        kind: class to load it as, for what is trained as policies are but cannot act, and so has no registered type.
 
     Raises:
         CheckpointError: something is missing, damaged, foreign or of another shape.
@@ -239,10 +242,10 @@ def load_policy(path: str | Path, device: str | torch.device = "cpu") -> LoadedP
     folder = find_checkpoint(Path(path))
     try:
         content = read_yaml(folder / CONFIG)
-        kind = content.get("type")
-        if not isinstance(kind, str):
+        name = content.get("type")
+        if not isinstance(name, str):
             raise CheckpointError(f"{folder / CONFIG}: key 'type' is missing; it names the kind of policy")
-        policy_type = policy_class(kind)
+        policy_type = policy_class(name) if kind is None else kind
         config = build_config(policy_type.config_type, content, source=str(folder / CONFIG))
         embodiment = Embodiment.from_dict(read_json(folder / EMBODIMENT))
         training = read_json(folder / TRAINING)

@@ -27,6 +27,7 @@ from simtoreal.policies.averaging import WeightAverage
 from simtoreal.policies.base import Policy
 from simtoreal.policies.config import PolicyConfig, TrainerConfig
 from simtoreal.policies.distributed import Processes, joined_processes
+from simtoreal.policies.encoder_transfer import transfer_encoders
 from simtoreal.policies.registry import policy_class
 from simtoreal.policies.training_data import TrainingData, to_tensors, training_batches
 from simtoreal.policies.training_log import TrainingLog
@@ -104,6 +105,8 @@ def train(
     data: TrainingData,
     output: str | Path,
     *,
+    kind: type[Policy] | None = None,
+    encoder: str | Path | None = None,
     resume: bool = False,
     device: str | None = None,
     progress: bool = False,
@@ -115,17 +118,22 @@ def train(
         config: how to train it.
         data: what to train it on.
         output: run folder.
+        kind: class to train, for what is trained as policies are but has no registered type.
+        encoder: run whose image encoders the policy begins with; see :mod:`simtoreal.policies.encoder_transfer`.
         resume: continue from the newest checkpoint in ``output`` (from the beginning if there is none).
         device: torch device; None picks a GPU if there is one.
         progress: draw a progress bar.
 
     Raises:
-        ConfigError: ``output`` holds a run already, or the run to be continued was made with other settings or data.
+        ConfigError: ``output`` holds a run already, the run to be continued was made with other settings or data, or
+            the encoders do not fit.
         CheckpointError: a checkpoint cannot be read or written.
         SimtorealError: the loss stopped being finite.
     """
     with joined_processes(device) as processes:
-        return Training(policy_config, config, data, Path(output), processes, resume, progress).run()
+        return Training(
+            policy_config, config, data, Path(output), processes, resume, progress, kind=kind, encoder=encoder
+        ).run()
 
 
 class Training:
@@ -145,6 +153,9 @@ class Training:
         processes: Processes,
         resume: bool,
         progress: bool,
+        *,
+        kind: type[Policy] | None = None,
+        encoder: str | Path | None = None,
     ) -> None:
         if config.batch_size < processes.world:
             raise ConfigError(f"trainer.batch_size is {config.batch_size}, less than {processes.world} processes")
@@ -160,7 +171,8 @@ class Training:
         device = processes.device
         self.precision = choose_precision(config.precision, device)
         seed_everything(config.seed, 0)
-        policy = policy_class(policy_config.type)(policy_config, data.embodiment, data.statistics)
+        policy = (kind or policy_class(policy_config.type))(policy_config, data.embodiment, data.statistics)
+        self.encoder = str(transfer_encoders(policy, encoder)) if encoder is not None else None
         self.policy: Policy = policy.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = make_optimizer(self.policy, config)
         self.names = [name for name, parameter in self.policy.named_parameters() if parameter.requires_grad]
@@ -293,6 +305,7 @@ class Training:
             "validation_error": self.validation_error,
             "average_updates": self.average.updates,
             "processes": self.processes.world,
+            "encoder": self.encoder,
             "data": {
                 "source": self.data.source,
                 "seeds": list(self.data.seeds),
@@ -347,12 +360,14 @@ class Training:
             "trainer": decisive(training.get("trainer")),
             "data": {key: data.get(key) for key in ("windows", "fingerprint")},
             "processes": training.get("processes"),
+            "encoder": training.get("encoder"),
         }
         now = {
             "policy": checkpoints.plain_config(self.policy.config),
             "trainer": decisive(checkpoints.plain_config(self.config)),
             "data": {"windows": len(self.data.train), "fingerprint": self.fingerprint},
             "processes": self.processes.world,
+            "encoder": self.encoder,
         }
         lines = _differences("", stored, now)
         if lines:

@@ -20,7 +20,7 @@ COMMANDS = Path(__file__).parent / "commands"
 # Verbs made of two words: ``simtoreal data info`` is the module ``data_info``.
 GROUPS = {
     "data": "Datasets: import, export, inspect, check, edit, filter, measure diversity, merge, split, view, recover.",
-    "world-model": "Video world models: train.",
+    "world-model": "Video world models: train, evaluate, play, post-train; inverse-dynamics models.",
 }
 
 EXIT_FAILURE = 2

@@ -1,6 +1,7 @@
 """Do videos obey their actions? An inverse-dynamics model that saw only real ones reads the actions from them.
 
-Never let the model that gave a reward be the judge (RLIR, arXiv 2509.23958): the judge has another seed and other sizes.
+Never let the model that gave a reward be the judge (RLIR, arXiv 2509.23958): the judge has another seed and other
+sizes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""How far can a world model be trusted? Open-loop comparison with reality, and with the simulator as a judge of policies.
+"""How far can a world model be trusted? It is compared with reality open loop, and with the simulator as a judge of
+policies.
 
 Everything is measured on episodes that the model did not learn from, beside what the same measurement gives on real
 videos: the probe's error, the judge's reading of actions, the rate of false alarms.
@@ -91,9 +92,9 @@ def choose_episodes(loaded: LoadedWorldModel, data: VideoData, limit: int) -> tu
     learned[judged] = False
     if len(judged) < FEWEST_JUDGED or learned.sum() < FEWEST_LEARNED:
         raise DatasetError(
-            f"{len(unseen)} of {len(data.ends)} episodes were not learned from, which leaves {len(judged)} to judge and "
-            f"{learned.sum()} for the probe; at least {FEWEST_JUDGED} and {FEWEST_LEARNED} are needed. Collect more, or "
-            "add another dataset to --data."
+            f"{len(unseen)} of {len(data.ends)} episodes were not learned from, which leaves {len(judged)} to judge "
+            f"and {learned.sum()} for the probe; at least {FEWEST_JUDGED} and {FEWEST_LEARNED} are needed. Collect "
+            "more, or add another dataset to --data."
         )
     return judged, learned
 

@@ -134,7 +134,7 @@ class FlowDynamics(nn.Module):
         strength = 2 * config.context_noise * torch.rand(len(state), 1, 1, 1, 1, device=state.memory.device)
         memory = state.memory + strength * torch.randn_like(state.memory)
         noisy = Imagination(state.reference, memory, state.proprio, state.commands)
-        expected = self._expected(state, window.commands)
+        expected = self.expected(state, window.commands)
         wanted = (window.proprio - expected) / PROPRIO_UNIT
         # Logit-normal times (Esser et al. 2024): the middle of the flow is the hard part.
         time = torch.sigmoid(torch.randn(len(state), device=memory.device))
@@ -162,7 +162,7 @@ class FlowDynamics(nn.Module):
 
     def _chunk(self, state: Imagination, commands: Tensor, noise: Noise) -> tuple[Tensor, Tensor]:
         count, steps = commands.shape[:2]
-        expected = self._expected(state, commands)
+        expected = self.expected(state, commands)
         frame_size, vector_size = self.channels * self.grid[0] * self.grid[1], expected.shape[-1]
         drawn = normal_noise((count, steps * (frame_size + vector_size)), noise, commands.device)
         frames = drawn[:, : steps * frame_size].view(count, steps, self.channels, *self.grid)
@@ -174,7 +174,7 @@ class FlowDynamics(nn.Module):
             frames, vectors = frames + velocity[0] / euler, vectors + velocity[1] / euler
         return frames, self.linear.known(expected + PROPRIO_UNIT * vectors, commands)
 
-    def _expected(self, state: Imagination, commands: Tensor) -> Tensor:
+    def expected(self, state: Imagination, commands: Tensor) -> Tensor:
         """Proprio ``(N, k, P)`` that the linear model expects."""
         before, now = state.proprio[:, 0], state.proprio[:, 1]
         expected = []

@@ -24,8 +24,8 @@ def against_horizon(clips: Clips, values: np.ndarray) -> dict[str, Any]:
     """Return a quantity ``(M,)`` of frames against how far ahead they were imagined.
 
     Returns:
-        ``mean``, ``interval``, ``n``: over episodes, each the mean over its imagined frames; ``curve``: per control step
-        from 1 on, see :func:`~simtoreal.evaluation.bootstrap.curve_with_interval`.
+        ``mean``, ``interval``, ``n``: over episodes, each the mean over its imagined frames; ``curve``: per control
+        step from 1 on, see :func:`~simtoreal.evaluation.bootstrap.curve_with_interval`.
     """
     table = clips.table(values)[:, 1:]
     if not table.shape[1]:

@@ -109,7 +109,7 @@ def evaluate_policies(
                 "only_simulation": test.only_first,
                 "only_imagined": test.only_second,
                 "p_value": test.p_value,
-            }  # fmt: skip
+            }
         )
     table = np.array(outcomes, dtype=bool)
     return {"rows": rows, **policy_validity(table[:, 0], table[:, 1])}

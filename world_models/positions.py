@@ -1,8 +1,8 @@
 """Where the end effector and the objects are: simulator truth, and a probe that reads it from pictures.
 
 The probe is a small regression from one real frame of all cameras to positions. It never sees a generated frame, so it
-says where things are in an imagined picture as it would in a real one; its error on real frames is the floor of what can
-be measured. A policy's trainer trains it: to that, the positions are the action.
+says where things are in an imagined picture as it would in a real one; its error on real frames is the floor of what
+can be measured. A policy's trainer trains it: to that, the positions are the action.
 """
 
 from __future__ import annotations

@@ -1,16 +1,16 @@
 """Physics violations of imagined videos: objects that vanish, appear twice, or move although nothing touches them.
 
-Evidence is in the picture. The pixels of an object are those of its colour: which colours that are is learned from real
-first frames, as those that are frequent around where the object is and rare elsewhere. Where it is in a picture is
+Evidence is in the picture. The pixels of an object are those of its colour: which colours that are is learned from
+real first frames, as those that are frequent around where the object is and rare elsewhere. Where it is in a picture is
 learned too, by a linear map from position to pixel for cameras that stand still. Only objects and cameras are judged in
 which this works on real videos.
 
-Every rule has a limit that real videos of the same data keep, and the rate at which held-out real videos violate the rule
-is reported beside that of imagined ones: it is the rate of false alarms.
+Every rule has a limit that real videos of the same data keep, and the rate at which held-out real videos violate the
+rule is reported beside that of imagined ones: it is the rate of false alarms.
 
 ``vanishes``    for PERSISTENCE frames its pixels are fewer than half of what real videos ever fall to
-``duplicates``  for PERSISTENCE frames there is a second, separate spot of its colour that is at least half as large as the
-                object was at first
+``duplicates``  for PERSISTENCE frames there is a second, separate spot of its colour that is at least half as large as
+                the object was at first
 ``moves``       within WINDOW frames its spot and the position that the probe sees both move, though the gripper was
                 nowhere near, neither in the window nor shortly before
 """

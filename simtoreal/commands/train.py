@@ -60,6 +60,9 @@ class Config:
     scene_frame: bool = True
     """Learn from demonstrations in a moving scene (MOVE) as seen from the scene: a chunk is what would have been done
     had everything stopped when it began. Without, policies aim at where things will be. No effect on other data."""
+    encoder: Path | None = None
+    """Begin with the image encoders of this run: of an inverse-dynamics model ('simtoreal world-model train-idm'), or
+    of another policy with encoders of the same sizes."""
     steps: int | None = None
     """Optimiser steps; overrides trainer.steps."""
     seed: int | None = None
@@ -83,7 +86,7 @@ def main(config: Config) -> None:
     """Train, print progress, and write ``results.json``.
 
     Raises:
-        ConfigError: unknown policy type or setting, or ``output`` holds a run already.
+        ConfigError: unknown policy type or setting, ``output`` holds a run already, or --encoder does not fit.
         DatasetError: the dataset or the filter is missing or damaged.
         CheckpointError: a checkpoint cannot be read or written.
     """
@@ -123,7 +126,8 @@ def main(config: Config) -> None:
             f"for {trainer.steps} steps of {trainer.batch_size}"
         )
     result = train(
-        policy, trainer, data, config.output, resume=config.resume, device=config.device, progress=first
+        policy, trainer, data, config.output, encoder=config.encoder, resume=config.resume, device=config.device,
+        progress=first,
     )  # fmt: skip
     if not first:
         return

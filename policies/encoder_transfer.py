@@ -1,0 +1,90 @@
+"""Beginning a policy with the image encoders of another training: of an inverse-dynamics model, or of a policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from simtoreal.envs.config import read_yaml
+from simtoreal.envs.embodiment import Embodiment
+from simtoreal.envs.errors import CheckpointError, ConfigError
+from simtoreal.policies import checkpoint as checkpoints
+from simtoreal.policies.base import Policy
+from simtoreal.policies.encoders import ObservationEncoder
+
+PREFIX = "encoder.images."
+# What decides the weights of an encoder.
+DECISIVE = ("widths", "blocks", "output_stride", "keypoints", "features", "shared")
+
+
+def transfer_encoders(policy: Policy, source: str | Path) -> Path:
+    """Copy the image encoders of a run into ``policy``, camera by camera, and return its checkpoint folder.
+
+    Args:
+        policy: to begin.
+        source: run or checkpoint folder of an inverse-dynamics model or policy.
+
+    Raises:
+        CheckpointError: the source is missing or damaged, or has no image encoders.
+        ConfigError: the policy has none, the encoders are of other sizes, or a camera is not among those of the source.
+    """
+    encoder = getattr(policy, "encoder", None)
+    if not isinstance(encoder, ObservationEncoder) or not policy.config.image_keys:
+        raise ConfigError(
+            f"--encoder: a policy of type '{policy.config.type}' that reads {', '.join(policy.config.keys)} has no "
+            "image encoder of ours to begin with"
+        )
+    folder = checkpoints.find_checkpoint(Path(source))
+    content = read_yaml(folder / checkpoints.CONFIG)
+    keys, vision = content.get("image_keys"), content.get("vision")
+    if not keys or not isinstance(keys, list) or not isinstance(vision, dict):
+        raise CheckpointError(
+            f"{folder} holds no image encoders; --encoder takes a run of 'simtoreal world-model train-idm', or of "
+            "'simtoreal train' with the policy type bc or diffusion"
+        )
+    wanted = checkpoints.plain_config(encoder.vision)
+    differing = [
+        f"{name} is {wanted[name]} here, {vision.get(name)} there"
+        for name in DECISIVE
+        if wanted[name] != vision.get(name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"the image encoders of {folder} do not fit the policy: {'; '.join(differing)}. Give the policy the same, "
+            f"e.g. --{policy.config.type}.vision.{differing[0].split()[0].replace('_', '-')}"
+        )
+    theirs = Embodiment.from_dict(checkpoints.read_json(folder / checkpoints.EMBODIMENT))
+    _require_cameras(policy, theirs, keys, folder)
+    tensors = checkpoints.load_tensors(folder / checkpoints.MODEL)
+    for index, module in enumerate(encoder.images):
+        place = 0 if encoder.vision.shared else keys.index(policy.config.image_keys[index])
+        _copy(module, tensors, f"{PREFIX}{place}.", folder)
+    return folder
+
+
+def _require_cameras(policy: Policy, theirs: Embodiment, keys: list[str], folder: Path) -> None:
+    """Every camera of the policy must be one of the source's, with images of the same size."""
+    sizes = [
+        {f"{camera.name}_image": (camera.height, camera.width) for camera in embodiment.cameras}
+        for embodiment in (policy.embodiment, theirs)
+    ]
+    for key in policy.config.image_keys:
+        if key not in keys:
+            raise ConfigError(
+                f"the policy reads '{key}', but {folder} learned to see {', '.join(keys)}; train it with that camera, "
+                "or leave the camera out of the policy's image_keys"
+            )
+        if sizes[0][key] != sizes[1].get(key):
+            raise ConfigError(
+                f"'{key}' has {sizes[0][key]} pixels here and {sizes[1].get(key)} in {folder}; use data of one size"
+            )
+
+
+@torch.no_grad()
+def _copy(module: nn.Module, tensors: dict[str, torch.Tensor], prefix: str, folder: Path) -> None:
+    part = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    if not part:
+        raise CheckpointError(f"{folder} has no weights '{prefix}...'; it holds no image encoders of ours")
+    checkpoints.load_weights(module, part, folder / checkpoints.MODEL)

@@ -1,0 +1,169 @@
+"""The inverse-dynamics model reads actions from pictures of the real simulator, and hands its encoders to policies."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_world import make_world_data
+
+from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.envs.errors import CheckpointError, ConfigError, DatasetError
+from simtoreal.evaluation.bootstrap import explained_variance
+from simtoreal.policies.checkpoint import load_policy
+from simtoreal.policies.config import AugmentationConfig, BCConfig, TrainerConfig, VisionConfig
+from simtoreal.policies.inverse_dynamics import (
+    InverseDynamics,
+    load_inverse_dynamics,
+    mean_actions,
+    pair_starts,
+    predict_windows,
+)
+from simtoreal.policies.inverse_dynamics_config import InverseDynamicsConfig
+from simtoreal.policies.inverse_dynamics_data import estimate_lag, open_frame_pairs
+from simtoreal.policies.trainer import train
+from simtoreal.policies.training_data import open_training_data
+
+torch.set_num_threads(1)
+VISION = VisionConfig(widths=(16, 32), output_stride=2, keypoints=16, features=64)
+PLAIN = AugmentationConfig(shift_px=0, brightness=0, contrast=0, colour=0)
+CONFIG = InverseDynamicsConfig(vision=VISION, augmentation=PLAIN, hidden=96)
+SCHEDULE = TrainerConfig(
+    steps=200, batch_size=32, warmup_steps=10, learning_rate=2e-3, precision="fp32", validate_every=1000
+)
+MOMENT = dataclasses.replace(SCHEDULE, steps=4, batch_size=4, warmup_steps=1, checkpoint_every=2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return make_world_data(tmp_path_factory.mktemp("idm") / "data", episodes=20)
+
+
+@pytest.fixture(scope="module")
+def run(folder, tmp_path_factory) -> Path:
+    data, config = open_frame_pairs([folder], CONFIG)
+    return train(config, SCHEDULE, data, tmp_path_factory.mktemp("run"), kind=InverseDynamics, device="cpu").run
+
+
+def test_it_reads_the_motion_from_real_pictures(folder, run):
+    data, _ = open_frame_pairs([folder], CONFIG)
+    model, _ = load_inverse_dynamics(run)
+    assert model.gap == 4
+    found = {}
+    for name, pairs in (("train", data.train), ("valid", data.valid)):
+        scores = explained_variance(predict_windows(model, pairs), pairs.actions, pairs.episode_of_window)
+        found[name] = dict(zip(data.embodiment.action.names, scores, strict=True))
+    # Two held-out episodes at 16 pixels; what moves across the picture is read best.
+    assert np.mean([found["valid"][axis]["r2"] for axis in ("dx", "dy")]) > 0.35
+    assert np.mean([found["train"][axis]["r2"] for axis in ("dx", "dy", "dz")]) > 0.5
+    # Pictures that do not belong together tell nothing: it looks at the motion, and not at what usually happens.
+    order = np.random.default_rng(0).permutation(len(data.train))
+    pairs = data.train
+    pairs.frames[:, 1] = pairs.frames[order, 1]
+    scores = explained_variance(predict_windows(model, pairs), pairs.actions, pairs.episode_of_window)
+    assert np.mean([score["r2"] for score in scores[:2]]) < 0
+
+
+def test_pairs_stay_inside_their_episode_and_take_the_lagged_actions():
+    first, episode = pair_starts(np.array([0, 10]), np.array([10, 18]), gap=4, lag=2)
+    assert first.tolist() == [2, 3, 4, 5, 12, 13]
+    assert episode.tolist() == [0, 0, 0, 0, 1, 1]
+    actions = np.arange(18, dtype=np.float32)[:, None]
+    # Frames 2 and 6 show what the actions of steps 0 to 3 did.
+    assert mean_actions(actions, first, 4, 2)[0, 0] == pytest.approx(1.5)
+
+
+def test_the_lag_of_the_arm_is_found(folder):
+    dataset = Dataset.open(folder)
+    embodiment = dataset.embodiment
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (200, 7)).astype(np.float32)
+    # An arm that does exactly what it was told three steps ago.
+    moved = np.roll(actions[:, :3], 3, axis=0)
+    moved[:3] = 0
+    position = np.concatenate([np.zeros((1, 3)), np.cumsum(moved, axis=0)[:-1]])
+    proprio = np.zeros((200, embodiment.proprio.dim), np.float32)
+    columns = [embodiment.proprio.names.index(f"tcp_{axis}") for axis in "xyz"]
+    proprio[:, columns] = position
+    assert estimate_lag(actions, proprio, embodiment, np.array([0]), np.array([200]), 4) == 3
+    config = open_frame_pairs([folder], CONFIG)[1]
+    assert 1 <= config.lag_steps <= 4
+
+
+def test_training_continues_bit_by_bit(folder, tmp_path):
+    data, config = open_frame_pairs([folder], CONFIG)
+    whole = train(config, MOMENT, data, tmp_path / "whole", kind=InverseDynamics, device="cpu").run
+    train(config, dataclasses.replace(MOMENT, checkpoint_every=2), data, tmp_path / "cut", kind=InverseDynamics,
+          device="cpu")  # fmt: skip
+    folders = sorted((tmp_path / "cut" / "checkpoints").glob("0*"))
+    assert [path.name for path in folders] == ["000002", "000004"]
+    (tmp_path / "cut" / "checkpoints" / "last").unlink()
+    shutil.rmtree(folders[-1])
+    resumed = train(config, MOMENT, data, tmp_path / "cut", kind=InverseDynamics, resume=True, device="cpu").run
+    first, second = (load_inverse_dynamics(path)[0].state_dict() for path in (whole, resumed))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_it_is_no_policy(run, folder, tmp_path):
+    with pytest.raises(CheckpointError, match="inverse_dynamics"):
+        load_policy(run)
+    data = open_training_data(folder, BCConfig(vision=VISION, hidden=32), mask="all")
+    policy = train(BCConfig(vision=VISION, hidden=32), MOMENT, data, tmp_path, device="cpu").run
+    with pytest.raises(CheckpointError, match="inverse_dynamics"):
+        load_inverse_dynamics(policy)
+
+
+def test_a_policy_begins_with_its_encoders(folder, run, tmp_path):
+    still = dataclasses.replace(MOMENT, steps=1, learning_rate=1e-12, weight_decay=0.0)
+    config = BCConfig(vision=VISION, hidden=32, image_keys=("wrist_image",))
+    data = open_training_data(folder, config, mask="all")
+    result = train(config, still, data, tmp_path / "policy", encoder=run, device="cpu")
+    mine = load_policy(result.run).policy.state_dict()
+    theirs = load_inverse_dynamics(run)[0].state_dict()
+    # The wrist camera is the second one there, the first one here.
+    for name in (one for one in mine if one.startswith("encoder.images.0.")):
+        assert torch.allclose(mine[name], theirs[name.replace("images.0.", "images.1.")], atol=1e-6), name
+    assert json.loads((result.run / "checkpoints/last/training.json").read_text())["encoder"].startswith(str(run))
+    with pytest.raises(ConfigError, match="encoder"):
+        train(config, dataclasses.replace(still, steps=2), data, tmp_path / "policy", resume=True, device="cpu")
+
+
+def test_encoders_that_do_not_fit(folder, run, tmp_path):
+    def begin(config: BCConfig, source: Path = run) -> None:
+        data = open_training_data(folder, config, mask="all")
+        train(config, MOMENT, data, tmp_path / "policy", encoder=source, device="cpu")
+
+    wider = dataclasses.replace(VISION, widths=(24, 32))
+    with pytest.raises(ConfigError, match=r"widths is \[24, 32\] here, \[16, 32\] there"):
+        begin(BCConfig(vision=wider, hidden=32))
+    with pytest.raises(ConfigError, match="no image encoder"):
+        begin(BCConfig(image_keys=(), hidden=32))
+    with pytest.raises(CheckpointError, match="does not exist"):
+        begin(BCConfig(vision=VISION, hidden=32), tmp_path / "nowhere")
+    one_eyed = train_one_camera(folder, tmp_path)
+    with pytest.raises(ConfigError, match="reads 'wrist_image'"):
+        begin(BCConfig(vision=VISION, hidden=32), one_eyed)
+
+
+def train_one_camera(folder: Path, tmp_path: Path) -> Path:
+    data, config = open_frame_pairs([folder], dataclasses.replace(CONFIG, image_keys=("front_image",)))
+    return train(config, MOMENT, data, tmp_path / "one", kind=InverseDynamics, device="cpu").run
+
+
+def test_data_that_do_not_suit(folder, tmp_path):
+    with pytest.raises(DatasetError, match="has no camera 'top_image'"):
+        open_frame_pairs([folder], dataclasses.replace(CONFIG, image_keys=("top_image",)))
+    with pytest.raises(ValueError, match="sees nothing but images"):
+        dataclasses.replace(CONFIG, image_keys=())
+    source = Dataset.open(folder)
+    with DatasetWriter(tmp_path / "moved", source.embodiment, source.tasks) as writer:
+        for episode in source.episodes[:3]:
+            writer.add(source.read(episode), dataclasses.replace(episode, extra={"motion": {}}))
+    with pytest.raises(DatasetError, match=r"3 episodes of .* MOVE"):
+        open_frame_pairs([tmp_path / "moved"], CONFIG)
