@@ -32,11 +32,11 @@ FLOW = WorldModelConfig(
 )
 
 
-def make_world_data(path: Path, episodes: int = 16, seed: int = 0, **disturbance: float) -> Path:
-    """Demonstrations of ``reach`` by an expert that is disturbed in half of them, failures included."""
+def make_world_data(path: Path, episodes: int = 32, seed: int = 0, **disturbance: float) -> Path:
+    """Demonstrations of ``reach`` by an expert that is disturbed in some of them, failures included."""
     env = make_vector_env("reach", episodes, image_size=16, autoreset_mode=AutoresetMode.DISABLED)
     column = env.task.object_state_names.index(f"{env.task.objects[0].name}_x")
-    config = DisturbanceConfig(**{"clean_share": 0.5, "misjudgement_m": 0.2, "wandering": 4.0, **disturbance})
+    config = DisturbanceConfig(**{"clean_share": 0.7, "misjudgement_m": 0.2, "wandering": 4.0, **disturbance})
     actor = DisturbedActor(ScriptedExpert(env.task, env.embodiment), [column], config)
     with DatasetWriter(path, env.embodiment, {env.task.name: env.task.to_dict()}) as writer:
         recorder = Recorder(
@@ -52,8 +52,8 @@ def short_training(**changes: object) -> WorldModelTrainerConfig:
     """A training of seconds."""
     settings: dict[str, object] = {
         "tokenizer": StageConfig(steps=120, batch_size=16, learning_rate=3e-3, warmup_steps=5),
-        "dynamics": StageConfig(steps=160, batch_size=24, learning_rate=2e-3, warmup_steps=5),
-        "classifier": StageConfig(steps=60, batch_size=32, learning_rate=2e-3, warmup_steps=5),
+        "dynamics": StageConfig(steps=200, batch_size=32, learning_rate=3e-3, warmup_steps=10),
+        "classifier": StageConfig(steps=120, batch_size=32, learning_rate=2e-3, warmup_steps=5),
         "precision": "fp32",
         "checkpoint_every": 1000,
     }
