@@ -95,16 +95,17 @@ class Run:
 
 
 def planned() -> list[Run]:
-    """Every run, the comparisons first."""
+    """Every run, the comparisons of pick_place first."""
     motion = SCENE_MOTIONS["move"]
-    runs = []
+    comparisons: dict[str, list[Run]] = {task: [] for task in STUDIES}
     for task, study in STUDIES.items():
         for budget in study.budgets:
             for seed in SEEDS:
-                runs.append(Run(task=task, arm=STATIC, budget=budget, seed=seed))
-                runs.append(Run(task=task, arm=MOVE, budget=budget, seed=seed, motion=motion))
-                runs.append(Run(task=task, arm=SAME_EPISODES, budget=budget, seed=seed))
-    return runs + variations()
+                static = Run(task=task, arm=STATIC, budget=budget, seed=seed)
+                comparisons[task].append(static)
+                comparisons[task].append(dataclasses.replace(static, arm=MOVE, motion=motion))
+                comparisons[task].append(dataclasses.replace(static, arm=SAME_EPISODES))
+    return comparisons["pick_place"] + variations() + comparisons["reach"]
 
 
 def variations() -> list[Run]:
