@@ -12,8 +12,12 @@ import pytest
 import torch
 from small_world import FLOW, RESIDUAL, make_world_data, short_training
 
+import simtoreal.configs
+from simtoreal import cli
+from simtoreal.commands import world_model_train
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.envs.config import load_fields
 from simtoreal.envs.errors import CheckpointError, ConfigError, DatasetError, EmbodimentMismatchError
 from simtoreal.envs.panda import panda_embodiment
 from simtoreal.policies import checkpoint as folders
@@ -279,3 +283,26 @@ def test_settings_out_of_range():
     with pytest.raises(ValueError, match="multiples of 8"):
         TokenizerConfig(encoder_widths=(4, 8, 8))
     assert WorldModelConfig().dynamics.kind == "residual"
+
+
+# Command line -------------------------------------------------------------------------------------------------
+
+
+def test_the_command_trains_with_a_shipped_preset(folder, tmp_path, capsys):
+    run = tmp_path / "run"
+    steps = [word for part in ("tokenizer", "dynamics", "classifier") for word in (f"--trainer.{part}.steps", "2")]
+    cli.run(["world-model", "train", "--config", "cpu", "--data", str(folder), "--output", str(run), *steps])
+    assert "trained a world model: 6 steps" in " ".join(capsys.readouterr().out.split())
+    results = json.loads((run / "results.json").read_text())["world_model"]
+    assert results["episodes"] == 32
+    assert results["metrics"].keys() >= {"tokenizer_psnr_db", "dynamics_error", "classifier_threshold"}
+    assert load_world_model(run).model.config == WorldModelConfig()
+    with pytest.raises(ConfigError, match="no shipped preset"):
+        cli.run(["world-model", "train", "--config", "cpuu", "--data", str(folder), "--output", str(run)])
+
+
+def test_the_gpu_preset_is_a_flow_model():
+    preset = Path(simtoreal.configs.__path__[0]) / "world_models" / "gpu.yaml"
+    given = load_fields(world_model_train.Config, preset)
+    assert given["model"].dynamics.kind == "flow"
+    assert given["model"].dynamics.memory == 4
