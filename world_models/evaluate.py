@@ -270,9 +270,8 @@ def _physics(
     imagined: Clips,
     seen: tuple[np.ndarray, np.ndarray],
 ) -> dict[str, Any] | None:
-    fixed = [view for view, camera in enumerate(data.embodiment.cameras) if camera.mount == "world"]
     known = real_clips(loaded.model, data, np.flatnonzero(learned)[:100])
-    evidence, notes = learn_evidence(known, judges.positions, fixed)
+    evidence, notes = learn_evidence(known, judges.positions, data.embodiment.cameras)
     results["notes"] += notes
     if not evidence:
         return None

@@ -1,14 +1,14 @@
 """Physics violations of imagined videos: objects that vanish, appear twice, or move although nothing touches them.
 
 Evidence is in the picture. The pixels of an object are those of its colour: which colours that are is learned from
-real first frames, as those that are frequent around where the object is and rare elsewhere. Where it is in a picture is
-learned too, by a linear map from position to pixel for cameras that stand still. Only objects and cameras are judged in
-which this works on real videos.
+real first frames, as those that are frequent where the object is and rare elsewhere. Only objects and cameras are
+judged in which this works on real videos, and only cameras that stand still.
 
 Every rule has a limit that real videos of the same data keep, and the rate at which held-out real videos violate the
 rule is reported beside that of imagined ones: it is the rate of false alarms.
 
-``vanishes``    for PERSISTENCE frames its pixels are fewer than half of what real videos ever fall to
+``vanishes``    for PERSISTENCE frames its pixels are fewer than half of what real videos ever fall to, and the gripper
+                is not in front of it
 ``duplicates``  for PERSISTENCE frames there is a second, separate spot of its colour that is at least half as large as
                 the object was at first
 ``moves``       within WINDOW frames its spot and the position that the probe sees both move, though the gripper was
@@ -17,21 +17,27 @@ rule is reported beside that of imagined ones: it is the rate of false alarms.
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from simtoreal.envs import rotation
+from simtoreal.envs.embodiment import CameraSpec
 from simtoreal.envs.task import TaskSpec
 from simtoreal.world_models.clips import Clips
 from simtoreal.world_models.pixel_weights import LEVELS
 from simtoreal.world_models.positions import TCP, Positions
 
 PERSISTENCE, WINDOW, BEFORE = 5, 10, 10
-# A colour belongs to an object if it is this many times as frequent near it as far from it.
-CONTRAST = 8.0
-# Pixels around an object that are looked at to learn its colour, per 64 pixels of image width.
-NEAR_PX = 5.0
+# A colour belongs to an object if it is this many times as frequent on it as elsewhere, and no rarer on it than RAREST.
+CONTRAST, RAREST, ELSEWHERE = 8.0, 0.01, 2e-4
+# What is on the object and what is not, in multiples of its half extent.
+INSIDE, OUTSIDE = 0.7, 2.0
 SMALLEST_AREA_PX = 4.0
+# The gripper may hide an object that it is closer to in the picture (per 64 pixels of width).
+HIDING_PX = 14.0
 # Share of real first frames in which the object must be seen for a camera to be used.
 SEEN_SHARE = 0.9
 # What counts as moving, beyond what the probe's noise explains, and as touching.
@@ -45,15 +51,16 @@ class ObjectEvidence:
     Attributes:
         name: of the object.
         column: in :class:`~simtoreal.world_models.positions.Positions`.
-        view: camera.
+        view, camera: number and description of the camera.
         colours: ``(LEVELS^3,)`` bool: cells of colour space that are the object's.
-        least_share: share of its first area that real videos keep.
+        least_share: share of its first area that stays visible in real videos, unless the gripper is in front of it.
         reach_m: distance to the gripper below which it may be touched.
     """
 
     name: str
     column: int
     view: int
+    camera: CameraSpec
     colours: np.ndarray
     least_share: float
     reach_m: float
@@ -69,13 +76,15 @@ def _spots(evidence: ObjectEvidence, images: np.ndarray) -> np.ndarray:
     return evidence.colours[_cells(images)]
 
 
-def learn_evidence(real: Clips, positions: Positions, fixed_views: list[int]) -> tuple[list[ObjectEvidence], list[str]]:
+def learn_evidence(
+    real: Clips, positions: Positions, cameras: Sequence[CameraSpec]
+) -> tuple[list[ObjectEvidence], list[str]]:
     """Learn from real videos how to recognise the objects.
 
     Args:
         real: real videos.
         positions: truth of all data.
-        fixed_views: cameras that do not move.
+        cameras: of the embodiment; those that stand still and whose field of view is known are used.
 
     Returns:
         What can be judged, at most one camera per object, and why objects are left out.
@@ -85,7 +94,11 @@ def learn_evidence(real: Clips, positions: Positions, fixed_views: list[int]) ->
     if positions.task is None or positions.names[:1] != (TCP,):
         return found, ["without the positions of gripper and objects no physics is judged"]
     for column, name in enumerate(positions.names[1:], start=1):
-        candidates = [_learn(real, positions, positions.task, name, column, view) for view in fixed_views]
+        candidates = [
+            _learn(real, positions, positions.task, column, cameras, view)
+            for view, camera in enumerate(cameras)
+            if camera.mount == "world" and camera.fov_y_deg > 0
+        ]
         good = [one for one in candidates if one is not None]
         if good:
             found.append(good[0])
@@ -94,46 +107,81 @@ def learn_evidence(real: Clips, positions: Positions, fixed_views: list[int]) ->
     return found, notes
 
 
+def project(camera: CameraSpec, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return pixels (row, column) ``(N, 2)`` and pixels per metre ``(N,)`` of points ``(N, 3)`` in the base frame.
+
+    Raises:
+        ConfigError: the camera's field of view is not known.
+    """
+    focal, _, centre_x, centre_y = camera.intrinsics
+    axes = rotation.to_matrix(np.asarray(camera.quaternion_wxyz))
+    local = (points - np.asarray(camera.position_m)) @ axes
+    # It looks along its -z, and +y is up.
+    depth = np.maximum(-local[:, 2], 1e-6)
+    pixels = np.stack([centre_y - focal * local[:, 1] / depth, centre_x + focal * local[:, 0] / depth], 1)
+    return pixels - 0.5, focal / depth
+
+
 def _learn(
-    real: Clips, positions: Positions, task: TaskSpec, name: str, column: int, view: int
+    real: Clips, positions: Positions, task: TaskSpec, column: int, cameras: Sequence[CameraSpec], view: int
 ) -> ObjectEvidence | None:
-    first = real.images[real.starts, view]
+    first, item = real.images[real.starts, view], task.object(positions.names[column])
     height, width = first.shape[1:3]
-    places = positions.values[real.frames[real.starts], column].astype(np.float64)
-    inputs = np.concatenate([places, np.ones((len(places), 1))], 1)
-    cells = _cells(first)
-    radius = NEAR_PX * width / 64
+    centre, scale = project(cameras[view], positions.values[real.frames[real.starts], column].astype(np.float64))
     rows, columns = np.mgrid[:height, :width]
-    # Where is it? First guess: the pixels that differ most from the other episodes; then alternate between place and
-    # colour, as neither is known alone.
-    usual = np.median(first, axis=0)
-    weight = np.abs(first - usual).max(-1).astype(np.float64) ** 2
-    colours = None
-    for _ in range(4):
-        total = weight.sum((1, 2))
-        seen = total > 0
-        if seen.mean() < SEEN_SHARE or len(places) < 4:
-            return None
-        centre = np.stack([(weight * rows).sum((1, 2)), (weight * columns).sum((1, 2))], 1)[seen] / total[seen, None]
-        fitted = inputs @ np.linalg.lstsq(inputs[seen], centre, rcond=None)[0]
-        near = np.hypot(rows - fitted[:, 0, None, None], columns - fitted[:, 1, None, None]) < radius
-        inside = np.bincount(cells[near], minlength=LEVELS**3) / max(1, near.sum())
-        outside = np.bincount(cells[~near], minlength=LEVELS**3) / max(1, (~near).sum())
-        colours = (inside > 1.0 / max(1, near.sum())) & (inside > CONTRAST * (outside + 1e-5))
-        weight = (colours[cells] & (np.hypot(rows - fitted[:, 0, None, None], columns - fitted[:, 1, None, None])
-                                    < 2 * radius)).astype(np.float64)  # fmt: skip
-    assert colours is not None
-    size = task.object(name)
-    reach = TOUCH_M + float(np.hypot(size.half_extent_m, size.half_extent_m))
-    evidence = ObjectEvidence(name=name, column=column, view=view, colours=colours, least_share=0.0, reach_m=reach)
-    area = _spots(evidence, real.images[:, view]).sum((1, 2)).astype(np.float64)
+    distance = np.hypot(rows - centre[:, 0, None, None], columns - centre[:, 1, None, None])
+    radius = (item.half_extent_m * scale)[:, None, None]
+    near, far = distance < np.maximum(INSIDE * radius, 1.0), distance > np.maximum(OUTSIDE * radius, 3.0)
+    seen = near.any((1, 2))
+    if seen.mean() < SEEN_SHARE:
+        return None
+    cells = _cells(first)
+    inside = np.bincount(cells[near], minlength=LEVELS**3) / near.sum()
+    outside = np.bincount(cells[far], minlength=LEVELS**3) / far.sum()
+    colours = (inside > RAREST) & (inside > CONTRAST * outside)
+    # Imagined shades are a little off; neighbouring colours are the object's as well, unless something else has them.
+    colours |= _neighbours(colours) & (outside < ELSEWHERE)
+    evidence = ObjectEvidence(
+        name=item.name, column=column, view=view, camera=cameras[view], colours=colours, least_share=0.0,
+        reach_m=TOUCH_M + float(np.hypot(item.half_extent_m, item.half_extent_m)),
+    )  # fmt: skip
+    spots = _spots(evidence, real.images[:, view])
+    area = spots.sum((1, 2)).astype(np.float64)
     if np.quantile(area[real.starts], 1 - SEEN_SHARE) < SMALLEST_AREA_PX:
         return None
-    lowest = [_persistent_least(area[a:b] / area[a]) for a, b in zip(real.starts, real.ends, strict=True)]
-    return ObjectEvidence(
-        name=name, column=column, view=view, colours=colours, least_share=float(np.quantile(lowest, 0.02)),
-        reach_m=reach,
-    )  # fmt: skip
+    shares = [
+        _visible_share(spots[a:b], _gripper_pixels(evidence, positions.values[real.frames[a:b], 0]))
+        for a, b in zip(real.starts, real.ends, strict=True)
+    ]
+    return dataclasses.replace(evidence, least_share=float(np.quantile(list(map(_persistent_least, shares)), 0.02)))
+
+
+def _gripper_pixels(evidence: ObjectEvidence, gripper: np.ndarray) -> np.ndarray:
+    """Pixels ``(T, 2)`` of the end effector at positions ``(T, 3)``."""
+    return project(evidence.camera, gripper.astype(np.float64))[0]
+
+
+def _visible_share(spots: np.ndarray, gripper: np.ndarray) -> np.ndarray:
+    """Area of the spots ``(T, H, W)`` relative to the first frame; 1 where the gripper may hide the object.
+
+    That is where it is, in the picture, close to where the object was last seen.
+    """
+    area = spots.sum((1, 2)).astype(np.float64)
+    initial = max(area[0], SMALLEST_AREA_PX)
+    limit = HIDING_PX * spots.shape[2] / 64
+    share, last = np.ones(len(spots)), None
+    for step, spot in enumerate(spots):
+        if area[step] >= 0.5 * initial:
+            last = np.argwhere(spot).mean(0)
+        if last is not None and np.linalg.norm(gripper[step] - last) > limit:
+            share[step] = area[step] / initial
+    return share
+
+
+def _neighbours(colours: np.ndarray) -> np.ndarray:
+    """``(LEVELS^3,)`` bool: cells that touch one of ``colours`` in colour space."""
+    padded = np.pad(colours.reshape((LEVELS,) * 3), 1)
+    return np.lib.stride_tricks.sliding_window_view(padded, (3, 3, 3)).any((3, 4, 5)).ravel()
 
 
 def _persistent_least(share: np.ndarray) -> float:
@@ -167,7 +215,8 @@ def find_violations(
         area = spots.sum((1, 2)).astype(np.float64)
         for row, (start, end) in enumerate(zip(clips.starts, clips.ends, strict=True)):
             initial = max(area[start], SMALLEST_AREA_PX)
-            found["vanishes"][row, index] = _persists(area[start:end] / initial < 0.5 * one.least_share)
+            share = _visible_share(spots[start:end], _gripper_pixels(one, seen[start:end, 0]))
+            found["vanishes"][row, index] = _persists(share < 0.5 * one.least_share)
             second = np.array([_second_spot(spot) for spot in spots[start:end]])
             found["duplicates"][row, index] = _persists(second >= max(0.5 * initial, SMALLEST_AREA_PX))
             found["moves"][row, index] = _moves_untouched(
