@@ -18,17 +18,13 @@ class ExploringActor(PolicyActor):
     A world model has to know what the actions of reinforcement learning do, noise included.
 
     Args:
-        policy: with a denoising chain.
+        policy: acts with the denoising steps that it is set to.
         exploration: the noise.
         seed: of the noise.
-
-    Raises:
-        ConfigError: the policy has no denoising chain.
     """
 
-    def __init__(self, policy: Policy, exploration: ExplorationConfig, seed: int = 0) -> None:
+    def __init__(self, policy: DenoisingPolicy, exploration: ExplorationConfig, seed: int = 0) -> None:
         super().__init__(policy, seed)
-        require_denoising(policy)
         self.exploration = exploration
 
     def _predict(
@@ -38,14 +34,16 @@ class ExploringActor(PolicyActor):
         return policy.sample_with_log_prob(observation, instructions, generators, self.exploration).chunk
 
 
-def require_denoising(policy: Policy, name: str = "the policy") -> None:
-    """Refuse a policy that cannot explore.
+def require_denoising(policy: Policy, denoising_steps: int, name: str = "the policy") -> None:
+    """Refuse a policy that reinforcement cannot improve; it is left with ``denoising_steps`` per chunk.
 
     Raises:
-        ConfigError: it has no denoising chain, or its sampler no stochastic form.
+        ConfigError: it has no denoising chain, or its sampler no stochastic form with this number of steps.
     """
     if not isinstance(policy, DenoisingPolicy):
         raise ConfigError(
             f"{name} is of type '{policy.config.type}', whose actions have no probability that reinforcement could "
             "change. Train one with 'simtoreal train --policy diffusion'."
         )
+    policy.set_inference_steps(denoising_steps)
+    policy.process.levels()

@@ -115,6 +115,8 @@ def reinforce(
     current = make(loaded.policy, config, anchored)
     if continued is not None:
         current.load_state_dict(checkpoints.load_tensors(loaded.folder / checkpoints.STATE))
+    if current.iteration > iterations:
+        raise ConfigError(f"{loaded.folder} is beyond iteration {iterations} already; choose another folder")
     first = int(loaded.training["reinforcement"]["first"]) if found else current.iteration
     save = _Saver(output, loaded, config, str(policy), first, seeds)
     output.mkdir(parents=True, exist_ok=True)

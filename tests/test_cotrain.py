@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import shutil
 from pathlib import Path
@@ -14,11 +15,13 @@ from gymnasium.vector import AutoresetMode
 from small_world import RESIDUAL, make_world_data, short_training
 from toy_reaching import small_vision
 
+import simtoreal.configs
 from simtoreal import cli
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.expert import ScriptedExpert
 from simtoreal.data_collection.rollouts import record_rollouts
 from simtoreal.envs import load_task, make_vector_env
+from simtoreal.envs.config import build_config, read_yaml
 from simtoreal.envs.errors import ConfigError, DatasetError, EmbodimentMismatchError
 from simtoreal.envs.tabletop_vector import TabletopVectorEnv
 from simtoreal.evaluation.results import load_evaluation
@@ -34,7 +37,7 @@ from simtoreal.policies.trainer import train
 from simtoreal.policies.training_data import batch_indices, open_training_data
 from simtoreal.policies.training_log import read_metrics
 from simtoreal.world_models import trainer
-from simtoreal.world_models.config import StageConfig
+from simtoreal.world_models.config import StageConfig, WorldModelConfig
 from simtoreal.world_models.cotrain_config import KeyframeConfig, MeasurementConfig, RlcoConfig, WovrConfig
 from simtoreal.world_models.cotrain_measurement import World
 from simtoreal.world_models.cotrain_stages import LEARNING, REAL
@@ -63,7 +66,7 @@ WOVR = WovrConfig(
 )  # fmt: skip
 # PPO learns from every rollout, also where a model this small sees no success at all; GRPO would change nothing then.
 REINFORCEMENT = ReinforcementConfig(algorithm="ppo", rollouts=12, denoising_steps=2, epochs=1, max_chunks=5)
-MEASUREMENT = MeasurementConfig(episodes=4, videos=1, every=1)
+MEASUREMENT = MeasurementConfig(episodes=4, videos=1)
 
 
 def simulation(randomization: str = "none", num_envs: int = 4, **changes) -> World:
@@ -123,7 +126,7 @@ def test_the_whole_loop_leaves_a_policy_and_what_it_found(finished, policy):
     results = results_of(finished)
     assert [line["iteration"] for line in results["iterations"]] == [1, 2, 3, 4]
     names = [point["policy"] for point in results["measurements"] if "imagined" in point]
-    assert names == ["base", "policy_0_1", "policy_0", "policy_0", "policy_1_3", "policy_1"]
+    assert names == ["base", "policy_0", "policy_0", "policy_1"]
     for point in results["measurements"]:
         if "imagined" in point:
             gap = point["imagined"]["success_rate"] - point["real"]["success_rate"]
@@ -179,7 +182,7 @@ def test_every_real_step_is_counted(finished, data):
 def test_a_third_of_the_imagined_rollouts_begins_in_key_frames(finished):
     iterations = results_of(finished)["iterations"]
     assert [line["rollouts_from_keyframes"] for line in iterations] == [4] * 4
-    record = json.loads((finished / "stages" / "reinforcement_0_1.json").read_text())
+    record = json.loads((finished / "stages" / "reinforcement_0_2.json").read_text())
     assert record["contexts"]["beginnings"] == 16
     assert sum(record["contexts"]["reasons"].values()) == record["contexts"]["keyframes"] > 0
 
@@ -191,9 +194,9 @@ class Interrupted(Exception):
 def test_interrupted_anywhere_it_ends_as_if_nothing_had_happened(finished, data, policy, tmp_path, monkeypatch):
     """In the middle of a collection, a training, reinforcement and a measurement."""
     places = {
-        (TabletopVectorEnv, "step"): 200,
+        (TabletopVectorEnv, "step"): 100,
         (trainer._Training, "_metrics"): 2,
-        (Reinforcement, "update"): 2,
+        (Reinforcement, "update"): 1,
         (Reinforcement, "iterate"): 3,
     }
     for (owner, name), last in places.items():
@@ -225,7 +228,8 @@ def test_interrupted_anywhere_it_ends_as_if_nothing_had_happened(finished, data,
 def test_arms_of_a_comparison_share_what_they_have_in_common(finished, data, policy, tmp_path):
     """Without refresh: what the whole loop did with its first world model, and then on with the same model."""
     config = dataclasses.replace(WOVR, refreshes=0, iterations=3)
-    arm = wovr(tmp_path / "arm", data, policy, config=config, measurement=dataclasses.replace(MEASUREMENT, every=None))
+    measurement = dataclasses.replace(MEASUREMENT, every=2)
+    arm = wovr(tmp_path / "arm", data, policy, config=config, measurement=measurement)
     shared = ["demonstrations", "measure_base", "rollouts_0", "world_model_0", "measure_model_0", "reinforcement_0_2"]
     with pytest.raises(ConfigError, match="has not finished its stage 'measure_policy_7'"):
         arm.adopt(finished, [*shared, "measure_policy_7"])
@@ -234,6 +238,8 @@ def test_arms_of_a_comparison_share_what_they_have_in_common(finished, data, pol
     assert results["real_episodes"] == 16
     old = results_of(finished)["iterations"]
     assert [line["iteration"] for line in results["iterations"]] == [1, 2, 3]
+    points = [(point["policy"], point["iteration"]) for point in results["measurements"] if "imagined" in point]
+    assert points == [("base", 0), ("policy_0_2", 2), ("policy_0", 3)]
     assert results["iterations"][:2] == old[:2]
     assert not (tmp_path / "arm" / "rollouts_1").exists()
     # What was adopted is as it was.
@@ -273,6 +279,20 @@ def test_what_does_not_fit_is_refused_before_anything_is_done(finished, data, po
         cli.run(flags)
 
 
+@pytest.mark.parametrize("name", ["wovr", "wovr_smoke", "rlco"])
+def test_every_preset_loads(name):
+    module = importlib.import_module("simtoreal.commands.cotrain")
+    path = Path(simtoreal.configs.__path__[0]) / module.PRESETS / f"{name}.yaml"
+    content = read_yaml(path)
+    config = build_config(
+        module.Config, {"output": "x", "demonstrations": ["x"], "policy": "x", **content}, source=str(path)
+    )
+    assert config.method == name.partition("_")[0]
+    if name == "wovr":
+        shipped = read_yaml(path.parents[1] / "world_models" / "cpu.yaml")["model"]
+        assert config.wovr.world_model == build_config(WorldModelConfig, shipped, source="cpu.yaml")
+
+
 # --- RL-Co -----------------------------------------------------------------------------------------------------------
 
 
@@ -303,13 +323,12 @@ def rlco(output: Path, data: Path, policy: Path | None = None, weight: float = 0
     reinforcement = dataclasses.replace(
         REINFORCEMENT, rollouts=4, max_chunks=2, anchor_weight=weight, first_seed=7_000_000
     )
-    config = RlcoConfig(
-        imitation=dataclasses.replace(IMITATION, steps=3), diffusion=DIFFUSION, iterations=2, anchor_batch=8, envs=4
-    )
-    values = {"simulated": [data], "policy": policy, "device": "cpu", "output": output, **changes}
+    imitation = dataclasses.replace(IMITATION, steps=3)
+    config = RlcoConfig(imitation=imitation, diffusion=DIFFUSION, iterations=2, anchor_batch=8, envs=4)
     return Rlco(
-        changes.pop("config", config), reinforcement, dataclasses.replace(MEASUREMENT, episodes=2, every=None),
-        demonstrations=[data], real=simulation("standard"), practice=simulation(), **values,
+        changes.pop("config", config), reinforcement, dataclasses.replace(MEASUREMENT, episodes=2),
+        demonstrations=[data], simulated=[data], real=simulation("standard"), practice=simulation(), policy=policy,
+        device="cpu", output=output, **changes,
     )  # fmt: skip
 
 
@@ -376,7 +395,7 @@ def test_rollouts_are_stored_whatever_became_of_them(data, policy, tmp_path):
     ]
 
     class Killed(PolicyActor):
-        left = 20
+        left = 40
 
         def act(self, *args):
             Killed.left -= 1
@@ -386,7 +405,7 @@ def test_rollouts_are_stored_whatever_became_of_them(data, policy, tmp_path):
 
     with pytest.raises(Interrupted):
         record_rollouts(env, Killed(loaded), seeds, tmp_path / "parts", **arguments)
-    assert 0 < len(Dataset.open(tmp_path / "parts").episodes) < 6
+    assert len(Dataset.open(tmp_path / "parts").episodes) == 4
     again = record_rollouts(env, PolicyActor(loaded), seeds, tmp_path / "parts", **arguments)
     assert again == outcomes
     parts = Dataset.open(tmp_path / "parts")

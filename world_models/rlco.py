@@ -25,6 +25,7 @@ from simtoreal.policies.mixed_windows import open_mixed_data
 from simtoreal.policies.reinforcement import Reinforcement
 from simtoreal.policies.reinforcement_config import ReinforcementConfig
 from simtoreal.policies.reinforcement_run import Learner, reinforce
+from simtoreal.policies.schedulers import noise_process
 from simtoreal.policies.trainer import train
 from simtoreal.world_models.checkpoint import load_world_model
 from simtoreal.world_models.cotrain_anchor import anchor_on
@@ -105,7 +106,7 @@ class Rlco:
         self.device, self.seed, self.notify, self.progress = device, seed, notify, progress
         self.imitation = dataclasses.replace(config.imitation, seed=config.imitation.seed + seed)
         self._check()
-        self.measurements = Measurements(measurement, real, self.output, device, seed, imagined_envs=config.envs)
+        self.measurements = Measurements(measurement, real, self.output, device, seed, config.envs)
         if policy is not None:
             self.measurements.require_unseen(policy)
 
@@ -114,8 +115,11 @@ class Rlco:
         needed: Embodiment | None = None
         if self.policy is not None:
             loaded = load_policy(self.policy)
-            require_denoising(loaded.policy, f"policy {self.policy}")
+            require_denoising(loaded.policy, self.reinforcement.denoising_steps, f"policy {self.policy}")
             needed = loaded.embodiment
+        elif self.config.iterations:
+            steps = self.reinforcement.denoising_steps
+            noise_process(dataclasses.replace(self.config.diffusion, inference_steps=steps)).levels()
         sizes = []
         for path in (*self.demonstrations, *self.simulated):
             dataset = Dataset.open(path, embodiment=needed)

@@ -20,7 +20,7 @@ from simtoreal.data_collection.rollouts import record_rollouts
 from simtoreal.data_collection.writer import lock_folder
 from simtoreal.evaluation.policies import checkpoint_digest
 from simtoreal.policies.actor import PolicyActor
-from simtoreal.policies.checkpoint import load_policy, plain_config
+from simtoreal.policies.checkpoint import find_checkpoint, load_policy, plain_config
 from simtoreal.policies.exploring_actor import ExploringActor, require_denoising
 from simtoreal.policies.reinforcement_config import ReinforcementConfig
 from simtoreal.policies.reinforcement_run import reinforce
@@ -90,7 +90,7 @@ class Wovr:
         self.real, self.output, self.world_model = real, Path(output), world_model
         self.device, self.seed, self.notify, self.progress = device, seed, notify, progress
         self.loaded = load_policy(policy)
-        require_denoising(self.loaded.policy, f"policy {policy}")
+        require_denoising(self.loaded.policy, reinforcement.denoising_steps, f"policy {policy}")
         # A world model that does not fit, or data that are not there, must not be found out an hour from now.
         self.data_sizes = [
             (len(dataset.episodes), sum(episode.steps for episode in dataset.episodes))
@@ -98,9 +98,7 @@ class Wovr:
         ]
         if world_model is not None:
             require_same_embodiment(self.loaded, world_model)
-        self.measurements = Measurements(
-            measurement, real, self.output, device, seed, imagined_envs=config.imagined_envs
-        )  # fmt: skip
+        self.measurements = Measurements(measurement, real, self.output, device, seed, config.imagined_envs)
         self.measurements.require_unseen(self.policy)
         self._data: tuple[int, VideoData] | None = None
 
@@ -134,7 +132,7 @@ class Wovr:
             "method": "wovr", "task": self.real.task.name, "real": dict(self.real.settings), "seed": self.seed,
             "policy": checkpoint_digest(self.loaded.folder),
             "demonstrations": [list(size) for size in self.data_sizes],
-            "world_model": str(self.world_model) if self.world_model else None,
+            "world_model": checkpoint_digest(find_checkpoint(self.world_model)) if self.world_model else None,
             **{
                 name: plain_config(value)
                 for name, value in (
@@ -159,12 +157,13 @@ class Wovr:
         def work() -> dict[str, Any]:
             loaded = load_policy(policy, self._torch_device())
             noise = self.seed + turn
+            # As in reinforcement, with its denoising steps.
+            require_denoising(loaded.policy, self.reinforcement.denoising_steps)
             actor = PolicyActor(loaded.policy, noise)
             if config.explore:
-                actor = ExploringActor(loaded.policy, self.reinforcement.exploration, noise)
+                actor = ExploringActor(loaded.policy, self.reinforcement.exploration, noise)  # type: ignore[arg-type]
             settings = {
-                "policy": str(policy), "checkpoint": checkpoint_digest(loaded.folder), "explored": config.explore,
-                **self.real.settings,
+                "checkpoint": checkpoint_digest(loaded.folder), "explored": config.explore, **self.real.settings,
             }  # fmt: skip
             outcomes = record_rollouts(
                 self.measurements.env(), actor, seeds, self._rollouts(turn), task=self.real.task,
