@@ -196,19 +196,30 @@ def browser_processes(profile: Path) -> list[int]:
     raise AssertionError("Chromium is not running")
 
 
-def test_a_frozen_browser_stops_and_needs_a_fresh_press(drive: Drive, profile: Path):
-    drive.drive_forward()
-    before, connections = drive.collection.session._hub.losses, drive.collection.server.connections
-    frozen = browser_processes(profile)
-    for pid in frozen:
+@contextlib.contextmanager
+def frozen(processes: list[int]) -> Iterator[None]:
+    for pid in processes:
         os.kill(pid, signal.SIGSTOP)
     try:
-        wait_for(lambda: not drive.active, "rest")
-        assert drive.collection.session._hub.losses > before
-        assert drive.log.rests()
+        yield
     finally:
-        for pid in frozen:
+        for pid in processes:
             os.kill(pid, signal.SIGCONT)
+
+
+def test_a_frozen_browser_stops_and_needs_a_fresh_press(drive: Drive, profile: Path):
+    processes, hub = browser_processes(profile), drive.collection.session._hub
+    for _ in range(10):
+        drive.drive_forward()
+        before, connections = hub.losses, drive.collection.server.connections
+        with frozen(processes):
+            wait_for(lambda: not drive.active, "rest")
+            lost = hub.losses > before
+            assert drive.log.rests()
+        if lost:
+            break
+        drive.page.keyboard.up("KeyW")  # contact was lost before, as on a busy machine it may be
+    assert lost
     shown = drive.collection.session.board
     # Frozen for more than the server's patience on a busy machine, it connects anew and holds nothing.
     renewed = lambda: drive.collection.server.connections > connections  # noqa: E731
