@@ -5,7 +5,7 @@ of them is not tractable. Here the steps are Gaussian, as in Flow-GRPO (Liu et a
 and DPPO (Ren et al. 2024). With a network that predicts the clean chunk x̂ from x at a level x = a x̂ + b ε, the step to
 the next level (a', b') is
 
-    x' ~ N(a' x̂ + sqrt(max(b'² - σ², 0)) ε̂, σ² R),     ε̂ = (x - a x̂) / b,     σ = min(noise_scale, b').
+    x' ~ N(a' x̂ + sqrt(max(b'² - σ², 0)) ε̂, σ²),     ε̂ = (x - a x̂) / b,     σ = min(noise_scale, b').
 
 This is the step of DDIM with η > 0 (Song et al. 2021, eq. 12), and for rectified flow "coefficients-preserving
 sampling" (Wang & Yu 2025): of the noise b' that belongs to the next level, σ is drawn afresh, so that the network
@@ -14,15 +14,9 @@ keeps that only for many steps, and its noise is unbounded at the first; the fix
 there. The last step ends at b' = 0 and would be deterministic; there, as in ReinFlow and DPPO, noise_scale is added,
 and it is the exploration in action space. As σ goes to 0 the walk becomes the deterministic sampler.
 
-R correlates the noise over the actions of a chunk, by ``correlation`` to the power of their distance (Eberhard et al.
-2023: correlated noise explores further than white noise of the same size, which averages out along a trajectory).
-
-Only the last ``stochastic_steps`` steps are Gaussian. Those before are deterministic, and differentiated through: the
-log-probability is exactly that of the walk given the noise that it begins with.
-
-Only the part of a chunk that is executed can be good or bad, so only its densities are counted, at every stochastic
-step. (Through the network, earlier values of the rest also touch the executed part. They are treated as noise of the
-world, whose density does not depend on the policy, as the released code of RL-Co does: it halves the variance.)
+Only the part of a chunk that is executed can be good or bad, so only its densities are counted, at every step.
+(Through the network, earlier values of the rest also touch the executed part. They are treated as noise of the world,
+whose density does not depend on the policy, as the released code of RL-Co does: it halves the variance.)
 """
 
 from __future__ import annotations
@@ -56,65 +50,37 @@ class ChainSample:
 
 
 class GaussianChain:
-    """The denoising steps of one noise process, the last of them Gaussian.
+    """The denoising steps of one noise process, made Gaussian.
 
     Args:
         process: gives levels and clipping.
         exploration: the noise.
-        horizon: actions per chunk (T).
 
     Attributes:
-        deviations: σ of every step, 0 for the deterministic ones.
+        deviations: σ of the K steps: ``noise_scale``, but at most the noise of the level that the step leads to.
 
     Raises:
         ConfigError: the process has no deterministic sampler.
     """
 
-    def __init__(self, process: NoiseProcess, exploration: ExplorationConfig, horizon: int) -> None:
+    def __init__(self, process: NoiseProcess, exploration: ExplorationConfig) -> None:
         self.levels, self.clip = process.levels(), process.clip
-        steps, scale = len(self.levels) - 1, exploration.noise_scale
-        self.deterministic = max(0, steps - exploration.stochastic_steps)
-        self.deviations = [0.0] * self.deterministic + [
-            min(scale, level.noise) if level.noise > 0 else scale for level in self.levels[self.deterministic + 1 :]
-        ]
-        # Lower triangular: white noise to correlated noise, of which a prefix is a function of the same prefix.
-        lag = torch.arange(horizon)[:, None] - torch.arange(horizon)
-        self.mixing = torch.linalg.cholesky(exploration.correlation ** lag.abs().double())
+        scale = exploration.noise_scale
+        self.deviations = [min(scale, level.noise) if level.noise > 0 else scale for level in self.levels[1:]]
 
     def sample(self, denoiser: Denoiser, noise: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
         """Return chains ``(N, K + 1, T, A)`` that begin at ``noise`` ``(N, T, A)``, and their :meth:`means`."""
         chain, means = [noise], []
-        mixing = self.mixing.to(noise)
         for index, deviation in enumerate(self.deviations):
-            state = self._step(denoiser, chain[-1][:, None], index)[:, 0]
-            if deviation > 0:
-                means.append(state)
-                state = state + deviation * (mixing @ normal_noise(noise.shape, generator, noise.device))
-            chain.append(state)
+            means.append(self.means(denoiser, chain[-1][:, None], first=index)[:, 0])
+            chain.append(means[-1] + deviation * normal_noise(noise.shape, generator, noise.device))
         return torch.stack(chain, dim=1), torch.stack(means, dim=1)
 
-    def means(self, denoiser: Denoiser, chain: Tensor) -> Tensor:
-        """Return the means ``(N, S, T, A)`` of the S stochastic steps of ``chain`` ``(N, K + 1, T, A)``."""
-        state = chain[:, :1]
-        for index in range(self.deterministic):
-            state = self._step(denoiser, state, index)
-        states = torch.cat([state, chain[:, self.deterministic + 1 : -1]], dim=1)
-        return self._step(denoiser, states, self.deterministic)
+    def means(self, denoiser: Denoiser, states: Tensor, first: int = 0) -> Tensor:
+        """Return the means of the steps ``first``, ``first + 1``, ... from ``states`` ``(N, S, T, A)``.
 
-    def log_density(self, means: Tensor, chain: Tensor) -> Tensor:
-        """Return the log-density ``(N, S, T, A)`` of the values after the S stochastic steps of ``chain``.
-
-        Given the values at earlier actions, so that sums over the first actions are their joint density.
+        The network sees all of them as one batch.
         """
-        deviation = torch.tensor(self.deviations[self.deterministic :], device=chain.device)[:, None, None]
-        mixing = self.mixing.to(chain)
-        standard = (chain[:, self.deterministic + 1 :] - means) / deviation
-        white = torch.linalg.solve_triangular(mixing, standard, upper=False)
-        scale = deviation.log() + mixing.diagonal().log()[:, None]
-        return -0.5 * white.square() - scale - 0.5 * math.log(2 * math.pi)
-
-    def _step(self, denoiser: Denoiser, states: Tensor, first: int) -> Tensor:
-        """Means of the steps ``first``, ``first + 1``, ... from ``states`` ``(N, S, T, A)``, in one batch."""
         count, steps = states.shape[:2]
         table = torch.tensor(self.levels, device=states.device)
         now, after = table[first : first + steps], table[first + 1 : first + 1 + steps]
@@ -129,6 +95,12 @@ class GaussianChain:
             clean = clean.clamp(-self.clip, self.clip)
         kept = (after[:, 2].square() - deviation.square()).clamp_min(0).sqrt()
         return column(after[:, 1]) * clean + column(kept) * noise
+
+    def log_density(self, means: Tensor, chain: Tensor) -> Tensor:
+        """Return the log-density ``(N, K, T, A)`` of every value of ``chain`` ``(N, K + 1, T, A)`` but the first."""
+        deviation = torch.tensor(self.deviations, device=chain.device)[:, None, None]
+        standard = (chain[:, 1:] - means) / deviation
+        return -0.5 * standard.square() - deviation.log() - 0.5 * math.log(2 * math.pi)
 
 
 class DenoisingPolicy(Policy):
@@ -209,7 +181,7 @@ class DenoisingPolicy(Policy):
         self, condition: Tensor, generator: Generators, exploration: ExplorationConfig
     ) -> ChainSample:
         """Same as :meth:`sample_with_log_prob` for a condition ``(B, C)``."""
-        gaussian = GaussianChain(self.process, exploration, self.config.horizon)
+        gaussian = GaussianChain(self.process, exploration)
         shape = (len(condition), self.config.horizon, self.action_dim)
         noise = normal_noise(shape, generator, condition.device)
         with torch.no_grad():
@@ -219,8 +191,8 @@ class DenoisingPolicy(Policy):
 
     def log_prob_from_condition(self, condition: Tensor, chain: Tensor, exploration: ExplorationConfig) -> Tensor:
         """Same as :meth:`log_prob` for a condition ``(B, C)``; all denoising steps are one batch of the denoiser."""
-        gaussian = GaussianChain(self.process, exploration, self.config.horizon)
-        means = gaussian.means(self.denoise_with(condition), chain)
+        gaussian = GaussianChain(self.process, exploration)
+        means = gaussian.means(self.denoise_with(condition), chain[:, :-1])
         return self._executed(gaussian.log_density(means, chain))
 
     def _executed(self, density: Tensor) -> Tensor:

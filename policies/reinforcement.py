@@ -30,9 +30,6 @@ from simtoreal.policies.training_data import Windows, batch_indices, to_tensors
 # (number of the update) -> imitation loss of the policy, with gradients
 Anchor = Callable[[int], Tensor]
 
-# Of RL-Co: what is learned changes what is seen, so old gradients are soon outdated.
-BETAS = (0.9, 0.95)
-
 # Kinds of randomness that follow from the same seed.
 _NOISE, _ORDER = 1, 2
 
@@ -77,9 +74,7 @@ class Reinforcement:
                 "actions is not defined. Use type 'diffusion'."
             )
         policy.set_inference_steps(config.denoising_steps)
-        GaussianChain(
-            policy.process, config.exploration, policy.config.horizon
-        )  # Refuses what cannot be sampled before anything is run.
+        GaussianChain(policy.process, config.exploration)  # Refuses what cannot be sampled before anything is run.
         self.policy, self.config, self.anchor = policy.eval(), config, anchor
         self.iteration, self.updates = 0, 0
         policy.requires_grad_(True)
@@ -91,7 +86,7 @@ class Reinforcement:
         own = list(self.algorithm.parameters())
         groups = [{"params": self._trained, "lr": config.learning_rate}]
         groups += [{"params": own, "lr": self.algorithm.learning_rate}] if own else []
-        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=0.0, fused=True)
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
     def starts(self) -> Starts:
         """Return the default starts of the current iteration: seeds that no other iteration has."""

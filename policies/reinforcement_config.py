@@ -10,21 +10,14 @@ from typing import Literal
 class ExplorationConfig:
     """Noise that makes a policy try something else; see :mod:`simtoreal.policies.denoising_chain`."""
 
-    noise_scale: float = 0.1
-    """Standard deviation of the noise of a stochastic denoising step, in units of the normalised actions (range
-    [-1, 1]). Too small, nothing is explored; too large, the skill is lost while exploring."""
-    stochastic_steps: int = 1
-    """Last denoising steps of a chunk that are stochastic, the others being deterministic."""
-    correlation: float = 0.0
-    """Correlation of the noise of consecutive actions."""
+    noise_scale: float = 0.2
+    """Standard deviation of the noise of a denoising step, in units of the normalised actions (range [-1, 1]). Too
+    small, little is explored and updates take the policy far, as probabilities go; too large, the skill is lost while
+    exploring."""
 
     def __post_init__(self) -> None:
         if not self.noise_scale > 0:
-            raise ValueError(f"noise_scale is {self.noise_scale}; a probability needs a positive one, e.g. 0.1")
-        if self.stochastic_steps < 1:
-            raise ValueError(f"stochastic_steps is {self.stochastic_steps}; expected at least 1")
-        if not 0 <= self.correlation < 1:
-            raise ValueError(f"correlation is {self.correlation}; expected 0 (white noise) to less than 1")
+            raise ValueError(f"noise_scale is {self.noise_scale}; a probability needs a positive one, e.g. 0.2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +63,7 @@ class PPOConfig:
     """Discount per chunk."""
     gae_lambda: float = 0.95
     """Decay of generalised advantage estimation (Schulman et al. 2016)."""
-    value_learning_rate: float = 1e-3
+    value_learning_rate: float = 3e-3
     """Learning rate of the value head, which starts from nothing."""
     value_width: int = 128
     """Width of the value head's two hidden layers."""

@@ -31,6 +31,7 @@ from simtoreal.policies.reinforcement_config import (
     PPOConfig,
     ReinforcementConfig,
 )
+from simtoreal.policies.trainer import seed_everything
 
 # Starts of the point world that can be solved, apart from those that are learned from.
 HELD_OUT = [seed for seed in range(5000, 5100) if not fails(seed)]
@@ -39,7 +40,7 @@ HELD_OUT = [seed for seed in range(5000, 5100) if not fails(seed)]
 def settings(**changes) -> ReinforcementConfig:
     values = {
         "rollouts": 128, "learning_rate": 3e-4, "minibatch": 128, "first_seed": 0, "epochs": 2,
-        "grpo": GRPOConfig(group_size=4), "exploration": ExplorationConfig(noise_scale=0.1, stochastic_steps=4),
+        "grpo": GRPOConfig(group_size=4), "exploration": ExplorationConfig(noise_scale=0.2),
     }  # fmt: skip
     return ReinforcementConfig(**{**values, **changes})
 
@@ -244,21 +245,27 @@ def anchor_on(policy):
     return lambda update: policy.loss(batch)["loss"]
 
 
-def test_the_anchor_pulls_where_reinforcement_does_not(beginner):
-    """With a learning signal of nothing (all groups fail alike), only demonstrations would move the policy."""
-    policy = begin(beginner)
-    learning = Reinforcement(policy, settings(rollouts=32), anchor=anchor_on(policy))
-    metrics = learning.iterate(PointVectorEnv(32))
-    assert metrics["anchor_gradient_norm"] > 0
-    assert metrics["gradient_norm"] > 0
-    plain = Reinforcement(begin(beginner), settings(rollouts=32))
+def gradients(policy) -> torch.Tensor:
+    return torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
+
+
+def test_the_anchor_adds_its_weighted_gradient(beginner):
+    config = settings(rollouts=32, epochs=1, minibatch=10_000, max_gradient_norm=1e9, anchor_weight=0.3)
+    plain = Reinforcement(begin(beginner), config)
     plain.iterate(PointVectorEnv(32))
-    difference = [
-        (one - two).abs().max().item() for one, two in zip(policy.parameters(), plain.policy.parameters(), strict=True)
-    ]
-    assert max(difference) > 0
-    # One step on the sum of both gradients is the sum.
+    policy = begin(beginner)
+    anchored = Reinforcement(policy, config, anchor=anchor_on(policy))
+    metrics = anchored.iterate(PointVectorEnv(32))
     assert not policy.training
+    alone = begin(beginner).train()
+    seed_everything(config.seed, 0)
+    loss = anchor_on(alone)(0)
+    loss.backward()
+    expected = gradients(plain.policy) + 0.3 * gradients(alone)
+    torch.testing.assert_close(gradients(policy), expected, atol=1e-5, rtol=1e-4)
+    assert metrics["anchor_loss"] == pytest.approx(loss.item(), rel=1e-5)
+    assert metrics["gradient_norm"] == pytest.approx(gradients(plain.policy).norm().item(), rel=1e-4)
+    assert metrics["anchor_gradient_norm"] == pytest.approx(0.3 * gradients(alone).norm().item(), rel=1e-4)
 
 
 def test_anchor_of_demonstrations_draws_other_windows_every_time():

@@ -14,11 +14,7 @@ from simtoreal.policies.reinforcement_config import ExplorationConfig
 from simtoreal.policies.schedulers import Flow
 from simtoreal.policies.training_data import to_tensors
 
-NOISE = ExplorationConfig(noise_scale=0.1, stochastic_steps=2, correlation=0.5)
-
-
-def every_step(noise_scale: float, correlation: float = 0.0) -> ExplorationConfig:
-    return ExplorationConfig(noise_scale=noise_scale, stochastic_steps=100, correlation=correlation)
+NOISE = ExplorationConfig(noise_scale=0.1)
 
 
 def make_policy(**changes) -> tuple[DiffusionPolicy, dict]:
@@ -41,7 +37,7 @@ def test_without_noise_the_walk_is_the_deterministic_sampler(scheduler, steps, d
     policy, batch = make_policy(scheduler=scheduler, inference_steps=steps, denoiser=denoiser)
     inputs = batch["observation"], batch["instruction"]
     plain = policy.predict(*inputs, generator())
-    sample = policy.sample_with_log_prob(*inputs, generator(), every_step(1e-7))
+    sample = policy.sample_with_log_prob(*inputs, generator(), ExplorationConfig(noise_scale=1e-7))
     torch.testing.assert_close(sample.chunk, plain, atol=1e-5, rtol=0)
     noisy = policy.sample_with_log_prob(*inputs, generator(), NOISE)
     assert (noisy.chunk - plain).abs().max() > 0.01
@@ -49,7 +45,9 @@ def test_without_noise_the_walk_is_the_deterministic_sampler(scheduler, steps, d
 
 def test_log_prob_is_that_of_normal_distributions_over_the_executed_part():
     policy, batch = make_policy(inference_steps=3)
-    sample = policy.sample_with_log_prob(batch["observation"], batch["instruction"], generator(), every_step(0.5))
+    sample = policy.sample_with_log_prob(
+        batch["observation"], batch["instruction"], generator(), ExplorationConfig(noise_scale=0.5)
+    )
     assert sample.chain.shape == (6, 4, 8, 7)
     # Levels of the flow: noise 1, 2/3, 1/3, 0. The fresh noise is 0.5, at most the noise of the level.
     levels, deviations = (1, 2 / 3, 1 / 3, 0), (0.5, 1 / 3, 0.5)
@@ -63,35 +61,6 @@ def test_log_prob_is_that_of_normal_distributions_over_the_executed_part():
         distribution = torch.distributions.Normal((1 - after) * clean + kept * noise, deviation)
         expected += distribution.log_prob(sample.chain[:, step + 1])[:, :4].sum(-1)
     torch.testing.assert_close(sample.log_prob, expected.detach(), atol=1e-3, rtol=1e-5)
-
-
-def test_correlated_noise_has_the_density_of_a_multivariate_normal_around_the_deterministic_chunk():
-    policy, batch = make_policy(inference_steps=4)
-    inputs = batch["observation"], batch["instruction"]
-    exploration = ExplorationConfig(noise_scale=0.2, stochastic_steps=1, correlation=0.7)
-    sample = policy.sample_with_log_prob(*inputs, generator(), exploration)
-    plain = policy.process.generate(
-        policy.denoise_with(policy.condition(policy.features(*inputs))), sample.chain[:, 0], None
-    )
-    lag = (torch.arange(4)[:, None] - torch.arange(4)).abs()
-    covariance = 0.2**2 * 0.7**lag
-    for executed in (1, 2, 4):
-        # One distribution over time for each of the 7 dimensions of an action.
-        distribution = torch.distributions.MultivariateNormal(
-            plain[:, :executed].transpose(1, 2), covariance[:executed, :executed]
-        )
-        expected = distribution.log_prob(sample.chain[:, -1, :executed].transpose(1, 2)).sum(-1)
-        torch.testing.assert_close(sample.log_prob[:, :executed].sum(-1), expected.detach(), atol=1e-3, rtol=1e-5)
-
-
-def test_noise_is_as_correlated_as_asked():
-    chain = GaussianChain(Flow(2), ExplorationConfig(noise_scale=0.3, correlation=0.8), horizon=4)
-    noise = torch.randn(40_000, 4, 1, generator=generator())
-    states, means = chain.sample(lambda noisy, time: torch.zeros_like(noisy), noise, generator(1))
-    added = (states[:, -1:] - means)[:, 0, :, 0]
-    measured = torch.corrcoef(added.T)
-    np.testing.assert_allclose(measured[0], [1, 0.8, 0.64, 0.512], atol=0.02)
-    np.testing.assert_allclose(added.std(0), 0.3, rtol=0.02)
 
 
 @pytest.mark.parametrize("scheduler", ["flow", "ddim"])
@@ -124,7 +93,7 @@ def test_gradient_of_the_log_prob_points_to_the_sampled_chunk():
 
 def test_chunks_stay_as_noisy_as_in_training():
     """With a perfect denoiser of one clean chunk, a state at a level has exactly the noise of that level."""
-    chain = GaussianChain(Flow(4), every_step(0.3, correlation=0.6), horizon=4)
+    chain = GaussianChain(Flow(4), ExplorationConfig(noise_scale=0.3))
     target = torch.full((4, 3), 0.7)
     noise = torch.randn(20_000, 4, 3, generator=generator())
     states, _ = chain.sample(lambda noisy, time: target.expand_as(noisy), noise, generator(1))
@@ -156,9 +125,8 @@ def test_what_has_no_chain_is_refused():
         make_policy(scheduler="ddpm")[0].process.levels()
     with pytest.raises(ConfigError, match=r"inference_steps is 7.*divisor of train_timesteps \(100\)"):
         make_policy(scheduler="ddim", inference_steps=7)[0].process.levels()
-    for wrong in ({"noise_scale": 0.0}, {"stochastic_steps": 0}, {"correlation": 1.0}):
-        with pytest.raises(ValueError, match=next(iter(wrong))):
-            ExplorationConfig(**wrong)
+    with pytest.raises(ValueError, match="noise_scale is 0"):
+        ExplorationConfig(noise_scale=0)
     with pytest.raises(ConfigError, match="inference_steps is 0"):
         make_policy()[0].set_inference_steps(0)
 
