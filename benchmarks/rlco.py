@@ -21,7 +21,6 @@ import argparse
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any
 
 from cotraining_study import (
     FIRST_EPISODE,
@@ -162,15 +161,13 @@ def summarize(profile: Profile, output: Path, label: str) -> None:
             for name in (*IMITATIONS, *BETAS):
                 done = {seed: folder for seed, folder in folders.items() if read_results(folder / name)}
                 found[name] = read_outcomes({seed: evaluation_of(name, one, world) for seed, one in done.items()})
-                if found[name]:
-                    further: dict[str, Any] = {"world": world}
-                    arms.append(arm(f"{task}, {world}: {name}", found[name], found[BASELINE], **further))
                 if world == "real":
                     seconds += sum(read_results(folder / name)["seconds"] for folder in done.values())
-            if found[OURS] and found[BASELINE]:
-                versus = compare(found[OURS], found[BASELINE])
-                if world == "real":
-                    comparisons[task] = versus
+            for name, outcomes in found.items():
+                if outcomes:
+                    arms.append(arm(f"{task}, {world}: {name}", outcomes, found[BASELINE], world=world))
+            if found[OURS] and found[BASELINE] and world == "real":
+                comparisons[task] = compare(found[OURS], found[BASELINE])
             if found[OURS] and found["beta_0"]:
                 versus = compare(found[OURS], found["beta_0"])
                 low, high = versus["interval"]
