@@ -1,4 +1,4 @@
-"""Improve a policy by reinforcement: inside a learned world model (WoVR), or in simulation beside reality (RL-Co)."""
+"""Improve a policy by reinforcement: inside a learned world model (WoVR), or in simulation beside reality."""
 
 from __future__ import annotations
 
