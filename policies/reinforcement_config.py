@@ -93,8 +93,9 @@ class ReinforcementConfig:
     """Settings of GRPO."""
     ppo: PPOConfig = field(default_factory=PPOConfig)
     """Settings of PPO."""
-    rollouts: int = 128
-    """Rollouts per iteration (with GRPO a multiple of the group size)."""
+    rollouts: int = 256
+    """Rollouts per iteration (with GRPO a multiple of the group size). Success or failure of a whole rollout says
+    little about each of its chunks, so few of them give a gradient that is mostly noise."""
     max_chunks: int | None = None
     """Chunks after which a rollout is cut off; None leaves the end to the environment."""
     denoising_steps: int = 4
