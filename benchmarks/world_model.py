@@ -205,9 +205,9 @@ def main() -> None:
     notes = [
         f"{options.profile} profile on {device}, {model_config.dynamics.kind} dynamics, "
         f"{result.parameters / 1e6:.2f} M parameters, trained for {result.seconds:.0f} s on {profile.episodes} "
-        f"episodes of {TASK} (disturbed expert), two 64-pixel cameras, batch {profile.batch}. Positions: mean error over all "
-        "imagined frames to the end of the episode, read by a probe whose own error is the floor; "
-        f"{found['episodes']['judged']} fresh episodes. One training seed.",
+        f"episodes of {TASK} (disturbed expert), two 64-pixel cameras, batch {profile.batch}.",
+        "Positions: mean error over all imagined frames to the end of the episode, read by a probe whose own error is "
+        f"the floor; {found['episodes']['judged']} fresh episodes. One training seed.",
         *found["warnings"],
     ]
     path = write_benchmark(

@@ -246,6 +246,10 @@ def load_policy(
         if not isinstance(name, str):
             raise CheckpointError(f"{folder / CONFIG}: key 'type' is missing; it names the kind of policy")
         policy_type = policy_class(name) if kind is None else kind
+        if kind is not None and name != (wanted := _type_name(kind)):
+            raise CheckpointError(
+                f"{folder} holds a '{name}', and a '{wanted}' is needed here; give the run of another"
+            )
         config = build_config(policy_type.config_type, content, source=str(folder / CONFIG))
         embodiment = Embodiment.from_dict(read_json(folder / EMBODIMENT))
         training = read_json(folder / TRAINING)
@@ -258,6 +262,10 @@ def load_policy(
         policy=policy, embodiment=embodiment, task=training.get("task") or {}, config=config, training=training,
         folder=folder,
     )  # fmt: skip
+
+
+def _type_name(kind: type[Policy]) -> str:
+    return next(str(field.default) for field in dataclasses.fields(kind.config_type) if field.name == "type")
 
 
 def read_json(path: Path) -> dict[str, Any]:

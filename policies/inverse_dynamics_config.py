@@ -40,9 +40,9 @@ class InverseDynamicsConfig(PolicyConfig):
     """Hidden layers of the perceptron."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not self.image_keys:
             raise ValueError("image_keys is empty; an inverse-dynamics model sees nothing but images")
+        super().__post_init__()
         if self.pair_hz <= 0 or (self.lag_steps is not None and self.lag_steps < 0):
             raise ValueError("pair_hz must be positive and lag_steps not negative")
         if self.hidden < 1 or self.layers < 1:

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_world import make_world_data
 
 from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.recorder import Recorder, memory_takes
 from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.envs import make_vector_env, rollout
 from simtoreal.envs.errors import CheckpointError, ConfigError, DatasetError
 from simtoreal.evaluation.bootstrap import explained_variance
 from simtoreal.policies.checkpoint import load_policy
@@ -31,18 +32,45 @@ from simtoreal.policies.trainer import train
 from simtoreal.policies.training_data import open_training_data
 
 torch.set_num_threads(1)
-VISION = VisionConfig(widths=(16, 32), output_stride=2, keypoints=16, features=64)
+VISION = VisionConfig(widths=(16, 32), keypoints=8, features=32)
 PLAIN = AugmentationConfig(shift_px=0, brightness=0, contrast=0, colour=0)
-CONFIG = InverseDynamicsConfig(vision=VISION, augmentation=PLAIN, hidden=96)
+CONFIG = InverseDynamicsConfig(vision=VISION, augmentation=PLAIN, hidden=64)
 SCHEDULE = TrainerConfig(
-    steps=200, batch_size=32, warmup_steps=10, learning_rate=2e-3, precision="fp32", validate_every=1000
+    steps=400, batch_size=32, warmup_steps=10, learning_rate=4e-3, precision="fp32", validate_every=1000
 )
 MOMENT = dataclasses.replace(SCHEDULE, steps=4, batch_size=4, warmup_steps=1, checkpoint_every=2)
 
 
+class Wanderer:
+    """Moves at random, a third of a second in one direction: nothing but the motion tells the action."""
+
+    observation_steps, execute_steps, ensembling = 1, 6, None
+
+    def __init__(self) -> None:
+        self.generators: dict[int, np.random.Generator] = {}
+
+    def reset(self, slots, seeds):
+        for slot, seed in zip(slots, seeds, strict=True):
+            self.generators[int(slot)] = np.random.default_rng(seed)
+
+    def act(self, observation, instructions, slots):
+        drawn = np.stack([self.generators[int(slot)].uniform(-1, 1, 7) for slot in slots]).astype(np.float32)
+        drawn[:, 3:6] = 0
+        return np.repeat(drawn[:, None], 6, axis=1)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return make_world_data(tmp_path_factory.mktemp("idm") / "data", episodes=20)
+    path = tmp_path_factory.mktemp("idm") / "data"
+    env = make_vector_env("reach", 60, image_size=16)
+    with DatasetWriter(path, env.embodiment, {env.task.name: env.task.to_dict()}) as writer:
+        recorder = Recorder(
+            memory_takes(writer), task=env.task.name, embodiment=env.embodiment, source="expert", operator="wanderer",
+            keep=lambda result: True,
+        )  # fmt: skip
+        rollout(env, Wanderer(), range(60), listeners=[recorder])
+    env.close()
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -59,15 +87,16 @@ def test_it_reads_the_motion_from_real_pictures(folder, run):
     for name, pairs in (("train", data.train), ("valid", data.valid)):
         scores = explained_variance(predict_windows(model, pairs), pairs.actions, pairs.episode_of_window)
         found[name] = dict(zip(data.embodiment.action.names, scores, strict=True))
-    # Two held-out episodes at 16 pixels; what moves across the picture is read best.
-    assert np.mean([found["valid"][axis]["r2"] for axis in ("dx", "dy")]) > 0.35
-    assert np.mean([found["train"][axis]["r2"] for axis in ("dx", "dy", "dz")]) > 0.5
-    # Pictures that do not belong together tell nothing: it looks at the motion, and not at what usually happens.
-    order = np.random.default_rng(0).permutation(len(data.train))
-    pairs = data.train
-    pairs.frames[:, 1] = pairs.frames[order, 1]
+    # After seconds of training at 16 pixels; a model that learned nothing is at 0.
+    known = ("dx", "dz", "gripper")
+    read = np.mean([found["valid"][name]["r2"] for name in known])
+    assert read > 0.2, found
+    # Frames in the wrong order show the opposite.
+    pairs = data.valid
+    pairs.frames = pairs.frames[:, ::-1].copy()
     scores = explained_variance(predict_windows(model, pairs), pairs.actions, pairs.episode_of_window)
-    assert np.mean([score["r2"] for score in scores[:2]]) < 0
+    backwards = dict(zip(data.embodiment.action.names, scores, strict=True))
+    assert np.mean([backwards[name]["r2"] for name in known]) < read - 0.2
 
 
 def test_pairs_stay_inside_their_episode_and_take_the_lagged_actions():
@@ -165,5 +194,5 @@ def test_data_that_do_not_suit(folder, tmp_path):
     with DatasetWriter(tmp_path / "moved", source.embodiment, source.tasks) as writer:
         for episode in source.episodes[:3]:
             writer.add(source.read(episode), dataclasses.replace(episode, extra={"motion": {}}))
-    with pytest.raises(DatasetError, match=r"3 episodes of .* MOVE"):
+    with pytest.raises(DatasetError, match=r"3 episodes of .*MOVE"):
         open_frame_pairs([tmp_path / "moved"], CONFIG)

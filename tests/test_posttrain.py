@@ -176,7 +176,8 @@ def test_grpo_raises_the_reward(kind, runs, data, inverse, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert result.steps == len(lines) == 40
     rewards = np.array([line["reward"] for line in lines])
-    assert rewards[-8:].mean() > rewards[:8].mean() + 0.02
+    # Every one of the last steps, on other contexts, is better than every one of the first.
+    assert rewards[-8:].min() > rewards[:8].max()
     # The first update begins with a ratio of 1.
     assert lines[0]["clip_fraction"] < 0.3
     assert all(line["differing"] == 1.0 for line in lines)

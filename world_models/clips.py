@@ -89,6 +89,17 @@ def _probability(model: WorldModel, images: np.ndarray, proprio: np.ndarray) -> 
         return model.success_probability(latents, vectors).float().cpu().numpy()
 
 
+@torch.inference_mode()
+def reconstruct(model: WorldModel, images: np.ndarray) -> np.ndarray:
+    """Return pictures ``(M, V, H, W, 3)`` as the tokenizer gives them back: what imagination cannot do better."""
+    with _autocast(model):
+        parts = [
+            model.decode(model.encode(torch.from_numpy(images[part]).to(model.device))).cpu().numpy()
+            for part in np.array_split(np.arange(len(images)), -(-len(images) // FRAMES))
+        ]
+    return np.concatenate(parts)
+
+
 def _autocast(model: WorldModel) -> torch.autocast:
     enabled = choose_precision("auto", model.device) == "bf16"
     return torch.autocast(model.device.type, torch.bfloat16, enabled=enabled)

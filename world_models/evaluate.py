@@ -7,6 +7,7 @@ videos: the probe's error, the judge's reading of actions, the rate of false ala
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from simtoreal.policies.inverse_dynamics import InverseDynamics, load_inverse_dy
 from simtoreal.world_models import measure
 from simtoreal.world_models.action_following import action_following, require_judge, train_judge
 from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model
-from simtoreal.world_models.clips import Clips, altered_actions, imagine_clips, real_clips
+from simtoreal.world_models.clips import Clips, altered_actions, imagine_clips, real_clips, reconstruct
 from simtoreal.world_models.policy_evaluation import evaluate_policies
 from simtoreal.world_models.positions import (
     PositionProbe,
@@ -231,6 +232,7 @@ def judge_videos(
         swapped: videos of the same first frames under the actions of other episodes.
     """
     positions, probe = judges.positions, judges.probe
+    again = dataclasses.replace(real, images=reconstruct(loaded.model, real.images))
     results: dict[str, Any] = {
         "episodes": {
             "judged": len(real.episodes), "successes": int(data.success[real.episodes].sum()),
@@ -238,6 +240,7 @@ def judge_videos(
         },
         "notes": list(positions.notes),
         "psnr_db": measure.against_horizon(real, measure.psnr_db(real.images, imagined.images)),
+        "psnr_reconstructed_db": measure.against_horizon(real, measure.psnr_db(real.images, again.images)),
         "proprio_tcp_m": measure.proprio_error(tcp_columns(data.embodiment), real, imagined),
         "perceptual": None, "positions": None, "violations": None,
     }  # fmt: skip
@@ -245,7 +248,8 @@ def judge_videos(
         distance = perceptual_distance(probe, real.images, imagined.images)
         results["perceptual"] = measure.against_horizon(real, distance)
         seen = decode_positions(probe, real), decode_positions(probe, imagined)
-        results["positions"] = measure.displacement(positions, real, imagined, *seen)
+        names = {"imagined": seen[1], "reconstructed": decode_positions(probe, again), "floor": seen[0]}
+        results["positions"] = measure.displacement(positions, real, names)
         results["violations"] = _physics(loaded, data, judges, learned, results, real, imagined, seen)
     videos = {"imagined": imagined} | ({"swapped": swapped} if swapped is not None else {})
     results["actions"] = action_following(judges.actions, real, videos)

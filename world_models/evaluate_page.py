@@ -105,9 +105,9 @@ def position_rows(results: Mapping[str, Any]) -> list[list[str]]:
     for name, entry in (results["positions"] or {}).items():
         for suffix, text in (("", ""), ("_moved", ", episodes in which it moves")):
             if entry.get(f"imagined{suffix}"):
-                imagined, floor = entry[f"imagined{suffix}"], entry[f"floor{suffix}"]
-                cells = [number(one, 1000, unit="mm") for one in (imagined, floor)]
-                rows.append([f"{name}{text}", *cells, str(imagined["n"])])
+                kinds = ("imagined", "reconstructed", "floor")
+                cells = [number(entry[f"{kind}{suffix}"], 1000, unit="mm") for kind in kinds]
+                rows.append([f"{name}{text}", *cells, str(entry[f"imagined{suffix}"]["n"])])
     return rows
 
 

@@ -64,7 +64,11 @@ def validity_plot(policies: Mapping[str, Any]) -> Figure:
 
 def all_plots(results: Mapping[str, Any]) -> dict[str, Figure]:
     """Return file name (without ``.png``) -> figure of everything that was measured."""
-    found = {"psnr": horizon_plot({"imagined": results["psnr_db"]["curve"]}, "PSNR [dB]")}
+    curves = {
+        "imagined": results["psnr_db"]["curve"],
+        "real frames, through the tokenizer": results["psnr_reconstructed_db"]["curve"],
+    }
+    found = {"psnr": horizon_plot(curves, "PSNR [dB]")}
     if results["perceptual"]:
         found["perceptual"] = horizon_plot({"imagined": results["perceptual"]["curve"]}, "perceptual distance")
     if results["proprio_tcp_m"]:
@@ -74,6 +78,7 @@ def all_plots(results: Mapping[str, Any]) -> dict[str, Figure]:
         moved = "_moved" if entry.get("imagined_moved") else ""
         curves = {
             "imagined": entry[f"imagined{moved}"]["curve"],
+            "real frames, through the tokenizer": entry[f"reconstructed{moved}"]["curve"],
             "real frames (floor of the probe)": entry[f"floor{moved}"]["curve"],
         }
         what = f"{name} error, episodes in which it moves [mm]" if moved else f"{name} error [mm]"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from simtoreal.evaluation.bootstrap import curve_with_interval, mean_with_interv
 from simtoreal.evaluation.statistics import posterior_interval
 from simtoreal.world_models.classifier import shows_success
 from simtoreal.world_models.clips import Clips
-from simtoreal.world_models.positions import Positions
+from simtoreal.world_models.positions import TCP, Positions
 from simtoreal.world_models.video_data import VideoData
 from simtoreal.world_models.violations import ObjectEvidence, find_violations
 
@@ -46,39 +47,39 @@ def psnr_db(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     return np.minimum(-10 * np.log10(np.maximum(ratio, 1e-12)), LARGEST_PSNR_DB)
 
 
-def displacement(
-    positions: Positions, real: Clips, imagined: Clips, seen_real: np.ndarray, seen_imagined: np.ndarray
-) -> dict[str, Any]:
+def displacement(positions: Positions, real: Clips, seen: Mapping[str, np.ndarray]) -> dict[str, Any]:
     """Return position errors against simulator truth, in metres.
 
     Args:
         positions: truth.
-        real, imagined: videos of the same episodes.
-        seen_real, seen_imagined: ``(M, K, 3)`` what the probe sees in them.
+        real: real videos.
+        seen: name -> ``(M, K, 3)`` what the probe sees in videos of the same episodes, e.g. ``imagined``, and ``floor``
+            in the real ones.
 
     Returns:
-        Name -> ``imagined`` and ``floor`` (the probe on real frames), both :func:`against_horizon`, and for objects
-        ``imagined_moved`` and ``floor_moved``: of the episodes in which the object really moved, and their number.
+        Thing -> every name of ``seen``, as :func:`against_horizon`, and for objects ``<name>_moved``: of the episodes
+        in which the object really moved (None without any), and ``moved_episodes``, their number.
     """
     found = {}
     truth = positions.values[real.frames]
-    for column, name in enumerate(positions.names):
-        errors = {
-            "imagined": np.linalg.norm(seen_imagined[:, column] - truth[:, column], axis=-1),
-            "floor": np.linalg.norm(seen_real[:, column] - truth[:, column], axis=-1),
-        }
-        entry = {key: against_horizon(real, values) for key, values in errors.items()}
-        if column or name != "tcp":
-            travelled = np.linalg.norm(truth[:, column] - truth[real.starts[real.episode], column], axis=-1)
-            took_part = np.nanmax(real.table(travelled), 1) > MOVED_M
+    for column, thing in enumerate(positions.names):
+        errors = {name: np.linalg.norm(values[:, column] - truth[:, column], axis=-1) for name, values in seen.items()}
+        entry = {name: against_horizon(real, values) for name, values in errors.items()}
+        if thing != TCP:
+            took_part = moved_episodes(real, truth[:, column])
             entry["moved_episodes"] = int(took_part.sum())
             inside = took_part[real.episode]
-            for key, values in errors.items():
-                entry[f"{key}_moved"] = (
-                    against_horizon(real, np.where(inside, values, np.nan)) if inside.any() else None
-                )
-        found[name] = entry
+            for name, values in errors.items():
+                moved = against_horizon(real, np.where(inside, values, np.nan)) if inside.any() else None
+                entry[f"{name}_moved"] = moved
+        found[thing] = entry
     return found
+
+
+def moved_episodes(clips: Clips, place: np.ndarray) -> np.ndarray:
+    """Return ``(E,)`` bool: what is at ``place`` ``(M, 3)`` really moved."""
+    travelled = np.linalg.norm(place - place[clips.starts[clips.episode]], axis=-1)
+    return np.nanmax(clips.table(travelled), 1) > MOVED_M
 
 
 def proprio_error(columns: list[int], real: Clips, imagined: Clips) -> dict[str, Any] | None:

@@ -43,8 +43,7 @@ def score_clips(real: Clips, videos: Clips, judges: Judges, rewards: dict[str, I
         seen, truth = decode_positions(judges.probe, videos), judges.positions.values[real.frames]
         for column, name in enumerate(judges.positions.names):
             error = np.linalg.norm(seen[:, column] - truth[:, column], axis=-1)
-            travelled = np.linalg.norm(truth[:, column] - truth[real.starts[real.episode], column], axis=-1)
-            moved = np.nanmax(real.table(travelled), 1) > measure.MOVED_M
+            moved = measure.moved_episodes(real, truth[:, column])
             # An object that stays where it is says nothing about obedience.
             found[f"{name}_error_m"] = np.where(moved, _per_episode(real, error), np.nan)
     return found
