@@ -2,7 +2,7 @@
 
     python benchmarks/rlir.py                     # --profile cpu: under an hour on two cores; resumable
     python benchmarks/rlir.py --profile gpu       # one GPU
-    python benchmarks/rlir.py --profile smoke     # a minute: everything runs, nothing is learned, nothing stored
+    python benchmarks/rlir.py --profile smoke     # minutes: everything runs, nothing is learned, nothing stored
 
 A world model that was trained too little is trained on in three ways with the same number of frame passes: with inverse
 rewards (rlir), with more of its own training (sft), and with the error of the inverse-dynamics model as a loss
@@ -39,8 +39,8 @@ from simtoreal.world_models.video_data import open_video_data
 METHODS = ("rlir", "sft", "sft_idm")
 # Apart from all seeds that anything was chosen on.
 MODEL_SEED, INVERSE_SEED, JUDGED_SEED = 2_400_000, 2_500_000, 2_600_000
-# Measure -> factor that makes more of it better.
-MEASURES = {"training_reward": 1, "held_out_reward": 1, "tcp_error_m": -1, "cube_error_m": -1}
+# More reward is better, and less error.
+MEASURES = ("training_reward", "held_out_reward", "psnr_db", "tcp_error_m", "cube_error_m")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

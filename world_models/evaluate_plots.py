@@ -16,12 +16,13 @@ if TYPE_CHECKING:
 FEWEST_EPISODES = 2
 
 
-def horizon_plot(curves: Mapping[str, Mapping[str, Any]], unit: str, *, scale: float = 1.0) -> Figure:
+def horizon_plot(curves: Mapping[str, Mapping[str, Any]], unit: str, *, title: str = "", scale: float = 1.0) -> Figure:
     """Lines with 95 % bands against control steps ahead.
 
     Args:
         curves: label -> curve, see :func:`~simtoreal.evaluation.bootstrap.curve_with_interval`.
         unit: of the vertical axis, after multiplication by ``scale``.
+        title: above the plot.
     """
     figure, (ax,) = new_figure(6.4, 3.0)
     for index, (label, curve) in enumerate(curves.items()):
@@ -36,6 +37,7 @@ def horizon_plot(curves: Mapping[str, Mapping[str, Any]], unit: str, *, scale: f
         ax.fill_between(steps, low, high, color=color, alpha=0.18, linewidth=0)
     ax.set_xlabel("control steps ahead", fontsize=9, color=TEXT_COLOR)
     ax.set_ylabel(unit, fontsize=9, color=TEXT_COLOR)
+    ax.set_title(title, fontsize=10, color=TEXT_COLOR)
     if len(curves) > 1:
         ax.legend(fontsize=8, frameon=False)
     return figure
@@ -81,8 +83,8 @@ def all_plots(results: Mapping[str, Any]) -> dict[str, Figure]:
             "real frames, through the tokenizer": entry[f"reconstructed{moved}"]["curve"],
             "real frames (floor of the probe)": entry[f"floor{moved}"]["curve"],
         }
-        what = f"{name} error, episodes in which it moves [mm]" if moved else f"{name} error [mm]"
-        found[f"position_{name}"] = horizon_plot(curves, what, scale=1000)
+        title = f"{name}, in episodes in which it moves" if moved else name
+        found[f"position_{name}"] = horizon_plot(curves, "error [mm]", title=title, scale=1000)
     if results.get("policies"):
         found["policies"] = validity_plot(results["policies"])
     return found

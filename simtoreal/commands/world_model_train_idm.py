@@ -1,4 +1,4 @@
-"""Train an inverse-dynamics model: which action lies between two pictures?"""
+"""Train an inverse-dynamics model, which tells the action that lies between two pictures."""
 
 from __future__ import annotations
 
