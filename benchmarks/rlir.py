@@ -67,7 +67,7 @@ class Profile:
 PROFILES = {
     "cpu": Profile(
         preset="cpu", under_trained=0.3, episodes=(200, 150, 60), inverse_steps=1500, judge_steps=1000, seeds=(0, 1, 2),
-        posttrain=PosttrainConfig(frame_passes=600_000, noise_scale=0.1),
+        posttrain=PosttrainConfig(frame_passes=200_000),
     ),
     "gpu": Profile(
         preset="gpu", under_trained=0.2, episodes=(1000, 500, 100), inverse_steps=4000, judge_steps=3000,

@@ -36,7 +36,8 @@ class FrameWindows:
         """Return samples as a window batch (see :meth:`simtoreal.policies.base.Policy.loss`) with one action."""
         frames = self.frames[indices]
         return {
-            "observation": {key: images.take(frames, axis=0) for key, images in self.observations.items()},
+            # Not ``take``: that would first copy all images of a camera that is a view of several.
+            "observation": {key: images[frames] for key, images in self.observations.items()},
             "actions": self.actions[indices][:, None],
             "action_mask": np.ones((len(indices), 1), dtype=bool),
             "instruction": [""] * len(indices),

@@ -34,7 +34,7 @@ from simtoreal.world_models.video_data import VideoData
 
 # Apart from what anybody would choose for the model that gives the reward.
 JUDGE_SEED = 7919
-JUDGE_VISION = VisionConfig(widths=(24, 48, 96), keypoints=24, features=96)
+JUDGE_VISION = VisionConfig(widths=(24, 48, 96), output_stride=8, keypoints=24, features=96)
 JUDGE_HIDDEN = 192
 # Dimensions of which the judge reads less than this from real videos say nothing about imagined ones.
 READABLE = 0.3
@@ -84,7 +84,7 @@ def train_judge(
         statistics={ACTIONS: fit_statistics(pairs.actions, data.embodiment.action.names, ACTIONS)},
         source=data.names[0], seeds=data.seeds,
     )  # fmt: skip
-    schedule = TrainerConfig(steps=steps, warmup_steps=min(50, steps), batch_size=64, seed=seed, checkpoint_every=steps)
+    schedule = TrainerConfig(steps=steps, warmup_steps=min(50, steps), batch_size=32, seed=seed, checkpoint_every=500)
     train(config, schedule, training, output, kind=InverseDynamics, resume=True, device=device, progress=progress)
     return load_inverse_dynamics(output, device or ("cuda" if torch.cuda.is_available() else "cpu"))[0]
 

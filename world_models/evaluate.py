@@ -147,7 +147,7 @@ def evaluate_world_model(
     policies: Sequence[Path] = (),
     judge: Path | None = None,
     episodes: int = 32,
-    judge_steps: int = 800,
+    judge_steps: int = 1500,
     conditions: int = 100,
     first_seed: int = FIRST_SEED,
     task: str | None = None,

@@ -201,7 +201,7 @@ def train_probe(
         seeds=data.seeds,
     )  # fmt: skip
     config = TrainerConfig(
-        steps=steps, warmup_steps=min(50, steps), batch_size=64, learning_rate=2e-3, seed=seed, checkpoint_every=steps
+        steps=steps, warmup_steps=min(50, steps), batch_size=32, learning_rate=2e-3, seed=seed, checkpoint_every=500
     )
     probe = ProbeConfig(image_keys=tuple(data.embodiment.image_keys))
     train(probe, config, training, output, kind=PositionProbe, resume=True, device=device, progress=progress)

@@ -39,7 +39,7 @@ class PosttrainConfig:
     """Weight of the error of the inverse-dynamics model (``sft_idm``), in units of its squared error on real videos."""
     batch_size: int = 24
     """Windows of real videos per step (``sft``, ``sft_idm``)."""
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     """Of AdamW, after a warm-up of 20 steps."""
     epochs: int = 2
     """Passes over the videos of a step (``rlir``)."""

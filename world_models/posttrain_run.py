@@ -36,7 +36,7 @@ def run_posttraining(
     config: PosttrainConfig,
     *,
     judge: Path | None = None,
-    judge_steps: int = 800,
+    judge_steps: int = 1500,
     judges_folder: Path | None = None,
     episodes: int = 32,
     resume: bool = False,

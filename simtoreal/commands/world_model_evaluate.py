@@ -28,7 +28,7 @@ class Config:
     Default: one is trained on the real episodes that are not judged."""
     episodes: int = 32
     """Episodes to judge, at most."""
-    judge_steps: int = 800
+    judge_steps: int = 1500
     """Optimiser steps of the probe that sees positions, and of the judge that reads actions."""
     conditions: int = 100
     """Initial conditions for the policies."""

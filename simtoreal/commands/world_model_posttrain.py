@@ -27,7 +27,7 @@ class Config:
     judge: Path | None = None
     """Inverse-dynamics model that judges, another one than --idm; default: one with another seed and other sizes is
     trained."""
-    judge_steps: int = 800
+    judge_steps: int = 1500
     """Optimiser steps of the probe that sees positions, and of the judge."""
     judges: Path | None = None
     """Folder that keeps probe and judge, so that runs that are compared share them; default: in --output."""
