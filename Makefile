@@ -44,10 +44,11 @@ demo: $(READY)
 	@$(BIN)/simtoreal demo
 
 ## make test       run the test suite
-# Tests against live robot processes need the cores for themselves, so they run one by one after the others.
+# Three workers, as some of them wait; files stay together, and with them what their tests share. Tests that need the
+# cores for themselves, against live robot processes, run one by one after the others.
 test: $(READY)
 	@status=0; \
-	$(BIN)/python -m pytest -n 2 -m "not realtime" || status=$$?; \
+	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not realtime" || status=$$?; \
 	$(BIN)/python -m pytest -m realtime || status=$$?; \
 	exit $$status
 

@@ -58,3 +58,10 @@ def short_training(**changes: object) -> WorldModelTrainerConfig:
         "checkpoint_every": 1000,
     }
     return WorldModelTrainerConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+# For tests that need a model of the right shape, whatever it imagines.
+MOMENT = short_training(
+    tokenizer=StageConfig(steps=30, batch_size=8), dynamics=StageConfig(steps=10, batch_size=4),
+    classifier=StageConfig(steps=5, batch_size=8),
+)  # fmt: skip

@@ -142,15 +142,14 @@ def _demo(output: Path) -> subprocess.Popen[str]:
 
 def _stop_in_stage(demo: subprocess.Popen[str], marker: Path) -> str:
     """Press Ctrl-C as soon as a stage has begun; return what was printed."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not marker.exists() and demo.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(demo.pid, signal.SIGINT)
     return demo.communicate(timeout=60)[0]
 
 
-@pytest.mark.realtime
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_demo_interrupted_and_continued_is_complete(tmp_path: Path) -> None:
     output = tmp_path / "demo"
     demo = _demo(output)
@@ -158,7 +157,7 @@ def test_demo_interrupted_and_continued_is_complete(tmp_path: Path) -> None:
     assert demo.returncode == 130, printed
     assert not (output / "results.json").exists()
     demo = _demo(output)
-    printed = demo.communicate(timeout=280)[0]
+    printed = demo.communicate(timeout=600)[0]
     assert demo.returncode == 0, printed
     assert "demonstrations already done" in printed
     results = json.loads((output / "results.json").read_text())
@@ -166,7 +165,7 @@ def test_demo_interrupted_and_continued_is_complete(tmp_path: Path) -> None:
     assert results["collect"]["episodes_per_s"] > 0
     assert results["train"]["parameters"] > 100_000
     assert results["train"]["seconds"] > 0
-    for key, n in (("sim", 8), ("baseline", 8), ("robot", 2)):
+    for key, n in (("sim", 4), ("baseline", 4), ("robot", 1)):
         low, high = results[key]["interval"]
         assert results[key]["n"] == n
         assert low <= results[key]["success_rate"] <= high

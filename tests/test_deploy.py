@@ -27,8 +27,6 @@ from simtoreal.robot.gate_messages import GateStatus
 from simtoreal.robot.inference import InferenceProcess
 from simtoreal.robot.topics import load_robot_config, start_ros
 
-pytestmark = pytest.mark.realtime
-
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -80,6 +78,7 @@ def children(pid: int) -> list[int]:
     return found
 
 
+@pytest.mark.realtime
 def test_the_expert_solves_a_task_on_the_twin(tmp_path: Path) -> None:
     config = Config(output=tmp_path / "run", actor="expert", task="reach", gap="none", episodes=2, videos=1)
     main(config)
@@ -97,6 +96,7 @@ def test_the_expert_solves_a_task_on_the_twin(tmp_path: Path) -> None:
     assert (config.output / "results.json").read_bytes() == before
 
 
+@pytest.mark.realtime
 def test_a_policy_runs_beside_the_control_loop(tmp_path: Path, checkpoint: Path) -> None:
     config = Config(output=tmp_path / "run", policy=checkpoint, episodes=1, record=False, videos=0)
     main(config)
@@ -234,6 +234,7 @@ def test_a_robot_is_on_the_graph_of_the_environment_and_a_twin_on_its_own(monkey
     assert graph("twin", ROS_DOMAIN_ID=own)[0] not in (own, None)
 
 
+@pytest.mark.realtime
 def test_a_robot_on_the_graph_needs_an_emergency_stop_and_a_judge(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +258,7 @@ def test_a_robot_on_the_graph_needs_an_emergency_stop_and_a_judge(
     assert (results["backend"], results["n"], results["successes"]) == ("robot", 1, 1)
 
 
+@pytest.mark.realtime
 def test_a_latched_stop_fails_its_episode_but_not_the_evaluation(tmp_path: Path) -> None:
     from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
     from rclpy.node import Node

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_world import FLOW, RESIDUAL, make_world_data, short_training
+from small_world import FLOW, MOMENT, RESIDUAL, make_world_data
 
 from simtoreal.cli import run as command_line
 from simtoreal.envs.errors import ConfigError, EmbodimentMismatchError
@@ -22,7 +22,6 @@ from simtoreal.policies.inverse_dynamics_data import open_frame_pairs
 from simtoreal.policies.trainer import train
 from simtoreal.world_models.checkpoint import load_world_model
 from simtoreal.world_models.clips import real_clips
-from simtoreal.world_models.config import StageConfig
 from simtoreal.world_models.inverse_reward import InverseReward
 from simtoreal.world_models.posttrain import posttrain
 from simtoreal.world_models.posttrain_config import PosttrainConfig
@@ -34,10 +33,6 @@ from simtoreal.world_models.trainer import train_world_model
 from simtoreal.world_models.video_data import open_video_data
 
 torch.set_num_threads(1)
-MOMENT = short_training(
-    tokenizer=StageConfig(steps=30, batch_size=8), dynamics=StageConfig(steps=10, batch_size=4),
-    classifier=StageConfig(steps=5, batch_size=8),
-)  # fmt: skip
 CHUNKS = dataclasses.replace(
     FLOW, dynamics=dataclasses.replace(FLOW.dynamics, chunk=4, sampling_steps=3, memory=2)
 )  # fmt: skip
@@ -170,14 +165,14 @@ def test_grpo_raises_the_reward(kind, runs, data, inverse, tmp_path):
     reward = Bright(make_reward(loaded, data, inverse))
     config = dataclasses.replace(
         SHORT, contexts=4, group_size=8, noise_scale=0.2, learning_rate=2e-3, kl_weight=0.0, checkpoint_every=1000,
-        log_every=1, epochs=2, frame_passes=40 * 4 * 8 * 4 * {"residual": 9, "flow": 27}[kind],
+        log_every=1, epochs=2, frame_passes=24 * 4 * 8 * 4 * {"residual": 9, "flow": 27}[kind],
     )  # fmt: skip
     result = posttrain(loaded, config, data, ~data.held_out, reward, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert result.steps == len(lines) == 40
+    assert result.steps == len(lines) == 24
     rewards = np.array([line["reward"] for line in lines])
     # Every one of the last steps, on other contexts, is better than every one of the first.
-    assert rewards[-8:].min() > rewards[:8].max()
+    assert rewards[-4:].min() > rewards[:4].max()
     # The first update begins with a ratio of 1.
     assert lines[0]["clip_fraction"] < 0.3
     assert all(line["differing"] == 1.0 for line in lines)

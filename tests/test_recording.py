@@ -573,14 +573,16 @@ def test_run_on_the_twin_becomes_its_dataset(tmp_path):
     assert (episode.seed, episode.success, episode.instruction) == (3, result.success, result.instruction)
     assert abs(episode.steps - result.steps) <= 1
     arrays = dataset.read(episode)
-    count = min(episode.steps, result.steps)
-    difference = np.abs(arrays["step/target"][:count, :3] - np.stack(targets)[:count, :3])
+    wished, stored = np.stack(targets)[:, :3], arrays["step/target"][:, :3]
+    # Ticks of the recording are its own, so that a busy machine may put a target into the tick beside its own one.
+    near = [np.abs(stored - wished[np.clip(np.arange(len(stored)) + k, 0, len(wished) - 1)]) for k in (-1, 0, 1)]
+    difference = np.min([one.max(axis=-1) for one in near], axis=0)
     # The gate limits acceleration, so the pose that reached the robot trails the wish by millimetres at first.
     assert difference.mean() < 2e-3
     assert difference.max() < 1e-2
     # Every image that the runtime saw is in the dataset, within a tick of where it was seen.
-    stored = {image.tobytes() for image in arrays["obs/front_image"]}
-    assert np.mean([image.tobytes() in stored for image in images]) > 0.8
+    kept = {image.tobytes() for image in arrays["obs/front_image"]}
+    assert np.mean([image.tobytes() in kept for image in images]) > 0.8
 
 
 def test_recordings_are_never_overwritten(tmp_path):

@@ -274,8 +274,7 @@ with interruptible():
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("state", ["recording", "review"])
+@pytest.mark.parametrize(("state", "number"), [("recording", signal.SIGTERM), ("review", signal.SIGINT)])
 def test_a_signal_from_outside_stores_the_take(tmp_path: Path, state: str, number: int):
     folder = tmp_path / "data"
     code = CHILD.format(tests=str(Path(__file__).parent), folder=str(folder), state=state)

@@ -125,7 +125,7 @@ TRAINING = """
 
 
 def test_kill_at_any_moment_then_resume_gives_the_same_weights(tmp_path):
-    steps = 40
+    steps = 16
     config = toy.small_diffusion()
     data = toy.data(config, episodes=6)
     settings = toy.small_trainer(steps=steps, checkpoint_every=1)

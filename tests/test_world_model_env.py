@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from small_world import FLOW, RESIDUAL, make_world_data, short_training
+from small_world import FLOW, MOMENT, RESIDUAL, make_world_data
 
 from simtoreal.envs import rollout
 from simtoreal.envs.contract import check_robot_env
@@ -31,7 +31,7 @@ def data(tmp_path_factory) -> VideoData:
 @pytest.fixture(scope="module")
 def loaded(data, tmp_path_factory) -> LoadedWorldModel:
     run = tmp_path_factory.mktemp("run")
-    train_world_model(RESIDUAL, short_training(), data, run, device="cpu")
+    train_world_model(RESIDUAL, MOMENT, data, run, device="cpu")
     loaded = load_world_model(run)
     # A model this small sees success where there is none; when it does is none of the interface's business.
     loaded.model.classifier.threshold.fill_(2.0)

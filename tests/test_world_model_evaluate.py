@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
-from small_world import RESIDUAL, make_world_data, short_training
+from small_world import MOMENT, RESIDUAL, make_world_data
 
 from simtoreal.cli import run as command_line
 from simtoreal.data_collection.dataset import Dataset
@@ -30,7 +30,6 @@ from simtoreal.world_models import measure
 from simtoreal.world_models.action_following import train_judge
 from simtoreal.world_models.checkpoint import load_world_model
 from simtoreal.world_models.clips import altered_actions, imagine_clips, real_clips
-from simtoreal.world_models.config import StageConfig
 from simtoreal.world_models.evaluate import (
     Judges,
     choose_episodes,
@@ -46,10 +45,6 @@ from simtoreal.world_models.video_data import open_video_data
 from simtoreal.world_models.violations import find_violations, learn_evidence
 
 torch.set_num_threads(1)
-MOMENT = short_training(
-    tokenizer=StageConfig(steps=20, batch_size=8), dynamics=StageConfig(steps=10, batch_size=4),
-    classifier=StageConfig(steps=10, batch_size=8),
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -61,8 +61,8 @@ PROFILES = {
             "--trainer.validate-every",
             "20",
         ),
-        simulation_episodes=8,
-        robot_episodes=2,
+        simulation_episodes=4,
+        robot_episodes=1,
         simulation_flags=("--videos", "1", "--no-outside"),
     ),
     "cpu": Profile(
