@@ -47,6 +47,9 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
     info are described in docs/interface.md. The integer seed of a reset defines the initial condition
     completely, independently of the slot it runs in and of the other simulations.
 
+    Attributes:
+        images_wanted: see docs/interface.md; False saves the time of drawing what nobody looks at.
+
     Args:
         task: name, path or specification.
         num_envs: number of simulations.
@@ -96,6 +99,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
                 f"embodiment '{self.embodiment.name}' has action mode '{self.embodiment.action.mode}'; the simulation "
                 "takes 'ee_delta' (absolute targets are for robots behind ROS 2)"
             )
+        self.images_wanted = True
         self.observe, self.autoreset_mode, self.record_state = observe, autoreset_mode, record_state
         self.randomization = load_randomization(randomization)
         self.num_envs = num_envs
@@ -228,7 +232,8 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         terminated = (success | failed) & ~fault
         truncated = ((self._steps >= self.task.horizon) & ~terminated) | fault
         self._ended = terminated | truncated
-        drawn = np.flatnonzero(running | np.isin(np.arange(self.num_envs), restarted))
+        fresh = np.isin(np.arange(self.num_envs), restarted)
+        drawn = np.flatnonzero((running & (self.images_wanted | self._ended)) | fresh)
         info = self._info(scene, success)
         info["task_failed"] = failed
         return self._observe(drawn), (success & ~fault).astype(np.float64), terminated, truncated, info

@@ -59,7 +59,8 @@ class ChunkRollouts:
     A rollout ends with its first success, with termination or truncation, or after the largest number of chunks.
 
     Attributes:
-        observation: key -> ``(C, observation_steps, ...)``, images uint8; empty if only features were asked for.
+        observation: key -> ``(C, observation_steps, ...)``, images uint8, of which the policy's ``vision.image_steps``
+            newest are sure to be drawn; empty if only features were asked for.
         features: float32 ``(C, F)``; see :meth:`DenoisingPolicy.features`.
         instruction: one per decision.
         chain: float32 ``(C, K + 1, horizon, A)``.
@@ -154,6 +155,7 @@ def collect_rollouts(
             return collector.run()
     finally:
         policy.train(was_training)
+        env.unwrapped.images_wanted = True
 
 
 class _Collector:
@@ -170,6 +172,10 @@ class _Collector:
         self.env, self.policy, self.starts = env, policy, starts
         self.exploration, self.noise_seed = exploration, noise_seed
         self.max_chunks, self.keep = max_chunks, keep_observations
+        # Only what the next decision looks at has to be drawn.
+        vision = getattr(policy.config, "vision", None)
+        steps = vision.image_steps if vision else policy.config.observation_steps
+        self.images_read = steps if policy.config.image_keys else 0
         count, rollouts = env.num_envs, len(starts.seeds)
         self.next, self.control_steps = 0, 0
         self.rollout = np.full(count, -1)
@@ -250,6 +256,8 @@ class _Collector:
             active = self.running[slots]
             if not active.any():
                 break
+            left = self.policy.config.execute_steps - offset
+            self.env.unwrapped.images_wanted = left <= self.images_read
             decision["reward"][active] += self.step(slots[active], chunk[active, offset])
             decision["executed"][active] += 1
         decision["log_prob"] = executed_log_prob(sample.log_prob.cpu(), torch.from_numpy(decision["executed"]))

@@ -160,3 +160,29 @@ def test_environments_that_do_not_fit_are_refused(policy):
         Starts(seeds=(0, 1), groups=np.arange(2), options={"init": np.zeros((3, 4))})
     with pytest.raises(ConfigError, match="0 seeds"):
         Starts(seeds=(), groups=np.arange(0))
+
+
+def test_images_between_decisions_are_neither_drawn_nor_missed():
+    class Drawing(TabletopVectorEnv):
+        """Draws always, and counts."""
+
+        images_wanted = property(lambda self: True, lambda self, value: None)
+
+    class Saving(TabletopVectorEnv):
+        drawn = 0
+
+        def _draw(self, drawn):
+            Saving.drawn += len(drawn)
+            return super()._draw(drawn)
+
+    policy, found = point_policy(image_keys=("front_image", "wrist_image"), observation_steps=2), []
+    for kind in (Drawing, Saving):
+        env = kind("reach", 4, image_size=16, autoreset_mode=AutoresetMode.DISABLED)
+        found.append(collect(env, policy, Starts.repeated(range(4), 1), max_chunks=6, keep_observations=False))
+        assert env.images_wanted
+        env.close()
+    drawing, saving = found
+    for name in ("features", "log_prob", "chain", "last_features", "steps"):
+        assert torch.equal(getattr(drawing, name), getattr(saving, name)), name
+    # The first images, and one per decision.
+    assert Saving.drawn == 4 + len(saving.reward)

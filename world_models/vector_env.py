@@ -37,6 +37,9 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
     An episode whose imagination is no longer finite ends: ``truncated``, ``info["sim_fault"]``, and the last picture
     that was finite.
 
+    Attributes:
+        images_wanted: see docs/interface.md; pictures that nobody looks at are not decoded.
+
     Args:
         model: run folder, checkpoint folder or loaded model.
         num_envs: number of episodes imagined together.
@@ -86,6 +89,7 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
         self.consecutive = self.model.config.classifier.consecutive
         self.threshold = float(self.model.classifier.threshold)
         self._define_spaces()
+        self.images_wanted = True
         self._started = False
 
     def _define_spaces(self) -> None:
@@ -188,18 +192,25 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
         bounded = self.embodiment.action.mode != "env"
         actions = check_action(actions, (self.num_envs, self.embodiment.action.dim), bounded=bounded)
         slots = np.flatnonzero(~self._ended)
-        if len(slots):
-            self._advance(slots, actions[slots])
+        latents = self._advance(slots, actions[slots]) if len(slots) else None
         success = (self._hold >= self.consecutive) & (self._faults == "")
         fault = self._faults != ""
         terminated = success.copy()
         truncated = ((self._steps >= self.task.horizon) & ~terminated) | fault
         self._ended = terminated | truncated
+        seen = slots[(self._ended[slots] | self.images_wanted) & (self._faults[slots] == "")]
+        if len(seen):
+            self._images[seen] = self._decode(latents[torch.from_numpy(np.isin(slots, seen))])
         return self._observation(), success.astype(np.float64), terminated, truncated, self._info(success)
 
     @torch.inference_mode()
-    def _advance(self, slots: np.ndarray, actions: np.ndarray) -> None:
-        """Imagine the next frame of the episodes ``slots`` and look at it."""
+    def _decode(self, latents: torch.Tensor) -> np.ndarray:
+        with torch.autocast(**self._autocast):
+            return self.model.decode(latents).cpu().numpy()
+
+    @torch.inference_mode()
+    def _advance(self, slots: np.ndarray, actions: np.ndarray) -> torch.Tensor:
+        """Imagine the next frame of the episodes ``slots`` and judge it; return its latents, in the order of slots."""
         device, index = self.model.device, torch.from_numpy(slots)
         if self._targets.shape[1]:
             self._targets[slots] = integrate_action(self._targets[slots], actions, self.embodiment)
@@ -213,7 +224,6 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
             after, latents, proprio = self.model.imagine(before, commands, generators)
             finite = after.finite().cpu().numpy()
             probability = self.model.success_probability(latents[:, 0], proprio[:, 0]).float().cpu().numpy()
-            images = self.model.decode(latents[:, 0]).cpu().numpy()
         vectors = self.model.unscale_proprio(proprio[:, 0]).cpu().numpy()
         if finite.all():
             self._state = after if everyone else self._state.put(index, after)
@@ -222,10 +232,11 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
             self._state = self._state.put(index[good], after.rows(good))
             self._faults[slots[~finite]] = NOT_FINITE
         good_slots = slots[finite]
-        self._images[good_slots], self._proprio[good_slots] = images[finite], vectors[finite]
+        self._proprio[good_slots] = vectors[finite]
         self._probability[good_slots] = probability[finite]
         shown = self._probability[slots] >= self.threshold
         self._hold[slots] = np.where(shown, self._hold[slots] + 1, 0)
+        return latents[:, 0]
 
     def set_instruction(self, text: str, mask: np.ndarray | None = None) -> None:
         """Change the language instruction of the episodes where ``mask`` is true (default: all)."""
