@@ -94,6 +94,47 @@ def timing_plot(loops: Mapping[str, Mapping[str, Any]]) -> Figure:
     return figure
 
 
+def practice_plot(points: Sequence[Mapping[str, Any]], iterations: Sequence[Mapping[str, Any]]) -> Figure:
+    """Success of a co-training over its iterations: while learning, and measured in both worlds on equal conditions.
+
+    Args:
+        points: measurements with ``iteration`` and the rates of ``real`` and possibly ``imagined`` or ``simulation``.
+        iterations: metrics of every iteration: ``iteration`` and ``success``, or apart by where rollouts began
+            ``success_from_beginnings`` and ``success_from_keyframes``.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    figure, (ax,) = new_figure(7.2, 3.4)
+    parted = any("success_from_beginnings" in line for line in iterations)
+    while_learning = (
+        {"success_from_keyframes": "from key frames", "success_from_beginnings": "from first frames"}
+        if parted
+        else {"success": "all rollouts"}
+    )
+    for color, (key, label) in zip((COLORS[5], COLORS[4]), while_learning.items(), strict=False):
+        curve = [(line["iteration"], 100 * line[key]) for line in iterations if key in line]
+        if curve:
+            ax.plot(*np.array(curve).T, color=color, linewidth=1.2, label=f"while learning, {label}")
+    for color, key, style in ((COLORS[1], "imagined", "s"), (COLORS[1], "simulation", "s"), (COLORS[0], "real", "o-")):
+        # Both world models of a refresh are asked about the same iteration; what is real is told with each of them.
+        found = {(point["iteration"], tuple(point[key]["interval"])): point[key] for point in points if key in point}
+        if found:
+            steps = np.array([iteration for iteration, _ in found])
+            rates = 100 * np.array([rate["success_rate"] for rate in found.values()])
+            bounds = 100 * np.array([rate["interval"] for rate in found.values()])
+            label = key if key == "real" else f"{key}, same initial conditions"
+            ax.errorbar(
+                steps, rates, yerr=np.abs(bounds.T - rates), color=color, fmt=style, markersize=6, linewidth=1.6,
+                capsize=3, label=label,
+            )  # fmt: skip
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.set_ylim(-3, 103)
+    ax.set_xlabel("iteration of reinforcement", fontsize=9, color=TEXT_COLOR)
+    ax.set_ylabel("success [%], 95 % interval", fontsize=9, color=TEXT_COLOR)
+    ax.legend(fontsize=8, frameon=False, loc="best")
+    return figure
+
+
 def save_png(figure: Figure, path: Path) -> Path:
     """Write a figure as PNG, atomically."""
     with atomic_path(path) as temporary:

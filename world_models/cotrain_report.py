@@ -5,22 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
-
-from simtoreal.envs.figures import COLORS, TEXT_COLOR, new_figure
 from simtoreal.envs.files import write_json
 from simtoreal.envs.provenance import provenance
 from simtoreal.evaluation.compare import compare
-from simtoreal.evaluation.plots import save_png
+from simtoreal.evaluation.plots import practice_plot, save_png
 from simtoreal.evaluation.results import load_evaluation
 from simtoreal.policies.training_log import read_metrics
 from simtoreal.world_models.cotrain_measurement import Measurements
 from simtoreal.world_models.cotrain_stages import REAL, Stages
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 RESULTS, PLOT, POLICY = "results.json", "success.png", "policy"
 # Values of an iteration that the results keep; everything else is in metrics.jsonl of the run.
@@ -71,7 +65,7 @@ def write_report(
         "provenance": provenance([settings["seed"]]),
     }
     write_json(output / RESULTS, results)
-    save_png(success_plot(points, iterations), output / PLOT)
+    save_png(practice_plot(points, iterations), output / PLOT)
     _link(output / POLICY, policy)
     return results
 
@@ -84,46 +78,6 @@ def _iterations(stages: Stages) -> list[dict[str, Any]]:
         for run in runs
         for line in read_metrics(stages.output / run)
     ]
-
-
-def success_plot(points: list[dict[str, Any]], iterations: list[dict[str, Any]]) -> Figure:
-    """Draw success over iterations: while learning, and measured on equal initial conditions in both worlds.
-
-    Args:
-        points: measurements with ``iteration`` and the rates of ``real`` and possibly ``imagined`` or ``simulation``.
-        iterations: see ``iterations`` of the results.
-    """
-    from matplotlib.ticker import MaxNLocator
-
-    figure, (ax,) = new_figure(7.2, 3.4)
-    parted = any("success_from_beginnings" in line for line in iterations)
-    while_learning = (
-        {"success_from_keyframes": "from key frames", "success_from_beginnings": "from first frames"}
-        if parted
-        else {"success": "all rollouts"}
-    )
-    for color, (key, label) in zip((COLORS[5], COLORS[4]), while_learning.items(), strict=False):
-        curve = [(line["iteration"], 100 * line[key]) for line in iterations if key in line]
-        if curve:
-            ax.plot(*np.array(curve).T, color=color, linewidth=1.2, label=f"while learning, {label}")
-    for color, key, style in ((COLORS[1], "imagined", "s"), (COLORS[1], "simulation", "s"), (COLORS[0], "real", "o-")):
-        # Both world models of a refresh are asked about the same iteration; what is real is told with each of them.
-        found = {(point["iteration"], tuple(point[key]["interval"])): point[key] for point in points if key in point}
-        if found:
-            steps = np.array([iteration for iteration, _ in found])
-            rates = 100 * np.array([rate["success_rate"] for rate in found.values()])
-            bounds = 100 * np.array([rate["interval"] for rate in found.values()])
-            label = key if key == "real" else f"{key}, same initial conditions"
-            ax.errorbar(
-                steps, rates, yerr=np.abs(bounds.T - rates), color=color, fmt=style, markersize=6, linewidth=1.6,
-                capsize=3, label=label,
-            )  # fmt: skip
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_ylim(-3, 103)
-    ax.set_xlabel("iteration of reinforcement", fontsize=9, color=TEXT_COLOR)
-    ax.set_ylabel("success [%], 95 % interval", fontsize=9, color=TEXT_COLOR)
-    ax.legend(fontsize=8, frameon=False, loc="best")
-    return figure
 
 
 def _link(link: Path, target: Path) -> None:
