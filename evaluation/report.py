@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import simtoreal
+from simtoreal.data_collection.filters import read_filter
 from simtoreal.data_collection.summary import summarize
 from simtoreal.envs.errors import CheckpointError, SimtorealError
 from simtoreal.envs.html_page import write_page
 from simtoreal.envs.provenance import git_commit, machine, versions
-from simtoreal.evaluation import film, report_sections
+from simtoreal.evaluation import film, report_cotraining, report_deployment, report_sections
 from simtoreal.evaluation.results import Evaluation, load_evaluation
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -31,18 +32,22 @@ class ReportSources:
     Attributes:
         dataset: demonstrations.
         demonstration_video: a video of one of them.
+        filter: name of a filter of the dataset that the policy learned through.
         runs: label -> training run; the first is the policy that the report is about.
-        evaluations: label -> evaluation in simulation, in the order of ``runs``.
-        deployment: run on a robot or its twin.
+        cotraining: co-training that improved it.
+        evaluations: label -> evaluation in simulation; the first is of the policy that the report is about.
+        deployments: label -> run on a robot or its twin, in the same order.
         reproduce: command lines that make everything again.
         total_seconds: duration of all stages together.
     """
 
     dataset: Path | None = None
     demonstration_video: Path | None = None
+    filter: str | None = None
     runs: Mapping[str, Path] = field(default_factory=dict)
+    cotraining: Path | None = None
     evaluations: Mapping[str, Path] = field(default_factory=dict)
-    deployment: Path | None = None
+    deployments: Mapping[str, Path] = field(default_factory=dict)
     reproduce: Sequence[str] = ()
     total_seconds: float | None = None
 
@@ -128,30 +133,42 @@ def build_context(sources: ReportSources) -> dict[str, Any]:
         SimtorealError: see :func:`write_report`.
     """
     evaluations = [load_evaluation(folder, label) for label, folder in sources.evaluations.items()]
-    deployment = load_evaluation(sources.deployment) if sources.deployment else None
-    if not evaluations and not sources.runs and deployment is None and sources.dataset is None:
-        raise SimtorealError("a report needs at least one of: a dataset, a training run, an evaluation, a deployment")
+    deployments = [load_evaluation(folder, label) for label, folder in sources.deployments.items()]
+    if not (evaluations or deployments or sources.runs or sources.cotraining or sources.dataset):
+        raise SimtorealError(
+            "a report needs at least one of: a dataset, a training run, a co-training, an evaluation, a deployment"
+        )
+    if sources.filter and not sources.dataset:
+        raise SimtorealError(f"filter '{sources.filter}' is part of a dataset; say which")
     collected = read_demonstrations(sources.dataset) if sources.dataset else None
+    kept = read_filter(sources.dataset, sources.filter) if sources.dataset and sources.filter else None
     trained = {label: read_stage(folder, "train") for label, folder in sources.runs.items()}
-    videos = _videos(sources, evaluations, deployment)
-    task = _task_name(collected, evaluations, deployment)
+    practised = json_of(sources.cotraining) if sources.cotraining else None
+    practice = report_cotraining.practice(sources.cotraining, practised) if sources.cotraining and practised else None
+    videos = _videos(sources, evaluations, deployments)
+    pictured = [*videos, *(practice["videos"] if practice else [])]
+    task = _task_name(evaluations, deployments, practised, collected)
     results = {"demonstrations": collected, **trained, **{arm.label: arm.results for arm in evaluations}}
+    if practised:
+        results["co-training"] = practised
     return {
         "title": f"{task}: from demonstrations to a robot on ROS 2"
-        if deployment
+        if deployments
         else f"{task}: how well it is learned",
-        "subtitle": _subtitle(evaluations, deployment, sources.total_seconds),
-        "stages": report_sections.stages(collected, trained, evaluations, deployment, videos),
+        "subtitle": _subtitle(evaluations, deployments, sources.total_seconds),
+        "stages": report_sections.stages(collected, kept, trained, practised, evaluations, deployments, pictured),
         "videos": videos,
         "videos_text": "All in real time. Small pictures are what the policy's cameras delivered, enlarged without "
         "smoothing; the large ones are drawn for you and no policy sees them.",
-        "success": report_sections.success(evaluations, deployment),
-        "progress": report_sections.progress(evaluations, deployment),
+        "success": report_sections.success(evaluations, deployments),
+        "progress": report_sections.progress(evaluations, deployments),
+        "kept": report_sections.kept_demonstrations(kept),
         "learning": report_sections.learning(sources.runs, trained),
-        "deployment": report_sections.deployment(deployment),
-        "notes": report_sections.notes(evaluations, deployment, trained),
+        "practice": practice,
+        "deployment": report_deployment.deployment(deployments),
+        "notes": report_sections.notes(evaluations, deployments, trained, practised),
         "reproduce_text": "The whole page is made again by the commands below; seeds are fixed.",
-        "reproduce": list(sources.reproduce) or _commands(results, deployment),
+        "reproduce": list(sources.reproduce) or _commands(results, deployments),
         "details": _details(sources.runs, results),
         "version": simtoreal.__version__,
         "commit": git_commit(),
@@ -159,16 +176,16 @@ def build_context(sources: ReportSources) -> dict[str, Any]:
     }
 
 
-def _task_name(collected: dict[str, Any] | None, evaluations: list[Evaluation], deployment: Evaluation | None) -> str:
-    for content in [*(arm.results for arm in evaluations), deployment.results if deployment else None, collected]:
+def _task_name(evaluations: list[Evaluation], deployments: list[Evaluation], *others: Mapping[str, Any] | None) -> str:
+    for content in [*(arm.results for arm in [*evaluations, *deployments]), *others]:
         if content and content.get("task"):
             name = str(content["task"]).replace("_", " ")
             return name[:1].upper() + name[1:]
     return "Skill"
 
 
-def _subtitle(evaluations: list[Evaluation], deployment: Evaluation | None, seconds: float | None) -> str:
-    episode = next((e for arm in [*evaluations, deployment] if arm for e in arm.episodes if e.instruction), None)
+def _subtitle(evaluations: list[Evaluation], deployments: list[Evaluation], seconds: float | None) -> str:
+    episode = next((e for arm in [*evaluations, *deployments] for e in arm.episodes if e.instruction), None)
     task = f"“{episode.instruction}”, learned" if episode else "Learned"
     foreign = any(arm.backend == "gymnasium" for arm in evaluations)
     inputs = "the observations that were recorded" if foreign else "camera images and joint readings only"
@@ -179,7 +196,7 @@ def _subtitle(evaluations: list[Evaluation], deployment: Evaluation | None, seco
 
 
 def _videos(
-    sources: ReportSources, evaluations: list[Evaluation], deployment: Evaluation | None
+    sources: ReportSources, evaluations: list[Evaluation], deployments: list[Evaluation]
 ) -> list[dict[str, Any]]:
     """Return what the template's ``player`` needs, plus the file each video came from."""
     found: list[dict[str, Any]] = []
@@ -199,8 +216,8 @@ def _videos(
 
     if sources.demonstration_video:
         add("demonstration", sources.demonstration_video, "Demonstration", "by the scripted expert")
-    for arm in [*evaluations[:1], *([deployment] if deployment else [])]:
-        world = "simulation" if arm is not deployment else f"{arm.backend}, over ROS 2"
+    for arm in [*evaluations[:1], *deployments]:
+        world = f"{arm.backend}, over ROS 2" if arm in deployments else "simulation"
         for success, badge in ((True, "success"), (False, "failure")):
             video = next((v for v in arm.results.get("videos", []) if v["success"] is success), None)
             if video:
@@ -210,8 +227,8 @@ def _videos(
     return found
 
 
-def _commands(results: Mapping[str, dict[str, Any] | None], deployment: Evaluation | None) -> list[str]:
-    contents = [*results.values(), deployment.results if deployment else None]
+def _commands(results: Mapping[str, dict[str, Any] | None], deployments: list[Evaluation]) -> list[str]:
+    contents = [*results.values(), *(arm.results for arm in deployments)]
     commands = [str(content.get("provenance", {}).get("command", "")) for content in contents if content]
     return [command.replace("__main__.py", "simtoreal", 1) for command in dict.fromkeys(commands) if command]
 

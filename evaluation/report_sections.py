@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from simtoreal.data_collection.filters import Filter
 from simtoreal.envs.figures import to_svg
-from simtoreal.envs.randomization import RANDOMIZATIONS
 from simtoreal.evaluation import film, plots
 from simtoreal.evaluation.compare import NOT_DISTINGUISHABLE, compare
 from simtoreal.evaluation.results import Evaluation, EvaluationError
@@ -40,43 +39,55 @@ def minutes(seconds: float) -> str:
 
 def stages(
     collected: Mapping[str, Any] | None,
+    kept: Filter | None,
     trained: Mapping[str, Mapping[str, Any]],
+    practised: Mapping[str, Any] | None,
     evaluations: Sequence[Evaluation],
-    deployment: Evaluation | None,
+    deployments: Sequence[Evaluation],
     videos: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Return the cards of the pipeline picture."""
+    """Return the cards of the pipeline picture; ``practised`` is the ``results.json`` of a co-training."""
     cards: list[dict[str, Any]] = []
 
     def add(step: str, headline: str, detail: str, *kinds: str, moment: float) -> None:
         video = next((v for kind in kinds for v in videos if v["kind"] == kind), None)
         picture = film.thumbnail(video["path"], moment) if video else None
+        step = f"{len(cards) + 1} {step}"
         cards.append({"step": step, "headline": headline, "detail": detail, "picture": picture, "svg": None})
 
     if collected:
         speed = collected.get("episodes_per_s")
         who = ", ".join(collected["operators"][:3]) if collected.get("operators") else "a scripted expert"
         detail = f"by {who}" + (f", {speed:.0f} episodes/s" if speed else "")
-        add("1 Demonstrate", f"{collected.get('episodes', '?')} episodes", detail, "demonstration", moment=0.3)
+        add("Demonstrate", f"{collected.get('episodes', '?')} episodes", detail, "demonstration", moment=0.3)
+    if kept:
+        accepted = sum(episode.accepted for episode in kept.episodes.values())
+        detail = "demonstrations of all operators accepted; what contradicts the base operator is left out"
+        add("Filter", f"{accepted} of {len(kept.episodes)}", detail, "demonstration", moment=0.45)
     if trained:
         label, run = next(iter(trained.items()))
         parts = [f"{run['parameters'] / 1e6:.1f} M parameters" if run.get("parameters") else ""]
         parts.append(f"{run['steps']:,} steps" if run.get("steps") else "")
         detail = f"to train {label}: " + ", ".join(part for part in parts if part)
         headline = minutes(run["seconds"]) if run.get("seconds") else label
-        add(f"{len(cards) + 1} Learn", headline, detail, "demonstration", "simulation", moment=0.6)
+        add("Learn", headline, detail, "demonstration", "simulation", moment=0.6)
+    if practised:
+        change = practised["final"]["success_rate"] - practised["base"]["success_rate"]
+        detail = f"percentage points of success after {len(practised['iterations'])} iterations of reinforcement"
+        add("Practise", points(change), detail, "practice", moment=0.5)
     if evaluations:
         main, *others = evaluations
-        detail = f"success in simulation ({rate(main.results)})"
-        detail += "".join(
-            f"; {arm.label} {percent(arm.results['success_rate'])} ({rate(arm.results)})" for arm in others
-        )
-        add(f"{len(cards) + 1} Evaluate", percent(main.results["success_rate"]), detail, "simulation", moment=0.75)
-    if deployment:
-        detail = f"success on the {world(deployment)} ({rate(deployment.results)})"
-        headline = percent(deployment.results["success_rate"])
-        add(f"{len(cards) + 1} Deploy", headline, detail, deployment.backend, moment=0.9)
+        detail = f"success in simulation ({rate(main.results)})" + "".join(map(_other, others))
+        add("Evaluate", percent(main.results["success_rate"]), detail, "simulation", moment=0.75)
+    if deployments:
+        main, *others = deployments
+        detail = f"success on the {world(main)} ({rate(main.results)})" + "".join(map(_other, others))
+        add("Deploy", percent(main.results["success_rate"]), detail, main.backend, moment=0.9)
     return cards
+
+
+def _other(arm: Evaluation) -> str:
+    return f"; {arm.label} {percent(arm.results['success_rate'])} ({rate(arm.results)})"
 
 
 def world(arm: Evaluation) -> str:
@@ -85,9 +96,9 @@ def world(arm: Evaluation) -> str:
     return f"'{gap}' {arm.backend}" if gap else arm.backend
 
 
-def success(evaluations: Sequence[Evaluation], deployment: Evaluation | None) -> dict[str, Any] | None:
+def success(evaluations: Sequence[Evaluation], deployments: Sequence[Evaluation]) -> dict[str, Any] | None:
     """Return plot, table and verdicts of all success rates."""
-    arms = [*evaluations, *([deployment] if deployment else [])]
+    arms = [*evaluations, *deployments]
     if not arms:
         return None
     rows, drawn = [], []
@@ -107,9 +118,14 @@ def success(evaluations: Sequence[Evaluation], deployment: Evaluation | None) ->
         drawn.append(
             {**{key: arm.results[key] for key in ("successes", "n", "success_rate", "interval")}, "label": label}
         )
-    verdicts = [_verdict(evaluations[0], other) for other in evaluations[1:]]
-    if deployment and evaluations:
-        verdicts.append(_gap(evaluations[0], deployment))
+    verdicts = [_verdict(evaluations[0], other, "in simulation") for other in evaluations[1:]]
+    verdicts += [_verdict(deployments[0], other, f"on the {world(other)}") for other in deployments[1:]]
+    for deployed in deployments:
+        same = [arm for arm in evaluations if arm.label == deployed.label]
+        # A single robot run is of the policy that the page is about, whatever it is called.
+        if same or (evaluations and len(deployments) == 1):
+            of = f" of {deployed.label}" if len(deployments) > 1 else ""
+            verdicts.append(_gap((same or evaluations)[0], deployed, of))
     checked = evaluations and not any(arm.results.get("notes") for arm in arms)
     return {
         "text": "Every rate has its number of episodes and a 95 % interval (Beta posterior under a uniform prior)."
@@ -120,7 +136,7 @@ def success(evaluations: Sequence[Evaluation], deployment: Evaluation | None) ->
     }
 
 
-def _verdict(first: Evaluation, second: Evaluation) -> str:
+def _verdict(first: Evaluation, second: Evaluation, where: str) -> str:
     try:
         result = compare([first, second])
     except EvaluationError:
@@ -132,26 +148,50 @@ def _verdict(first: Evaluation, second: Evaluation) -> str:
     difference = f"{points(-pair['difference'])} percentage points ({interval})"
     if pair["verdict"] == NOT_DISTINGUISHABLE:
         return (
-            f"{first.label} and {second.label} are not distinguishable in simulation: {difference}; {test}. "
+            f"{first.label} and {second.label} are not distinguishable {where}: {difference}; {test}. "
             "More episodes would be needed to tell them apart."
         )
-    return f"{pair['verdict']} in simulation: {first.label} minus {second.label} is {difference}; {test}."
+    return f"{pair['verdict']} {where}: {first.label} minus {second.label} is {difference}; {test}."
 
 
-def _gap(simulated: Evaluation, deployed: Evaluation) -> str:
+def _gap(simulated: Evaluation, deployed: Evaluation, of: str) -> str:
     result = compare([simulated, deployed], paired=False)
     (pair,) = result["pairs"]
     low, high = pair["difference_interval"]
     known = "is" if pair["verdict"] != NOT_DISTINGUISHABLE else "cannot be told from zero at this n, it is"
     return (
-        f"The gap from simulation to the {world(deployed)} {known} {points(pair['difference'])} percentage "
+        f"The gap{of} from simulation to the {world(deployed)} {known} {points(pair['difference'])} percentage "
         f"points (95 % interval {points(low)} to {points(high)}; Barnard's exact test, p = {pair['p_value']:.2g})."
     )
 
 
-def progress(evaluations: Sequence[Evaluation], deployment: Evaluation | None) -> dict[str, Any] | None:
+def kept_demonstrations(kept: Filter | None) -> dict[str, Any] | None:
+    """Return the table per operator of a filter."""
+    if kept is None:
+        return None
+    rows = [
+        [
+            f"{row['operator']} (base)" if row["base"] else row["operator"],
+            str(row["episodes"]),
+            f"{row['steps']:,}",
+            f"{100 * row['bad_share']:.1f} %",
+            f"{row['kept_steps']:,}",
+            str(row["accepted"]),
+        ]
+        for row in kept.operators()
+    ]
+    return {
+        "text": "What other operators did is compared, step by step, with what the base operator did in such states. A "
+        "step is bad if it is unlikely although the state is familiar; what is new is kept. The policy learned from "
+        "the kept steps. Nothing was deleted.",
+        "table": {"columns": ["operator", "episodes", "steps", "bad steps", "kept steps", "accepted"], "rows": rows},
+        "warnings": [f"{mode}: {text}" for mode, text in kept.report.get("warnings", {}).items()],
+    }
+
+
+def progress(evaluations: Sequence[Evaluation], deployments: Sequence[Evaluation]) -> dict[str, Any] | None:
     """Return how far episodes get and how they fail."""
-    arms = [*evaluations, *([deployment] if deployment else [])]
+    arms = [*evaluations, *deployments]
     names = list(dict.fromkeys(name for arm in arms for name in arm.results.get("milestones", {})))
     if not names:
         return None
@@ -232,71 +272,31 @@ def _smoothed(points: Points) -> Points:
     return [(sum(p[0] for p in group) / len(group), sum(p[1] for p in group) / len(group)) for group in groups]
 
 
-# Key in a deployment's results.json -> text and unit.
-TIMING = {
-    "periods": ("control periods", ""),
-    "missed_periods": ("missed periods", ""),
-    "p50_period_error_ms": ("period error, median", "ms"),
-    "p99_period_error_ms": ("period error, 99th percentile", "ms"),
-    "max_period_error_ms": ("period error, largest", "ms"),
-    "inference_p50_ms": ("inference, median", "ms"),
-    "inference_p99_ms": ("inference, 99th percentile", "ms"),
-    "executed_chunk_ms": ("executed part of a chunk", "ms"),
-    "starved_steps": ("steps without a fresh action", ""),
-}
-
-
-def deployment(deployed: Evaluation | None) -> dict[str, Any] | None:
-    """Return how punctual the control loop was, and what the twin changed."""
-    if deployed is None:
-        return None
-    content = deployed.results
-    gate = content.get("gate", {})
-    rows = [[text, f"{content[key]:.4g} {unit}"] for key, (text, unit) in TIMING.items() if key in content]
-    if "publish_hz" in gate:
-        rows.append(["targets published by the safety gate", f"{gate['publish_hz']:.0f} Hz"])
-        rows.append(["targets that the gate slowed down", f"{gate['limited']:,} of {gate['published']:,}"])
-    loops = {"control loop": content, "safety gate": gate.get("timing", {})}
-    loops = {title: loop for title, loop in loops.items() if "period_error_histogram" in loop}
-    changes = _gap_changes(content.get("gap"))
-    return {
-        "text": f"The policy drove the {world(deployed)} over ROS 2 topics in real time. Control loop, inference, "
-        "safety gate and robot are processes of their own, and the gate stands between policy and robot.",
-        "svg": to_svg(plots.timing_plot(loops)) if loops else "",
-        "timing": {"columns": ["real time", "measured"], "rows": rows},
-        "gap": {"columns": ["what the twin changes", "by"], "rows": changes} if changes else None,
-    }
-
-
-def _gap_changes(gap: str | None) -> list[list[str]]:
-    """Return the ranges of a reality gap that differ from the training simulation."""
-    if gap not in RANDOMIZATIONS:
-        return []
-    nominal, changed = (dataclasses.asdict(RANDOMIZATIONS[name]) for name in ("none", gap))
-    rows = []
-    for key, value in changed.items():
-        if value != nominal[key]:
-            low, high = value if isinstance(value, tuple) else (value, value)
-            shown = f"{low:g} to {high:g}" if low != high else f"{high:g}"
-            rows.append([key.replace("_", " "), shown])
-    return rows
-
-
 def notes(
-    evaluations: Sequence[Evaluation], deployed: Evaluation | None, trained: Mapping[str, Mapping[str, Any]]
+    evaluations: Sequence[Evaluation],
+    deployments: Sequence[Evaluation],
+    trained: Mapping[str, Mapping[str, Any]],
+    practised: Mapping[str, Any] | None,
 ) -> list[str]:
     """Return what limits the claims on the page."""
     found = []
-    if deployed is not None and deployed.backend == "twin":
+    if any(arm.backend == "twin" for arm in deployments):
         found.append(
             "The robot is a MuJoCo twin in its own process behind the topics of a real arm, with physics, delays, "
             "cameras and noise that differ from the training simulation. It is not hardware."
         )
-    if deployed is not None and deployed.results["n"] < 50:
-        low, high = deployed.results["interval"]
+    for arm in deployments:
+        if arm.results["n"] < 50:
+            low, high = arm.results["interval"]
+            which = f", {arm.label}," if len(deployments) > 1 else ""
+            found.append(
+                f"{arm.results['n']} episodes on the {world(arm)}{which} leave an interval of "
+                f"{100 * (high - low):.0f} percentage points."
+            )
+    if practised:
         found.append(
-            f"{deployed.results['n']} episodes on the {world(deployed)} leave an interval of "
-            f"{100 * (high - low):.0f} percentage points."
+            "What happens in the world that the policy practised in counts for nothing here: every success was judged "
+            "by the simulation or the robot. The co-training was run once."
         )
     if trained:
         found.append(

@@ -3,7 +3,7 @@
 A stage is one ``simtoreal`` command line that writes one folder. Beside the folder lies a marker with the digest of
 everything that decides the stage's result: its command line with the content of the files it names, the package
 version and the digests of the stages it reads. A finished stage with the same digest is skipped, an unfinished one is
-continued in its folder (the commands resume by themselves), and one whose digest changed is run again from the
+continued in its folder (most commands resume by themselves), and one whose digest changed is run again from the
 beginning.
 """
 
@@ -44,12 +44,14 @@ class Stage:
         title: what it does, for people.
         command: arguments of ``simtoreal``; ``{output}`` stands for the pipeline's folder.
         needs: names of the stages whose folders it reads.
+        resumes: whether the command continues by itself; otherwise what an interruption left of its folder is removed.
     """
 
     name: str
     title: str
     command: tuple[str, ...]
     needs: tuple[str, ...] = ()
+    resumes: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +122,11 @@ def _run(stage: Stage, digest: str, output: Path, console: Console) -> StageReco
         seconds = float(str(stored.get("seconds", 0.0)))
         if stored.get("finished"):
             return StageRecord(stage=stage, folder=folder, seconds=seconds, skipped=True)
-        console.print(f"Continuing the interrupted stage in {folder}", soft_wrap=True)
+        if stage.resumes:
+            console.print(f"Continuing the interrupted stage in {folder}", soft_wrap=True)
+        else:
+            console.print(f"The stage was interrupted: {folder} is made anew", soft_wrap=True)
+            shutil.rmtree(folder)
     elif folder.exists():
         # Only what this pipeline made may be deleted; the marker is the proof.
         if not stored:

@@ -16,8 +16,9 @@ import pytest
 from rich.console import Console
 
 from simtoreal.commands import doctor
-from simtoreal.commands.demo import PROFILES, Config, demo_stages
+from simtoreal.commands.demo import Config, stages_of
 from simtoreal.commands.demo import main as demo
+from simtoreal.demo_stages import FULL_PROFILES, PROFILES
 from simtoreal.envs.errors import ConfigError, MissingDependencyError
 from simtoreal.envs.files import write_json
 from simtoreal.envs.rollout import EpisodeResult
@@ -114,14 +115,42 @@ def test_durations_are_readable() -> None:
     assert [format_duration(seconds) for seconds in (3.21, 42.0, 425.0)] == ["3.2 s", "42 s", "7 min 05 s"]
 
 
+def test_what_an_interrupted_command_cannot_continue_is_made_anew(stages: list[Stage], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    for index, resumes in enumerate((True, False)):
+        stage = Stage(**{**vars(stages[index]), "needs": (), "resumes": resumes})
+        (output / stage.name).mkdir(parents=True)
+        (output / stage.name / "leftover").touch()
+        marker = {"digest": digests([stage])[stage.name], "finished": False, "seconds": 1.0}
+        write_json(output / ".stages" / f"{stage.name}.json", marker)
+        assert _run([stage], output) == {stage.name: False}
+        assert (output / stage.name / "leftover").exists() == resumes
+
+
+@pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("profile", sorted(PROFILES))
-def test_every_profile_uses_flags_that_exist(profile: str) -> None:
+def test_every_profile_uses_flags_that_exist(profile: str, full: bool) -> None:
     from simtoreal import cli
 
-    for stage in demo_stages(Config(profile=profile)):  # type: ignore[arg-type]
+    assert FULL_PROFILES.keys() == PROFILES.keys()
+    stages = stages_of(Config(profile=profile, full=full))  # type: ignore[arg-type]
+    assert digests(stages)
+    for stage in stages:
         verb, rest = cli._split_verb(stage.command)
         module = __import__(cli._module_name(verb), fromlist=["Config"])
-        assert cli._read_flags(verb, module, rest).output.name == stage.name
+        flags = cli._read_flags(verb, module, rest)
+        if verb == "data filter":  # Writes into the dataset that it filters.
+            assert flags.dataset.name in stage.needs
+        else:
+            assert flags.output.name == stage.name
+        # What a stage reads was written by one that it needs.
+        read = {part.removeprefix("{output}/").split("/")[0] for part in stage.command if part.startswith("{output}/")}
+        assert read - {stage.name} <= set(stage.needs)
+
+
+def test_the_two_demos_never_share_a_folder() -> None:
+    assert Config().folder != Config(full=True).folder
+    assert Config(full=True, output=Path("x")).folder == Path("x")
     with pytest.raises(ConfigError, match="--seed is -1"):
         Config(seed=-1)
 

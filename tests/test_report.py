@@ -10,7 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from toy_dataset import make_dataset
 
+from simtoreal.data_collection.compatibility import Scores
+from simtoreal.data_collection.filters import Filter, FilteredEpisode, write_filter
 from simtoreal.envs.errors import ConfigError, SimtorealError
 from simtoreal.envs.files import write_json
 from simtoreal.envs.provenance import provenance
@@ -61,6 +64,56 @@ def _run(folder: Path, policy: str) -> Path:
     return folder
 
 
+def _cotraining(folder: Path) -> Path:
+    """What 'simtoreal cotrain' leaves behind, as far as a report reads it."""
+
+    def rate(successes: int) -> dict[str, object]:
+        return {"success_rate": successes / 20, "successes": successes, "n": 20, "interval": [0.2, 0.6]}
+
+    def measured(iteration: int, policy: str, real: int, imagined: int) -> dict[str, object]:
+        gap = {"gap": (imagined - real) / 20, "gap_interval": [-0.1, 0.4], "agreement": 0.8}
+        both = {"real": rate(real), "imagined": rate(imagined), "world_model": "world_model_0"}
+        return {"iteration": iteration, "policy": policy, **both, **gap}
+
+    write_video(folder / "both.mp4", _frames(), 20)
+    taken = [("real", "demonstrations", 16, 800), ("real", "learning", 12, 900), ("real", "evaluation", 20, 1500)]
+    taken += [("imagination", "learning", 64, 5000), ("imagination", "learning", 64, 4500)]
+    content = {
+        "kind": "cotrain", "task": "pick_place", "base": rate(8), "final": rate(14), "real_episodes": 28,
+        "real_steps": 1700, "settings": {"real": {"randomization": "none"}}, "videos": ["both.mp4"],
+        "comparison": {"difference": 0.3, "difference_interval": [0.1, 0.5], "p_value": 0.012},
+        "measurements": [
+            {"iteration": 0, "policy": "base", "real": rate(8)},
+            measured(0, "base", 8, 10),
+            measured(2, "policy_0", 14, 17),
+        ],
+        "iterations": [{"iteration": 1, "success": 0.5}, {"iteration": 2, "success": 0.7}],
+        "ledger": [dict(zip(("world", "purpose", "episodes", "steps"), entry, strict=True)) for entry in taken],
+    }  # fmt: skip
+    write_json(folder / "results.json", {**content, "provenance": provenance()})
+    return folder
+
+
+def _filtered(folder: Path) -> Path:
+    """A dataset with a filter: one episode of the base operator, one accepted and one rejected of another."""
+    dataset = make_dataset(folder, 3)
+    verdicts, keep, scores = {}, {}, {}
+    for index, episode in enumerate(dataset.episodes):
+        bad = 5 * index
+        verdicts[episode.name] = FilteredEpisode(
+            steps=episode.steps, seed=episode.seed, operator="<ben>" if index else "ada", mode="static",
+            base=index == 0, compatibility=0.5, bad_steps=bad, kept_steps=episode.steps - bad, accepted=index < 2,
+        )  # fmt: skip
+        keep[episode.name] = np.arange(episode.steps) >= bad
+        scores[episode.name] = Scores(np.zeros(episode.steps, np.float32), np.zeros(episode.steps, np.float32))
+    report = {"warnings": {"static": "few base episodes"}}
+    made = Filter(
+        name="compatible", settings={}, thresholds={}, episodes=verdicts, keep=keep, scores=scores, report=report
+    )
+    write_filter(folder, made)
+    return folder
+
+
 class _Links(html.parser.HTMLParser):
     def __init__(self) -> None:
         super().__init__()
@@ -81,7 +134,7 @@ def test_page_is_self_contained_and_says_n_and_interval(tmp_path: Path) -> None:
             "diffusion": _evaluation(tmp_path / "diffusion", 18, 20),
             "bc": _evaluation(tmp_path / "bc", 6, 20),
         },
-        deployment=_evaluation(tmp_path / "robot", 4, 5, backend="twin", gap="standard", **timing),
+        deployments={"diffusion": _evaluation(tmp_path / "robot", 4, 5, backend="twin", gap="standard", **timing)},
         reproduce=["simtoreal demo"],
         total_seconds=600,
     )
@@ -105,18 +158,62 @@ def test_page_is_self_contained_and_says_n_and_interval(tmp_path: Path) -> None:
     assert "&lt;b&gt;the cube" in text
 
 
+def test_the_page_of_a_policy_that_was_filtered_and_improved(tmp_path: Path) -> None:
+    timing = {"periods": 1000, "missed_periods": 0, "p99_period_error_ms": 0.4, "period_error_histogram": HISTOGRAM}
+    robot = {"backend": "twin", "gap": "standard", **timing}
+    sources = ReportSources(
+        dataset=_filtered(tmp_path / "merged"),
+        filter="compatible",
+        runs={"diffusion": _run(tmp_path / "a", "diffusion")},
+        cotraining=_cotraining(tmp_path / "cotrain"),
+        evaluations={"after": _evaluation(tmp_path / "after", 18, 20), "before": _evaluation(tmp_path / "base", 8, 20)},
+        deployments={
+            "after": _evaluation(tmp_path / "robot_after", 19, 25, **robot),
+            "before": _evaluation(tmp_path / "robot_before", 6, 25, **robot),
+        },
+    )
+    text = write_report(sources, tmp_path / "report.html").read_text()
+    page = _Links()
+    page.feed(text)
+    assert [source for source in page.sources if not source.startswith(("data:", "#"))] == []
+    # Simulation, robot before and after, real beside imagined.
+    assert page.tags.count("video") == 4
+    # Success, learning, co-training, timing.
+    assert page.tags.count("svg") == 4
+    steps = re.findall(r'class="step">([^<]*)<', text)
+    assert steps == ["1 Demonstrate", "2 Filter", "3 Learn", "4 Practise", "5 Evaluate", "6 Deploy"]
+    cells = [re.sub(r"<[^>]*>", "|", line) for line in text.splitlines() if "<td" in line]
+    table = "".join(cells)
+    assert re.search(r"ada \(base\)\|+1\|+15\|+0\.0 %\|+15\|+1\|", table)
+    assert re.search(r"&lt;ben&gt;\|+2\|+33\|+45\.5 %\|+18\|+1\|", table)
+    assert re.search(r"policy_0\|+world_model_0\|+2\|+14/20.*?17/20.*?\+15 \(-10 to \+40\)\|+80 %", table)
+    assert re.search(r"real\|+demonstrations\|+16\|+800\|", table)
+    assert re.search(r"imagination\|+rollouts that something was learned from\|+128\|+9,500\|", table)
+    for shown in (
+        "2 of 3", "few base episodes", "How it practised in imagination", "Learned from 28 real episodes",
+        "+30 percentage points (95 % interval +10 to +50; p = 0.012",
+        "after is better in simulation: after minus before", "after is better on the &#39;standard&#39; twin",
+        "The gap of after from simulation", "The gap of before from simulation", "control loop, before",
+    ):  # fmt: skip
+        assert shown in text, shown
+
+
 def test_what_is_missing_is_left_out(tmp_path: Path) -> None:
     path = write_report(ReportSources(evaluations={"x": _evaluation(tmp_path / "x", 3, 4)}), tmp_path / "r.html")
     text = path.read_text()
     assert "How often it succeeds" in text
-    assert "How it learned" not in text
-    assert "How the robot was driven" not in text
+    for section in ("How it learned", "How the robot was driven", "Which demonstrations", "How it practised"):
+        assert section not in text
     with pytest.raises(SimtorealError, match="at least one of"):
         write_report(ReportSources(), tmp_path / "none.html")
     with pytest.raises(SimtorealError, match="finish the command"):
         write_report(ReportSources(runs={"a": tmp_path / "nothing"}), tmp_path / "none.html")
     with pytest.raises(SimtorealError, match="'train' is missing"):
         write_report(ReportSources(runs={"a": tmp_path / "x"}), tmp_path / "none.html")
+    with pytest.raises(SimtorealError, match="is not from 'simtoreal cotrain'"):
+        write_report(ReportSources(cotraining=tmp_path / "x"), tmp_path / "none.html")
+    with pytest.raises(SimtorealError, match="filter 'compatible' is part of a dataset"):
+        write_report(ReportSources(runs={"a": tmp_path / "x"}, filter="compatible"), tmp_path / "none.html")
     assert not (tmp_path / "none.html").exists()
 
 

@@ -1,4 +1,4 @@
-"""Write one self-contained HTML page from datasets, trainings, evaluations and a deployment."""
+"""Write one self-contained HTML page from a dataset, trainings, a co-training, evaluations and deployments."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ class Config:
     """Page to write."""
     data: Path | None = None
     """Dataset of demonstrations."""
+    filter: str | None = None
+    """Name of a filter of the dataset that the policy learned through."""
     runs: tuple[Path, ...] = ()
     """Training runs; the first is the policy that the page is about, others are baselines."""
+    cotraining: Path | None = None
+    """Co-training that improved the policy."""
     evaluations: tuple[Path, ...] = ()
-    """Evaluations in simulation, in the same order."""
-    deployment: Path | None = None
-    """Deployment on a robot or its twin."""
+    """Evaluations in simulation; the first is of the policy that the page is about."""
+    deployments: tuple[Path, ...] = ()
+    """Deployments on a robot or its twin, in the same order."""
 
 
 def main(config: Config) -> None:
@@ -37,9 +41,11 @@ def main(config: Config) -> None:
     sources = ReportSources(
         dataset=config.data,
         demonstration_video=video,
+        filter=config.filter,
+        cotraining=config.cotraining,
         runs=label_folders(config.runs, ("train", "policy")),
         evaluations=label_folders(config.evaluations, ("label",)),
-        deployment=config.deployment,
+        deployments=label_folders(config.deployments, ("label",)),
     )
     write_report(sources, config.output)
     size = config.output.stat().st_size / 1e6
