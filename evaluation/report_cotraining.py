@@ -102,14 +102,12 @@ def _verdict(content: Mapping[str, Any]) -> str:
 
 
 def _ledger(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    sums: dict[tuple[str, str], list[int]] = {}
-    for entry in entries:
-        total = sums.setdefault((entry["world"], entry["purpose"]), [0, 0])
-        total[0] += entry["episodes"]
-        total[1] += entry["steps"]
-    rows = [
-        [world, PURPOSES.get(purpose, purpose), f"{episodes:,}", f"{steps:,}"]
-        for (world, purpose), (episodes, steps) in sums.items()
-        if episodes
-    ]
+    """Add the stages up: what was done in which world, and what for."""
+    rows = []
+    for world in dict.fromkeys(entry["world"] for entry in entries):
+        for purpose, text in PURPOSES.items():
+            chosen = [entry for entry in entries if (entry["world"], entry["purpose"]) == (world, purpose)]
+            episodes, steps = (sum(entry[key] for entry in chosen) for key in ("episodes", "steps"))
+            if episodes:
+                rows.append([world, text, f"{episodes:,}", f"{steps:,}"])
     return {"columns": ["world", "what for", "episodes", "control steps"], "rows": rows, "text_columns": 2}

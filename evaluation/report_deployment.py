@@ -37,7 +37,7 @@ def deployment(deployed: Sequence[Evaluation]) -> dict[str, Any] | None:
     slowed = [f"{gate['limited']:,} of {gate['published']:,}" if "publish_hz" in gate else "" for gate in gates]
     rows += [["targets published by the safety gate", *speeds], ["targets that the gate slowed down", *slowed]]
     rows = [[title, *(cell or "-" for cell in cells)] for title, *cells in rows if any(cells)]
-    loops = {f"control loop, {arm.label}" if several else "control loop": arm.results for arm in deployed}
+    loops = {arm.label if several else "control loop": arm.results for arm in deployed}
     if not several:
         loops["safety gate"] = gates[0].get("timing", {})
     loops = {title: loop for title, loop in loops.items() if "period_error_histogram" in loop}
@@ -46,7 +46,8 @@ def deployment(deployed: Sequence[Evaluation]) -> dict[str, Any] | None:
     who = "One after the other, the policies" if several else "The policy"
     return {
         "text": f"{who} drove the {world(first)} over ROS 2 topics in real time. Control loop, inference, "
-        "safety gate and robot are processes of their own, and the gate stands between policy and robot.",
+        "safety gate and robot are processes of their own, and the gate stands between policy and robot."
+        + (" The histograms are those of the control loops." if several else ""),
         "svg": to_svg(plots.timing_plot(loops)) if loops else "",
         "timing": {
             "columns": ["real time", *titles],

@@ -73,7 +73,7 @@ def stages(
         add("Learn", headline, detail, "demonstration", "simulation", moment=0.6)
     if practised:
         change = practised["final"]["success_rate"] - practised["base"]["success_rate"]
-        detail = f"percentage points of success after {len(practised['iterations'])} iterations of reinforcement"
+        detail = f"percentage points of real success after {len(practised['iterations'])} iterations of reinforcement"
         add("Practise", points(change), detail, "practice", moment=0.5)
     if evaluations:
         main, *others = evaluations
@@ -124,8 +124,8 @@ def success(evaluations: Sequence[Evaluation], deployments: Sequence[Evaluation]
         same = [arm for arm in evaluations if arm.label == deployed.label]
         # A single robot run is of the policy that the page is about, whatever it is called.
         if same or (evaluations and len(deployments) == 1):
-            of = f" of {deployed.label}" if len(deployments) > 1 else ""
-            verdicts.append(_gap((same or evaluations)[0], deployed, of))
+            gap = _gap((same or evaluations)[0], deployed)
+            verdicts.append(f"{deployed.label}: {gap}" if len(deployments) > 1 else f"{gap[:1].upper()}{gap[1:]}")
     checked = evaluations and not any(arm.results.get("notes") for arm in arms)
     return {
         "text": "Every rate has its number of episodes and a 95 % interval (Beta posterior under a uniform prior)."
@@ -154,13 +154,13 @@ def _verdict(first: Evaluation, second: Evaluation, where: str) -> str:
     return f"{pair['verdict']} {where}: {first.label} minus {second.label} is {difference}; {test}."
 
 
-def _gap(simulated: Evaluation, deployed: Evaluation, of: str) -> str:
+def _gap(simulated: Evaluation, deployed: Evaluation) -> str:
     result = compare([simulated, deployed], paired=False)
     (pair,) = result["pairs"]
     low, high = pair["difference_interval"]
     known = "is" if pair["verdict"] != NOT_DISTINGUISHABLE else "cannot be told from zero at this n, it is"
     return (
-        f"The gap{of} from simulation to the {world(deployed)} {known} {points(pair['difference'])} percentage "
+        f"the gap from simulation to the {world(deployed)} {known} {points(pair['difference'])} percentage "
         f"points (95 % interval {points(low)} to {points(high)}; Barnard's exact test, p = {pair['p_value']:.2g})."
     )
 
@@ -295,8 +295,8 @@ def notes(
             )
     if practised:
         found.append(
-            "What happens in the world that the policy practised in counts for nothing here: every success was judged "
-            "by the simulation or the robot. The co-training was run once."
+            "Success where the policy practised proves nothing by itself; all other rates were judged by the "
+            "simulation or on the robot. The co-training was run once."
         )
     if trained:
         found.append(

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from simtoreal.pipeline import StageRecord
 
 _RATE = ("success_rate", "successes", "n", "interval")
-BEFORE, AFTER = "before co-training", "after co-training"
+BEFORE, AFTER = "base policy", "improved policy"
 
 
 def write_demo_report(config: Config, seconds: float) -> Path:
@@ -201,7 +201,7 @@ def summary_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
             training,
             ("policy in simulation", rate(results["sim"])),
             ("baseline in simulation", rate(results["baseline"])),
-            (f"policy on the '{robot['gap']}' twin", rate(robot)),
+            (f"policy on the '{GAP}' twin", rate(robot)),
             ("control loop", _punctuality([robot])),
         ]
     cotrained, robots = results["cotrain"], [results["robot_before"], results["robot_after"]]
@@ -212,9 +212,10 @@ def summary_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
             for row in results["filter"]
         ),
         training,
-        ("in simulation", f"{rate(cotrained['base'])} -> {rate(cotrained['final'])}"),
+        (f"{BEFORE} in simulation", rate(cotrained["base"])),
+        (f"{AFTER} in simulation", rate(cotrained["final"])),
         ("imagined - real success", f"{100 * cotrained['gap']:+.0f} points [{100 * low:+.0f}, {100 * high:+.0f}]"),
-        (f"on the '{robots[0]['gap']}' twin", f"{rate(robots[0])} -> {rate(robots[1])}"),
+        *((f"{who} on the '{GAP}' twin", rate(robot)) for who, robot in zip((BEFORE, AFTER), robots, strict=True)),
         ("real episodes learned from", f"{cotrained['real_episodes']} ({cotrained['real_steps']} steps)"),
         ("control loop", _punctuality(robots)),
     ]

@@ -193,7 +193,7 @@ def test_the_page_of_a_policy_that_was_filtered_and_improved(tmp_path: Path) -> 
         "2 of 3", "few base episodes", "How it practised in imagination", "Learned from 28 real episodes",
         "+30 percentage points (95 % interval +10 to +50; p = 0.012",
         "after is better in simulation: after minus before", "after is better on the &#39;standard&#39; twin",
-        "The gap of after from simulation", "The gap of before from simulation", "control loop, before",
+        "after: the gap from simulation", "before: the gap from simulation", "histograms are those of the control",
     ):  # fmt: skip
         assert shown in text, shown
 
