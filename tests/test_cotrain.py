@@ -20,10 +20,12 @@ from simtoreal import cli
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.expert import ScriptedExpert
 from simtoreal.data_collection.rollouts import record_rollouts
+from simtoreal.demo_report import measured_folders
 from simtoreal.envs import load_task, make_vector_env
 from simtoreal.envs.config import build_config, read_yaml
 from simtoreal.envs.errors import ConfigError, DatasetError, EmbodimentMismatchError
 from simtoreal.envs.tabletop_vector import TabletopVectorEnv
+from simtoreal.evaluation.report import ReportSources, write_report
 from simtoreal.evaluation.results import load_evaluation
 from simtoreal.policies.actor import PolicyActor
 from simtoreal.policies.checkpoint import load_policy, load_tensors
@@ -160,6 +162,15 @@ def test_the_policy_is_evaluated_by_the_usual_command(finished, tmp_path):
     with pytest.raises(ConfigError, match="initial conditions of the training demonstrations"):
         cli.run(["evaluate", "--policy", str(finished / "policy"), "--episodes", "2", "--videos", "0", "--seed",
                  str(WOVR.first_seed), "--output", str(tmp_path / "seen"), "--device", "cpu"])  # fmt: skip
+
+
+def test_a_report_shows_what_it_changed(finished, tmp_path):
+    base, final = measured_folders(finished)
+    sources = ReportSources(cotraining=finished, evaluations={"improved": final, "base": base})
+    text = write_report(sources, tmp_path / "report.html").read_text()
+    assert f"Learned from {results_of(finished)['real_episodes']} real episodes" in text
+    for shown in ("How it practised in imagination", "after 4 iterations", "world_model_1"):
+        assert shown in text, shown
 
 
 def test_every_real_step_is_counted(finished, data):

@@ -13,17 +13,19 @@ import time
 from pathlib import Path
 
 import pytest
+from report_folders import make_cotraining, make_evaluation, make_filtered_dataset, make_run
 from rich.console import Console
 
 from simtoreal.commands import doctor
 from simtoreal.commands.demo import Config, stages_of
 from simtoreal.commands.demo import main as demo
+from simtoreal.demo_report import demo_results, measured_folders, summary_rows
 from simtoreal.demo_stages import FULL_PROFILES, PROFILES
 from simtoreal.envs.errors import ConfigError, MissingDependencyError
 from simtoreal.envs.files import write_json
 from simtoreal.envs.rollout import EpisodeResult
 from simtoreal.evaluation.results import append_episode, summarize
-from simtoreal.pipeline import PipelineError, Stage, digests, format_duration, run_stages
+from simtoreal.pipeline import PipelineError, Stage, StageRecord, digests, format_duration, run_stages
 
 
 def _evaluation(folder: Path, successes: int) -> Path:
@@ -153,6 +155,43 @@ def test_the_two_demos_never_share_a_folder() -> None:
     assert Config(full=True, output=Path("x")).folder == Path("x")
     with pytest.raises(ConfigError, match="--seed is -1"):
         Config(seed=-1)
+
+
+def test_results_of_the_full_demo_say_what_each_part_changed(tmp_path: Path) -> None:
+    for name in ("demonstrations", "second_operator", "still"):
+        speed = {"episodes": 3, "episodes_per_s": 2.0, "success_rate": 1.0, "interval": [0.5, 1.0]}
+        write_json(tmp_path / name / "results.json", {"collect": speed})
+    make_filtered_dataset(tmp_path / "merged")
+    make_run(tmp_path / "policy", "diffusion")
+    make_cotraining(tmp_path / "cotrain")
+    for when, successes, missed in (("before", 4, 1), ("after", 10, 2)):
+        timing = {"gap": "standard", "missed_periods": missed, "p99_period_error_ms": 0.5}
+        make_evaluation(tmp_path / f"robot_{when}", successes, 12, **timing)
+    stages = stages_of(Config(full=True))
+    records = [StageRecord(stage=stage, folder=tmp_path / stage.name, seconds=2.0, skipped=False) for stage in stages]
+    results = demo_results(Config(full=True, output=tmp_path), records, tmp_path / "report.html")
+    assert [(row["operator"], row["accepted"], row["episodes"]) for row in results["filter"]] == [
+        ("ada", 1, 1),
+        ("<ben>", 1, 2),
+    ]
+    assert results["cotrain"]["base"]["successes"] == 8
+    assert results["cotrain"]["final"]["successes"] == 14
+    assert results["cotrain"]["gap"] == pytest.approx(0.15)  # Of the last measurement.
+    assert results["cotrain"]["real_episodes"] == 28
+    # Six initial conditions fail before and succeed after, none the other way: 2 * 0.5^6.
+    assert results["robot_comparison"]["p_value"] == pytest.approx(0.03125)
+    assert results["robot_comparison"]["difference"] == pytest.approx(0.5)
+    assert results["seconds"] == 2.0 * len(stages)
+    shown = dict(summary_rows(results))
+    assert shown["operator <ben>"] == "1 of 2 demonstrations accepted"
+    assert shown["imagined - real success"] == "+15 points [-10, +40]"
+    assert shown["improved policy on the 'standard' twin"].startswith("83 % (10/12")
+    assert shown["control loop"] == "3 missed periods, p99 error 0.50 ms"
+    measurements = tmp_path / "cotrain" / "measurements"
+    assert measured_folders(tmp_path / "cotrain") == (
+        measurements / "base" / "real",
+        measurements / "policy_0" / "real",
+    )
 
 
 def test_a_machine_without_ros_is_told_before_the_first_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,115 +3,26 @@
 from __future__ import annotations
 
 import html.parser
-import json
 import re
 import runpy
 from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_dataset import make_dataset
+from report_folders import (
+    HISTOGRAM,
+    make_cotraining,
+    make_evaluation,
+    make_filtered_dataset,
+    make_frames,
+    make_run,
+)
 
-from simtoreal.data_collection.compatibility import Scores
-from simtoreal.data_collection.filters import Filter, FilteredEpisode, write_filter
 from simtoreal.envs.errors import ConfigError, SimtorealError
 from simtoreal.envs.files import write_json
-from simtoreal.envs.provenance import provenance
-from simtoreal.envs.rollout import EpisodeResult
 from simtoreal.envs.video import read_video, tile, write_video
 from simtoreal.evaluation.film import film_strip
 from simtoreal.evaluation.report import ReportSources, label_folders, write_report
-from simtoreal.evaluation.results import append_episode, summarize
-
-HISTOGRAM = {"edges_ms": [0.0, 0.1, 1.0, 10.0], "counts": [900, 90, 9, 1]}
-
-
-def _frames(count: int = 12) -> list[np.ndarray]:
-    ramp = np.linspace(0, 200, 64 * 32).reshape(32, 64).astype(np.uint8)
-    return [np.stack([np.roll(ramp, step, axis=1)] * 3, axis=-1) for step in range(count)]
-
-
-def _evaluation(folder: Path, successes: int, n: int, **extra: object) -> Path:
-    episodes = [
-        EpisodeResult(
-            episode=index,
-            seed=100_000 + index,
-            success=index < successes,
-            steps=50,
-            duration_s=2.5,
-            milestones={"grasped": index < successes + 1},
-            instruction="put <b>the cube</b> away",
-            failure="" if index < successes else "timeout",
-        )
-        for index in range(n)
-    ]
-    for episode in episodes:
-        append_episode(folder, episode)
-    write_video(folder / "videos" / "success_100000.mp4", _frames(), 20)
-    videos = [{"file": "videos/success_100000.mp4", "seed": 100_000, "success": True, "outside": False}]
-    content = {"task": "pick_place", "label": folder.name, "videos": videos, **summarize(episodes), **extra}
-    write_json(folder / "results.json", {**content, "provenance": provenance()})
-    return folder
-
-
-def _run(folder: Path, policy: str) -> Path:
-    folder.mkdir(parents=True)
-    lines = [{"step": step, "loss": 1.0 / step, "grad_norm": 1.0} for step in range(10, 200, 10)]
-    lines.append({"step": 100, "validation_error": 0.1, "validation_error_per_step": [0.1, 0.2]})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 11')
-    train = {"policy": policy, "seconds": 300.0, "steps": 190, "parameters": 2_800_000, "validation_error": 0.1}
-    write_json(folder / "results.json", {"train": train, "provenance": provenance()})
-    return folder
-
-
-def _cotraining(folder: Path) -> Path:
-    """What 'simtoreal cotrain' leaves behind, as far as a report reads it."""
-
-    def rate(successes: int) -> dict[str, object]:
-        return {"success_rate": successes / 20, "successes": successes, "n": 20, "interval": [0.2, 0.6]}
-
-    def measured(iteration: int, policy: str, real: int, imagined: int) -> dict[str, object]:
-        gap = {"gap": (imagined - real) / 20, "gap_interval": [-0.1, 0.4], "agreement": 0.8}
-        both = {"real": rate(real), "imagined": rate(imagined), "world_model": "world_model_0"}
-        return {"iteration": iteration, "policy": policy, **both, **gap}
-
-    write_video(folder / "both.mp4", _frames(), 20)
-    taken = [("real", "demonstrations", 16, 800), ("real", "learning", 12, 900), ("real", "evaluation", 20, 1500)]
-    taken += [("imagination", "learning", 64, 5000), ("imagination", "learning", 64, 4500)]
-    content = {
-        "kind": "cotrain", "task": "pick_place", "base": rate(8), "final": rate(14), "real_episodes": 28,
-        "real_steps": 1700, "settings": {"real": {"randomization": "none"}}, "videos": ["both.mp4"],
-        "comparison": {"difference": 0.3, "difference_interval": [0.1, 0.5], "p_value": 0.012},
-        "measurements": [
-            {"iteration": 0, "policy": "base", "real": rate(8)},
-            measured(0, "base", 8, 10),
-            measured(2, "policy_0", 14, 17),
-        ],
-        "iterations": [{"iteration": 1, "success": 0.5}, {"iteration": 2, "success": 0.7}],
-        "ledger": [dict(zip(("world", "purpose", "episodes", "steps"), entry, strict=True)) for entry in taken],
-    }  # fmt: skip
-    write_json(folder / "results.json", {**content, "provenance": provenance()})
-    return folder
-
-
-def _filtered(folder: Path) -> Path:
-    """A dataset with a filter: one episode of the base operator, one accepted and one rejected of another."""
-    dataset = make_dataset(folder, 3)
-    verdicts, keep, scores = {}, {}, {}
-    for index, episode in enumerate(dataset.episodes):
-        bad = 5 * index
-        verdicts[episode.name] = FilteredEpisode(
-            steps=episode.steps, seed=episode.seed, operator="<ben>" if index else "ada", mode="static",
-            base=index == 0, compatibility=0.5, bad_steps=bad, kept_steps=episode.steps - bad, accepted=index < 2,
-        )  # fmt: skip
-        keep[episode.name] = np.arange(episode.steps) >= bad
-        scores[episode.name] = Scores(np.zeros(episode.steps, np.float32), np.zeros(episode.steps, np.float32))
-    report = {"warnings": {"static": "few base episodes"}}
-    made = Filter(
-        name="compatible", settings={}, thresholds={}, episodes=verdicts, keep=keep, scores=scores, report=report
-    )
-    write_filter(folder, made)
-    return folder
 
 
 class _Links(html.parser.HTMLParser):
@@ -127,14 +38,14 @@ class _Links(html.parser.HTMLParser):
 
 def test_page_is_self_contained_and_says_n_and_interval(tmp_path: Path) -> None:
     timing = {"periods": 1000, "missed_periods": 0, "p99_period_error_ms": 0.4, "period_error_histogram": HISTOGRAM}
-    runs = label_folders([_run(tmp_path / "a", "diffusion"), _run(tmp_path / "b", "bc")], ("train", "policy"))
+    runs = label_folders([make_run(tmp_path / "a", "diffusion"), make_run(tmp_path / "b", "bc")], ("train", "policy"))
     sources = ReportSources(
         runs=runs,
         evaluations={
-            "diffusion": _evaluation(tmp_path / "diffusion", 18, 20),
-            "bc": _evaluation(tmp_path / "bc", 6, 20),
+            "diffusion": make_evaluation(tmp_path / "diffusion", 18, 20),
+            "bc": make_evaluation(tmp_path / "bc", 6, 20),
         },
-        deployments={"diffusion": _evaluation(tmp_path / "robot", 4, 5, backend="twin", gap="standard", **timing)},
+        deployments={"diffusion": make_evaluation(tmp_path / "robot", 4, 5, backend="twin", gap="standard", **timing)},
         reproduce=["simtoreal demo"],
         total_seconds=600,
     )
@@ -162,14 +73,17 @@ def test_the_page_of_a_policy_that_was_filtered_and_improved(tmp_path: Path) -> 
     timing = {"periods": 1000, "missed_periods": 0, "p99_period_error_ms": 0.4, "period_error_histogram": HISTOGRAM}
     robot = {"backend": "twin", "gap": "standard", **timing}
     sources = ReportSources(
-        dataset=_filtered(tmp_path / "merged"),
+        dataset=make_filtered_dataset(tmp_path / "merged"),
         filter="compatible",
-        runs={"diffusion": _run(tmp_path / "a", "diffusion")},
-        cotraining=_cotraining(tmp_path / "cotrain"),
-        evaluations={"after": _evaluation(tmp_path / "after", 18, 20), "before": _evaluation(tmp_path / "base", 8, 20)},
+        runs={"diffusion": make_run(tmp_path / "a", "diffusion")},
+        cotraining=make_cotraining(tmp_path / "cotrain"),
+        evaluations={
+            "after": make_evaluation(tmp_path / "after", 18, 20),
+            "before": make_evaluation(tmp_path / "base", 8, 20),
+        },
         deployments={
-            "after": _evaluation(tmp_path / "robot_after", 19, 25, **robot),
-            "before": _evaluation(tmp_path / "robot_before", 6, 25, **robot),
+            "after": make_evaluation(tmp_path / "robot_after", 19, 25, **robot),
+            "before": make_evaluation(tmp_path / "robot_before", 6, 25, **robot),
         },
     )
     text = write_report(sources, tmp_path / "report.html").read_text()
@@ -199,7 +113,7 @@ def test_the_page_of_a_policy_that_was_filtered_and_improved(tmp_path: Path) -> 
 
 
 def test_what_is_missing_is_left_out(tmp_path: Path) -> None:
-    path = write_report(ReportSources(evaluations={"x": _evaluation(tmp_path / "x", 3, 4)}), tmp_path / "r.html")
+    path = write_report(ReportSources(evaluations={"x": make_evaluation(tmp_path / "x", 3, 4)}), tmp_path / "r.html")
     text = path.read_text()
     assert "How often it succeeds" in text
     for section in ("How it learned", "How the robot was driven", "Which demonstrations", "How it practised"):
@@ -218,7 +132,7 @@ def test_what_is_missing_is_left_out(tmp_path: Path) -> None:
 
 
 def test_video_round_trip_and_bad_frames(tmp_path: Path) -> None:
-    frames = [frame[:31, :63] for frame in _frames()]
+    frames = [frame[:31, :63] for frame in make_frames()]
     path = write_video(tmp_path / "a.mp4", iter(frames), 20, scale=3)
     read = read_video(path)
     assert read.shape == (12, 94, 190, 3)  # Odd sizes are padded by one.
@@ -239,7 +153,7 @@ def test_video_round_trip_and_bad_frames(tmp_path: Path) -> None:
 
 
 def test_contact_sheets(tmp_path: Path) -> None:
-    frames = _frames(3)
+    frames = make_frames(3)
     sheet = tile(frames, columns=2, labels=["one", "two", "a label that is far too long for its cell"], gap=4)
     assert sheet.shape == (2 * (32 + 18) + 4, 2 * 64 + 4, 3)
     assert np.array_equal(sheet[18:50, :64], frames[0])
