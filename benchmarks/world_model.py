@@ -7,7 +7,7 @@
 Demonstrations of a disturbed expert (failures included) train the model; fresh ones judge it open loop, to the end of
 every episode. Policies of different quality, the same one with more and more training, are evaluated in the model and
 in MuJoCo from the same first frames. Speed is that of imagined and decoded pictures (every camera counts), in the same
-run as a loop over single episodes, in float32, of the same model.
+run as a loop over single episodes, in float32, of the same model. Both imagine chunks of eight actions.
 """
 
 from __future__ import annotations
@@ -44,6 +44,8 @@ TASK = "pick_place"
 # Apart from all seeds that anything was chosen on.
 TRAINING_SEED, FRESH_SEED, POLICY_SEED, CONDITION_SEED = 2_000_000, 2_100_000, 2_200_000, 2_300_000
 OURS, EAGER = "batched", "eager, one episode after the other"
+# Actions that a policy announces and executes at once.
+EXECUTED = 8
 PRESETS = Path(__file__).resolve().parent.parent / "configs" / "world_models"
 
 
@@ -136,10 +138,10 @@ def measure_speed(loaded: LoadedWorldModel, data: VideoData, batch: int, rounds:
     def imagine(rows: torch.Tensor, enabled: bool) -> None:
         state = contexts.state.rows(rows)
         with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=enabled):
-            for step in range(steps):
-                state, latents, _ = model.imagine(state, commands[rows, step : step + 1])
+            for part in commands[rows].split(EXECUTED, 1):
+                state, latents, _ = model.imagine(state, part)
                 # To main memory, as a policy or a person would see them.
-                model.decode(latents[:, 0]).cpu()
+                model.decode(latents.flatten(0, 1)).cpu()
 
     def ours() -> None:
         imagine(torch.arange(batch), half)

@@ -229,6 +229,8 @@ class _Rollout:
     ) -> None:
         self.env, self.actor, self.seeds, self.listeners, self.options = env, actor, seeds, listeners, options
         count = env.num_envs
+        # A learned world imagines a whole chunk at once; see docs/interface.md.
+        self.announce = None if actor.ensembling is not None else getattr(env.unwrapped, "announce", None)
         self.next_episode = 0
         self.episode = np.full(count, -1)
         self.steps = np.zeros(count, dtype=int)
@@ -288,6 +290,8 @@ class _Rollout:
             chunks = self.actor.act(history, [self.instructions[slot] for slot in asking], asking)
             for slot, chunk in zip(asking, chunks, strict=True):
                 self.queues[slot].add(chunk)
+            if self.announce is not None:
+                self.announce(np.asarray(chunks[:, : self.actor.execute_steps], np.float32), asking)
         for slot in slots:
             self.action[slot] = self.queues[slot].next()
         before = self.observation

@@ -252,6 +252,8 @@ class _Collector:
         for key, values in self.history.items() if self.keep else ():
             decision[f"observation/{key}"] = torch.from_numpy(values[slots])
         chunk = sample.chunk.cpu().numpy()
+        if (announce := getattr(self.env.unwrapped, "announce", None)) is not None:
+            announce(chunk[:, : self.policy.config.execute_steps], slots)
         for offset in range(self.policy.config.execute_steps):
             active = self.running[slots]
             if not active.any():

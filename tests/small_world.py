@@ -23,7 +23,7 @@ from simtoreal.world_models.disturbance import DisturbanceConfig, DisturbedActor
 TOKENIZER = TokenizerConfig(channels=8, encoder_widths=(8, 16, 32), decoder_widths=(32, 16, 8))
 CLASSIFIER = ClassifierConfig(width=16, generated_episodes=4)
 RESIDUAL = WorldModelConfig(
-    tokenizer=TOKENIZER, dynamics=DynamicsConfig(width=64, layers=2, unroll=(1, 2)), classifier=CLASSIFIER
+    tokenizer=TOKENIZER, dynamics=DynamicsConfig(width=64, layers=2, chunk=4, unroll=(4, 8)), classifier=CLASSIFIER
 )
 FLOW = WorldModelConfig(
     tokenizer=TOKENIZER,

@@ -10,8 +10,9 @@ import torch
 from small_world import FLOW, MOMENT, RESIDUAL, make_world_data
 
 from simtoreal.envs import rollout
+from simtoreal.envs.action import integrate_action
 from simtoreal.envs.contract import check_robot_env
-from simtoreal.envs.errors import ConfigError, EmbodimentMismatchError
+from simtoreal.envs.errors import ActionError, ConfigError, EmbodimentMismatchError
 from simtoreal.envs.panda import panda_embodiment
 from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model
 from simtoreal.world_models.contexts import Contexts
@@ -188,3 +189,72 @@ def test_contexts_that_do_not_fit(loaded, data):
     other = dataclasses.replace(data, embodiment=panda_embodiment(16, render_profile="high"))
     with pytest.raises(EmbodimentMismatchError, match="render_profile"):
         WorldModelVectorEnv(loaded, 2, other)
+
+
+# Announced actions ------------------------------------------------------------------------------------------------
+
+
+def actions_of(episodes: int, steps: int) -> np.ndarray:
+    actions = np.random.default_rng(0).uniform(-0.5, 0.5, (episodes, steps, 7)).astype(np.float32)
+    actions[..., -1] = 1.0
+    return actions
+
+
+def run_steps(env, actions, announced=None, slots=None) -> np.ndarray:
+    """Images ``(steps, N, H, W, 3)`` of the first camera."""
+    env.reset(seed=0)
+    if announced is not None:
+        env.announce(announced, np.arange(env.num_envs) if slots is None else np.array(slots))
+    return np.stack([env.step(actions[:, step])[0]["front_image"] for step in range(actions.shape[1])])
+
+
+def test_announced_actions_are_imagined_in_one_pass(env, loaded, data, monkeypatch):
+    actions = actions_of(3, 4)
+    commands = []
+    original = loaded.model.imagine
+    monkeypatch.setattr(
+        loaded.model,
+        "imagine",
+        lambda state, told, noise: commands.append(told.shape[1]) or original(state, told, noise),
+    )
+    images = run_steps(env, actions, actions)
+    assert commands == [4]
+    # The same as asking the model for the four frames at once.
+    env.reset(seed=0)
+    targets, told = env._targets.copy(), []
+    for step in range(4):
+        targets = integrate_action(targets, actions[:, step], env.embodiment)
+        told.append(targets)
+    with torch.inference_mode():
+        state = env._state
+        _, latents, _ = original(state, env._commands(actions, np.stack(told, 1)), None)
+        expected = np.stack([env._decode(latents[:, step])[:, 0] for step in range(4)])
+    np.testing.assert_array_equal(images, expected)
+
+
+def test_steps_may_differ_from_what_was_announced(env):
+    actions = actions_of(3, 4)
+    alone = run_steps(env, actions)
+    # Announced for one episode only; of the others nothing is known.
+    some = run_steps(env, actions, actions[:1], slots=[0])
+    np.testing.assert_array_equal(some[:, 1:], alone[:, 1:])
+    # Announced wrongly: as if nothing had been announced, also for the steps after the first wrong one.
+    wrong = run_steps(env, actions, actions[:, ::-1].copy())
+    np.testing.assert_array_equal(wrong, alone)
+    # What was announced before a reset is forgotten by it.
+    env.reset(seed=0)
+    env.announce(actions, np.arange(3))
+    np.testing.assert_array_equal(run_steps(env, actions), alone)
+    with pytest.raises(ActionError):
+        env.announce(3 * actions, np.arange(3))
+
+
+def test_a_rollout_announces_its_chunks(env, monkeypatch):
+    announced = []
+    original = env.announce
+    monkeypatch.setattr(
+        env, "announce", lambda actions, slots: announced.append(actions.shape) or original(actions, slots)
+    )
+    rollout(env, Still(), range(3))
+    assert announced
+    assert all(shape[1:] == (4, 7) for shape in announced)

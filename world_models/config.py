@@ -53,8 +53,7 @@ class DynamicsConfig:
     """
 
     kind: Literal["residual", "flow"] = "residual"
-    """``residual``: deterministic, one step at a time, small; ``flow``: rectified-flow transformer that generates
-    several frames at once (WoVR, arXiv 2602.13977, §3)."""
+    """``residual``: deterministic and small; ``flow``: rectified-flow transformer (WoVR, arXiv 2602.13977, §3)."""
     memory: int = 2
     """Most recent frames that the model sees, beside the first frame of the episode (WoVR: 4)."""
     width: int = 96
@@ -62,7 +61,7 @@ class DynamicsConfig:
     layers: int = 4
     """Residual blocks, or transformer layers."""
     chunk: int = 8
-    """Frames that ``flow`` learns to generate at once; any smaller number can be asked for."""
+    """Frames that are generated at once; any smaller number can be asked for. Errors add up from chunk to chunk."""
     patch: int = 2
     """Latent cells per token and axis (``flow``)."""
     sampling_steps: int = 5
@@ -71,11 +70,10 @@ class DynamicsConfig:
     """Standard deviation of noise on the remembered frames while training, so that the model tolerates its own
     imperfect ones. The first frame of the episode stays clean (WoVR §3)."""
     changed_weight: float = 8.0
-    """Additional loss weight of latent cells that change in a step (``residual``), or since the last frame that is
-    known (``flow``)."""
+    """Additional loss weight of latent cells that differ from the last frame that is known."""
     proprio_weight: float = 10.0
     """Loss weight of proprio against the images."""
-    unroll: tuple[int, ...] = (1, 3, 6)
+    unroll: tuple[int, ...] = (8, 16, 24)
     """Steps for which ``residual`` lives on its own predictions while it learns; every entry gets an equal share of
     the training steps, in turn."""
 

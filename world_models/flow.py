@@ -144,8 +144,8 @@ class FlowDynamics(nn.Module):
         velocity = self(noisy, window.commands, expected, mixed_frames, torch.lerp(vectors, wanted, share), time)
         changed = changed_cells(state.memory[:, -1], window.latents, self.views)
         weight = window.weight * (1 + config.changed_weight * changed)
-        image_error = weighted_error(velocity[0], window.latents - frames, weight).mean()
-        vector_error = (velocity[1] - (wanted - vectors)).square().mean()
+        image_error = window.mean(weighted_error(velocity[0], window.latents - frames, weight))
+        vector_error = window.mean((velocity[1] - (wanted - vectors)).square().mean(-1))
         loss = image_error + 0.1 * config.proprio_weight * vector_error
         return {"loss": loss, "latents": image_error.detach(), "proprio": vector_error.detach()}
 
@@ -154,8 +154,7 @@ class FlowDynamics(nn.Module):
         latents, proprio = [], []
         for part in commands.split(self.config.chunk, 1):
             frames, vectors = self._chunk(state, part, noise)
-            for step in range(part.shape[1]):
-                state = state.append(frames[:, step], vectors[:, step], part[:, step])
+            state = state.extend(frames, vectors, part)
             latents.append(frames)
             proprio.append(vectors)
         return torch.cat(latents, 1), torch.cat(proprio, 1)
@@ -176,12 +175,7 @@ class FlowDynamics(nn.Module):
 
     def expected(self, state: Imagination, commands: Tensor) -> Tensor:
         """Proprio ``(N, k, P)`` that the linear model expects."""
-        before, now = state.proprio[:, 0], state.proprio[:, 1]
-        expected = []
-        for step in range(commands.shape[1]):
-            before, now = now, self.linear(before, now, commands[:, step])
-            expected.append(now)
-        return torch.stack(expected, 1)
+        return self.linear.roll_out(state.proprio[:, 0], state.proprio[:, 1], commands)
 
     def forward(
         self, state: Imagination, commands: Tensor, expected: Tensor, frames: Tensor, vectors: Tensor, time: Tensor

@@ -15,7 +15,7 @@ from simtoreal.world_models.video_data import VideoData
 
 @dataclass(frozen=True)
 class Window:
-    """B stretches of K steps with what came before.
+    """B stretches of K steps with what came before. Beyond the end of an episode its last frame is repeated.
 
     Attributes:
         state: memory at the first frame of each.
@@ -23,6 +23,7 @@ class Window:
         proprio: ``(B, K, P)`` that follow, scaled.
         commands: ``(B, K, C')`` scaled commands that lead to them.
         weight: ``(B, K, V, h, w)`` of every latent cell.
+        valid: ``(B, K)`` 1 for frames of the episode, 0 beyond its end.
     """
 
     state: Imagination
@@ -30,6 +31,11 @@ class Window:
     proprio: Tensor
     commands: Tensor
     weight: Tensor
+    valid: Tensor
+
+    def mean(self, error: Tensor) -> Tensor:
+        """Mean of ``(B, K)`` over the frames that exist."""
+        return (error * self.valid).sum() / self.valid.sum()
 
 
 class LatentVideo:
@@ -63,11 +69,14 @@ class LatentVideo:
         return Imagination(self.latents[first].float(), self.latents[kept].float(), self.proprio[velocity], commands)
 
     def window(self, frames: np.ndarray, steps: int) -> Window:
-        """Windows of ``steps`` steps after ``frames`` ``(B,)``, which :meth:`usable` allows."""
-        ahead = frames[:, None] + np.arange(steps)
+        """Windows of ``steps`` steps after ``frames`` ``(B,)``, each with at least one frame that follows."""
+        ahead = frames[:, None] + np.arange(1, steps + 1)
+        last = self.last[frames][:, None]
+        valid = torch.from_numpy((ahead <= last).astype(np.float32)).to(self.proprio.device)
+        ahead = np.minimum(ahead, last)
         return Window(
-            self.state(frames), self.latents[ahead + 1].float(), self.proprio[ahead + 1], self.commands[ahead],
-            self.weight[ahead + 1].float(),
+            self.state(frames), self.latents[ahead].float(), self.proprio[ahead], self.commands[ahead - 1],
+            self.weight[ahead].float(), valid,
         )  # fmt: skip
 
     def usable(self, frames: np.ndarray, steps: int) -> np.ndarray:

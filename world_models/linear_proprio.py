@@ -44,6 +44,14 @@ class LinearProprio(nn.Module):
         """Return the expected proprio ``(N, P)``; all scaled."""
         return self.known(now + _inputs(before, now, command) @ self.coefficients, command)
 
+    def roll_out(self, before: Tensor, now: Tensor, commands: Tensor) -> Tensor:
+        """Return the expected proprios ``(N, k, P)`` after each of the commands ``(N, k, C')``."""
+        expected = []
+        for step in range(commands.shape[1]):
+            before, now = now, self(before, now, commands[:, step])
+            expected.append(now)
+        return torch.stack(expected, 1)
+
     @torch.no_grad()
     def fit(self, proprio: Tensor, commands: Tensor, first: np.ndarray, frames: np.ndarray) -> None:
         """Fit the coefficients.

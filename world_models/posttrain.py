@@ -260,7 +260,7 @@ class _Posttraining:
     def _supervise(self) -> dict[str, Tensor]:
         config = self.config
         steps = self.dynamics.window_steps(1.0)
-        usable = self.video.usable(self.frames, steps)
+        usable = self.video.usable(self.frames, 1)
         self.dynamics.train()
         with self._autocast():
             losses = self.dynamics.loss(self.video.window(np.random.choice(usable, config.batch_size), steps))

@@ -1,7 +1,7 @@
 """Generating videos at random with known densities, so that reinforcement learning can improve the generator.
 
-A video is a walk of Gaussian transitions. Of a ``residual`` model, which is deterministic, each frame is one
-transition: the next latents are its prediction plus noise, N(f(state, command), sigma^2), and the following prediction
+A video is a walk of Gaussian transitions. Of a ``residual`` model, which is deterministic, each pass is one
+transition: the next frames are its prediction plus noise, N(f(state, commands), sigma^2), and the following prediction
 builds on them. Of a ``flow`` model each Euler step of a chunk is one: with the clean chunk x^ and the noise e^ that the
 velocity implies, the step from time t to t' < 1 is
 
@@ -37,7 +37,7 @@ class RandomVideos:
         outcome: ``(T, D)`` where each transition led.
         deviation: ``(T,)`` its standard deviation.
         state: memory before each transition (``residual``: T rows; ``flow``: N rows).
-        commands: ``(T, C')`` (``residual``) or ``(N, K, C')`` (``flow``).
+        commands: ``(T, k, C')`` (``residual``, k frames per pass) or ``(N, K, C')`` (``flow``).
         before: ``(T, D)`` partly noise, time: ``(T, 2)`` from and to (``flow``; empty for ``residual``).
     """
 
@@ -90,36 +90,37 @@ class ResidualWalk(VideoWalk):
         self.dynamics = dynamics
 
     def passes(self, steps: int) -> int:
-        """One per frame."""
+        """One per frame, as a frame costs the same in every method that is compared."""
         return steps
 
     @torch.no_grad()
     def sample(self, state: Imagination, commands: Tensor, generator: torch.Generator | None) -> RandomVideos:
         """See :meth:`VideoWalk.sample`."""
         count, steps = commands.shape[:2]
-        states, frames = [], []
-        for step in range(steps):
-            mean, vector = self.dynamics(state.reference, state.memory, state.proprio, commands[:, step])
+        # Passes of equal length, as long as possible, so that transitions are of equal size.
+        size = max(k for k in range(1, self.dynamics.config.chunk + 1) if steps % k == 0)
+        states, parts = [], []
+        for told in commands.split(size, 1):
+            mean, vectors = self.dynamics(state, told)
             noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-            frame = mean + self.noise_scale * noise
             states.append(state)
-            frames.append(frame)
-            state = state.append(frame, vector, commands[:, step])
-        latents = torch.stack(frames, 1)
-        # Step by step, all videos of a step together.
-        outcome = torch.cat(frames).flatten(1)
+            parts.append(mean + self.noise_scale * noise)
+            state = state.extend(parts[-1], vectors, told)
+        latents = torch.cat(parts, 1)
+        # Pass by pass, all videos of a pass together.
+        outcome = torch.cat(parts).flatten(1)
         device = outcome.device
         return RandomVideos(
-            latents=latents, video=torch.arange(count, device=device).repeat(steps), outcome=outcome,
+            latents=latents, video=torch.arange(count, device=device).repeat(steps // size), outcome=outcome,
             deviation=torch.full((len(outcome),), self.noise_scale, device=device), state=Imagination.join(states),
-            commands=commands.transpose(0, 1).flatten(0, 1), before=outcome[:, :0],
+            commands=torch.cat(commands.split(size, 1)), before=outcome[:, :0],
             time=torch.zeros(len(outcome), 0, device=device),
         )  # fmt: skip
 
     def means(self, videos: RandomVideos, rows: Tensor) -> Tensor:
         """See :meth:`VideoWalk.means`."""
         state = videos.state.rows(rows)
-        mean, _ = self.dynamics(state.reference, state.memory, state.proprio, videos.commands[rows])
+        mean, _ = self.dynamics(state, videos.commands[rows])
         return mean.flatten(1)
 
 

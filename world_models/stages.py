@@ -149,19 +149,17 @@ class DynamicsStage(Stage):
     def prepare(self) -> None:
         """Encode the data once, and fit the linear model of proprio."""
         self.video = self.encoded.video
+        self.followed = self.video.usable(self.train_frames, 1)
         if self.fresh:
-            followed = self.video.usable(self.train_frames, 1)
-            self.model.dynamics.linear.fit(self.video.proprio, self.video.commands, self.video.first, followed)
-        self._usable: dict[int, np.ndarray] = {}
+            video = self.video
+            self.model.dynamics.linear.fit(video.proprio, video.commands, video.first, self.followed)
 
     def loss(self, step: int) -> dict[str, Tensor]:
         """Error over a window; its length depends on the progress of the training."""
         # Somebody who trains on has a model that can live on its own predictions already.
         done = step / self.schedule.steps if self.fresh else 1.0
         steps = self.model.dynamics.window_steps(done)
-        if steps not in self._usable:
-            self._usable[steps] = self.video.usable(self.train_frames, steps)
-        return self.model.dynamics.loss(self.video.window(self.draw(self._usable[steps]), steps))
+        return self.model.dynamics.loss(self.video.window(self.draw(self.followed), steps))
 
     def finish(self) -> dict[str, float]:
         """Open-loop error on held-out episodes, weighted as in training, beside that of a still picture."""

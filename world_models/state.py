@@ -43,6 +43,13 @@ class Imagination:
             torch.cat([self.commands[:, 1:], command[:, None]], 1),
         )
 
+    def extend(self, frames: Tensor, proprio: Tensor, commands: Tensor) -> Imagination:
+        """Memory after k more frames ``(N, k, C, h, w)``, proprios ``(N, k, P)`` and commands ``(N, k, C')``."""
+        state = self
+        for step in range(frames.shape[1]):
+            state = state.append(frames[:, step], proprio[:, step], commands[:, step])
+        return state
+
     def rows(self, index: Tensor) -> Imagination:
         """Episodes by index or mask."""
         return Imagination(self.reference[index], self.memory[index], self.proprio[index], self.commands[index])

@@ -17,8 +17,10 @@ from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.task import TaskSpec
 from simtoreal.envs.task_file import load_task, parse_task
 from simtoreal.policies.trainer import choose_precision
+from simtoreal.world_models.announced_steps import AnnouncedSteps
 from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model
 from simtoreal.world_models.contexts import Contexts
+from simtoreal.world_models.state import Imagination
 from simtoreal.world_models.video_data import VideoData
 
 NOT_FINITE = "imagination not finite"
@@ -155,6 +157,7 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
         self._probability = np.zeros(count)
         self._ended = np.zeros(count, dtype=bool)
         self._generators = [torch.Generator() for _ in range(count)]
+        self._ahead: AnnouncedSteps | None = None
         self._started = True
 
     def _begin(self, slots: np.ndarray, seeds: list[int]) -> None:
@@ -168,8 +171,51 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
             self.contexts.instructions[chosen],
         )
         self._faults[slots], self._hold[slots], self._ended[slots], self._probability[slots] = "", 0, False, 0.0
+        if self._ahead is not None:
+            self._ahead.left[slots] = 0
         for slot, seed in zip(slots, seeds, strict=True):
             self._generators[slot].manual_seed(seed)
+
+    @torch.inference_mode()
+    def announce(self, actions: np.ndarray, slots: np.ndarray) -> None:
+        """Say what :meth:`step` will be given next; it is imagined in as few passes as the model can.
+
+        Steps remain what they are, and may still be given other actions. But errors add up from pass to pass, and a
+        pass costs the same whatever its length, so whoever acts in chunks should announce them.
+
+        Args:
+            actions: ``(len(slots), k, A)``.
+            slots: ``(n,)`` the episodes that they are for.
+
+        Raises:
+            ActionError: wrong shape or dtype, not finite, or out of range.
+        """
+        if not self._started:
+            raise ConfigError("call reset() before announce()")
+        bounded, size = self.embodiment.action.mode != "env", (len(slots), self.embodiment.action.dim)
+        for step in range(actions.shape[1]):
+            check_action(actions[:, step], size, bounded=bounded)
+        running = ~self._ended[slots]
+        slots, actions = slots[running], actions[running]
+        if not len(slots):
+            return
+        targets, ahead = self._targets[slots], []
+        for step in range(actions.shape[1]):
+            targets = integrate_action(targets, actions[:, step], self.embodiment) if targets.shape[1] else targets
+            ahead.append(targets)
+        with torch.autocast(**self._autocast):
+            _, latents, proprio = self.model.imagine(
+                self._state.rows(torch.from_numpy(slots)), self._commands(actions, np.stack(ahead, 1)),
+                [self._generators[slot] for slot in slots],
+            )  # fmt: skip
+        if self._ahead is None or self._ahead.latents.shape[1] < actions.shape[1]:
+            self._ahead = AnnouncedSteps.empty(self.num_envs, actions, latents, proprio)
+        self._ahead.put(slots, actions, latents, proprio)
+
+    def _commands(self, actions: np.ndarray, targets: np.ndarray) -> torch.Tensor:
+        device = self.model.device
+        told = torch.from_numpy(targets.astype(np.float32)).to(device)
+        return self.model.scale_commands(torch.from_numpy(actions).to(device), told)
 
     def step(
         self, actions: np.ndarray
@@ -211,20 +257,19 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
     @torch.inference_mode()
     def _advance(self, slots: np.ndarray, actions: np.ndarray) -> torch.Tensor:
         """Imagine the next frame of the episodes ``slots`` and judge it; return its latents, in the order of slots."""
-        device, index = self.model.device, torch.from_numpy(slots)
+        index = torch.from_numpy(slots)
         if self._targets.shape[1]:
             self._targets[slots] = integrate_action(self._targets[slots], actions, self.embodiment)
         self._steps[slots] += 1
-        targets = torch.from_numpy(self._targets[slots].astype(np.float32)).to(device)
-        commands = self.model.scale_commands(torch.from_numpy(actions).to(device), targets)[:, None]
+        commands = self._commands(actions, self._targets[slots])
         everyone = len(slots) == self.num_envs
+        before = self._state if everyone else self._state.rows(index)
         with torch.autocast(**self._autocast):
-            before = self._state if everyone else self._state.rows(index)
-            generators = [self._generators[slot] for slot in slots]
-            after, latents, proprio = self.model.imagine(before, commands, generators)
+            latents, proprio = self._next(slots, actions, before, commands)
+            after = before.append(latents, proprio, commands)
             finite = after.finite().cpu().numpy()
-            probability = self.model.success_probability(latents[:, 0], proprio[:, 0]).float().cpu().numpy()
-        vectors = self.model.unscale_proprio(proprio[:, 0]).cpu().numpy()
+            probability = self.model.success_probability(latents, proprio).float().cpu().numpy()
+        vectors = self.model.unscale_proprio(proprio).cpu().numpy()
         if finite.all():
             self._state = after if everyone else self._state.put(index, after)
         else:
@@ -236,7 +281,26 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
         self._probability[good_slots] = probability[finite]
         shown = self._probability[slots] >= self.threshold
         self._hold[slots] = np.where(shown, self._hold[slots] + 1, 0)
-        return latents[:, 0]
+        return latents
+
+    def _next(
+        self, slots: np.ndarray, actions: np.ndarray, before: Imagination, commands: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Latents and proprio of the next frame, announced or not."""
+        known = np.zeros(len(slots), bool) if self._ahead is None else self._ahead.matches(slots, actions)
+        if self._ahead is not None:
+            self._ahead.left[slots[~known]] = 0
+            if known.all():
+                return self._ahead.take(slots)
+        new = torch.from_numpy(~known)
+        generators = [self._generators[slot] for slot in slots[~known]]
+        _, frames, vectors = self.model.imagine(before.rows(new), commands[new][:, None], generators)
+        if self._ahead is None or not known.any():
+            return frames[:, 0], vectors[:, 0]
+        latents, proprio = (torch.empty(len(slots), *one.shape[2:], device=one.device) for one in (frames, vectors))
+        latents[new], proprio[new] = frames[:, 0], vectors[:, 0]
+        latents[~new], proprio[~new] = self._ahead.take(slots[known])
+        return latents, proprio
 
     def set_instruction(self, text: str, mask: np.ndarray | None = None) -> None:
         """Change the language instruction of the episodes where ``mask`` is true (default: all)."""

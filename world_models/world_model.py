@@ -127,9 +127,7 @@ class WorldModel(nn.Module):
             New memory, latents ``(N, k, C, h, w)`` and scaled proprio ``(N, k, P)`` of the k frames.
         """
         latents, proprio = self.dynamics.imagine(state, commands, noise)
-        for step in range(commands.shape[1]):
-            state = state.append(latents[:, step], proprio[:, step], commands[:, step])
-        return state, latents, proprio
+        return state.extend(latents, proprio, commands), latents, proprio
 
     def success_probability(self, latents: Tensor, proprio: Tensor) -> Tensor:
         """Return ``(N,)`` for latents ``(N, C, h, w)`` and scaled proprio ``(N, P)``."""
