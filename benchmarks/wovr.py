@@ -46,7 +46,7 @@ from cotraining_study import (
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.envs.files import write_json
 from simtoreal.evaluation.results import load_evaluation
-from simtoreal.policies.config import DiffusionConfig, TrainerConfig
+from simtoreal.policies.config import DiffusionConfig, TrainerConfig, VisionConfig
 from simtoreal.policies.reinforcement_config import ReinforcementConfig
 from simtoreal.policies.reinforcement_run import reinforce
 from simtoreal.world_models.cotrain_config import MeasurementConfig, WovrConfig
@@ -89,7 +89,9 @@ def profiles() -> dict[str, Profile]:
     model, trainer = gpu_world_model()
     cpu = Profile(
         demonstrations={"pick_place": 40, "push": 30},
-        imitation=TrainerConfig(steps=2000),
+        imitation=TrainerConfig(steps=2000, batch_size=32),
+        # Half as wide as the default, so that a processor core trains and uses it in minutes.
+        policy=DiffusionConfig(vision=VisionConfig(widths=(16, 32, 32)), noise_samples=2),
         wovr=shipped["wovr"],
         reinforcement=shipped["reinforcement"],
         direct_rollouts=32,
@@ -101,6 +103,7 @@ def profiles() -> dict[str, Profile]:
         "gpu": dataclasses.replace(
             cpu,
             imitation=TrainerConfig(steps=4000, batch_size=128),
+            policy=DiffusionConfig(),
             wovr=dataclasses.replace(
                 cpu.wovr, iterations=100, imagined_envs=256, world_model=model, world_model_trainer=trainer
             ),
