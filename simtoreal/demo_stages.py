@@ -112,12 +112,17 @@ FULL_PROFILES = {
         filter_flags=("--epochs", "5", "--minimum-steps", "100"),
     ),
     "cpu": FullProfile(
-        demonstrations=40,
-        second_operator=10,
-        still=10,
+        demonstrations=20,
+        second_operator=5,
+        still=5,
         image_size_px=64,
-        policy_flags=("--config", "{presets}/policies/diffusion_cpu.yaml", "--steps", "2000"),
-        cotrain_flags=("--config", "{presets}/cotrain/wovr.yaml"),
+        # Half as wide as the preset, since thousands of rollouts ask it.
+        policy_flags=(
+            *("--config", "{presets}/policies/diffusion_cpu.yaml", "--steps", "1500"),
+            *("--trainer.batch-size", "32", "--diffusion.vision.widths", "16", "32", "32"),
+        ),
+        # A careful operator takes three seconds and a half, and who imitates one about as long.
+        cotrain_flags=("--config", "{presets}/cotrain/wovr.yaml", "--reinforcement.max-chunks", "16"),
         robot_episodes=25,
     ),
     # The small policy: imagination needs thousands of its rollouts.
