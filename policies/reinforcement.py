@@ -84,8 +84,8 @@ class Reinforcement:
         self.algorithm = _make_algorithm(policy, config)
         self._trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
         own = list(self.algorithm.parameters())
-        groups = [{"params": self._trained, "lr": config.learning_rate}]
-        groups += [{"params": own, "lr": self.algorithm.learning_rate}] if own else []
+        rates = [(self._trained, config.learning_rate), *([(own, self.algorithm.learning_rate)] if own else [])]
+        groups = [{"params": parameters, "lr": rate, "highest_lr": rate} for parameters, rate in rates]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
 
     def starts(self) -> Starts:
@@ -157,6 +157,9 @@ class Reinforcement:
                 f"reinforcement diverged in iteration {self.iteration}: loss {loss.item()}, gradient norm "
                 f"{total.item()}. The last checkpoint is intact. Lower learning_rate, or raise exploration.noise_scale."
             )
+        warmth = min(1.0, (self.updates + 1) / config.warmup_updates)
+        for group in self.optimizer.param_groups:
+            group["lr"] = warmth * group["highest_lr"]
         self.optimizer.step()
         self.updates += 1
         log_ratio = (log_prob - batch["old_log_prob"]).detach()

@@ -104,6 +104,9 @@ class ReinforcementConfig:
     """Noise of the rollouts."""
     learning_rate: float = 1e-4
     """Learning rate of the policy (AdamW)."""
+    warmup_updates: int = 20
+    """Optimiser steps over which the learning rates rise. The first steps of AdamW are of full size whatever the
+    gradient, and one of them can take a policy further than all that follow."""
     epochs: int = 2
     """Passes over the decisions of an iteration."""
     minibatch: int = 512
@@ -120,7 +123,7 @@ class ReinforcementConfig:
     """Decides the noise of the rollouts and the order of the updates."""
 
     def __post_init__(self) -> None:
-        for name in ("rollouts", "denoising_steps", "epochs", "minibatch"):
+        for name in ("rollouts", "denoising_steps", "epochs", "minibatch", "warmup_updates"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if self.max_chunks is not None and self.max_chunks < 1:
