@@ -48,7 +48,7 @@ demo: $(READY)
 # cores for themselves, against live robot processes, run one by one after the others.
 test: $(READY)
 	@status=0; \
-	$(BIN)/python -m pytest -n 3 --dist loadfile -m "not realtime" || status=$$?; \
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not realtime" || status=$$?; \
 	$(BIN)/python -m pytest -m realtime || status=$$?; \
 	exit $$status
 

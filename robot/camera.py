@@ -21,6 +21,10 @@ CLOCK_STEP_NS = 10_000_000_000
 FROZEN_FRAMES = 10
 
 
+class FrozenCameraError(StaleObservationError):
+    """A camera goes on delivering the same image."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Frame:
     """One image of a camera.
@@ -112,7 +116,8 @@ class Camera(ABC):
                 scene repeats exactly; repetition while False is excused.
 
         Raises:
-            StaleObservationError: nothing yet, too old, or frozen; says why frames were refused in the meantime.
+            StaleObservationError: nothing yet, or too old; says why frames were refused in the meantime.
+            FrozenCameraError: the image repeats although what the camera sees is changing.
         """
         with self._changed:
             frame, problem = self._newest, self._problem
@@ -126,7 +131,7 @@ class Camera(ABC):
             )
         self._excused = min(self._excused, frame.identical) if moving else frame.identical
         if frame.identical - self._excused >= self.frozen_frames:
-            raise StaleObservationError(
+            raise FrozenCameraError(
                 f"camera '{self.name}' is frozen: {frame.identical + 1} identical images with advancing stamps"
             )
         return frame

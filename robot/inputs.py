@@ -12,7 +12,7 @@ import numpy as np
 
 from simtoreal.envs.embodiment import CameraSpec, Embodiment
 from simtoreal.envs.errors import RobotError, StaleObservationError
-from simtoreal.robot.camera import StampClock
+from simtoreal.robot.camera import FrozenCameraError, StampClock
 from simtoreal.robot.images import fit_image
 from simtoreal.robot.stream_counter import FrameCounts, StreamCounter
 from simtoreal.robot.topics import RobotConfig, Topic, start_ros
@@ -158,8 +158,8 @@ class RobotInputs:
         self._newest: dict[str, tuple[Any, int]] = {}
         self._joint_clock, self._joint_frames = StampClock(), StreamCounter()
         self._joints: tuple[Any, int, int] | None = None
-        self._previous_arm = np.zeros(len(config.joint_names))
-        self._failed: set[str] = set()
+        self._previous_arm: np.ndarray | None = None
+        self._frozen: set[str] = set()
         self._context = start_ros()
         from rclpy.executors import SingleThreadedExecutor
         from rclpy.node import Node
@@ -255,19 +255,23 @@ class RobotInputs:
             StaleObservationError: silent, late or frozen camera, or only torn images.
             RobotError: images of another size than the robot yaml says.
         """
-        moving = float(np.abs(arm.joint_positions_rad - self._previous_arm).sum()) > MOVING_RAD
+        # At a first look nobody knows: since it stopped, cameras may have shown the same for long.
+        before = arm.joint_positions_rad if self._previous_arm is None else self._previous_arm
+        moving = float(np.abs(arm.joint_positions_rad - before).sum()) > MOVING_RAD
         self._previous_arm = arm.joint_positions_rad
         images, captured, received = {}, {}, {}
         oldest = time.monotonic_ns()
         for name, (spec, camera) in self.cameras.items():
             # The arm rests while a camera is frozen; that must not excuse the camera.
-            suspicious = moving or name in self._failed
-            self._failed.add(name)
-            frame = camera.read(self.config.staleness.camera_s, moving=suspicious)
+            try:
+                frame = camera.read(self.config.staleness.camera_s, moving=moving or name in self._frozen)
+            except FrozenCameraError:
+                self._frozen.add(name)
+                raise
             if frame.receive_ns < after_ns:
                 raise StaleObservationError(f"camera '{name}' has delivered no image yet")
             self._check_size(spec, frame.image)
-            self._failed.discard(name)
+            self._frozen.discard(name)
             images[f"{name}_image"] = fit_image(frame.image, spec.height, spec.width).copy()
             captured[name], received[name] = frame.capture_ns, frame.receive_ns
             oldest = min(oldest, frame.receive_ns)
@@ -298,6 +302,8 @@ class RobotInputs:
             RobotError: implausible inputs, several publishers, or other intrinsics than the embodiment's.
         """
         deadline = time.monotonic_ns() + int(timeout_s * 1e9)
+        # Nobody may have looked for seconds, in which the arm moved, came to rest, and was seen at rest for long.
+        self._previous_arm = None
         while True:
             try:
                 arm = self.read_arm(after_ns)

@@ -202,7 +202,8 @@ def test_a_machine_without_ros_is_told_before_the_first_stage(tmp_path: Path, mo
 
 
 def _demo(output: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "simtoreal", "demo", "--profile", "smoke", "--output", str(output)]
+    command = [sys.executable, "-m", "simtoreal", "demo", "--profile", "smoke", "--task", "reach"]
+    command += ["--output", str(output)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True, env=os.environ
     )

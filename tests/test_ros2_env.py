@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from pathlib import Path
 
 import cv2
@@ -315,6 +316,17 @@ def test_a_frozen_camera_is_noticed_while_the_arm_moves(make, robot) -> None:
             break
     assert truncated
     assert "frozen" in info["sim_fault"]
+
+
+def test_an_arm_that_came_to_rest_unseen_is_no_frozen_camera(make, robot, config) -> None:
+    env = make()
+    env.reset(seed=0)
+    env.step(FORWARD)
+    # It goes on after the last look, and then the pictures of a scene at rest are all the same.
+    robot.joints = robot.joints + 0.02
+    time.sleep(2 * config.staleness.frozen_frames / EMBODIMENT.control_hz)
+    env.reset(seed=1)
+    assert not env.step(STILL)[4]["robot_fault"]
 
 
 def test_the_gate_ends_the_episode(make, robot) -> None:
