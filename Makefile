@@ -44,12 +44,18 @@ demo: $(READY)
 	@$(BIN)/simtoreal demo
 
 ## make test       run the test suite
-# Three workers, as some of them wait; files stay together, and with them what their tests share. Tests that need the
-# cores for themselves, against live robot processes, run one by one after the others.
+# Tests against live robot processes run one by one and mostly wait. What they leave of the cores is used by the others,
+# with the lowest priority: in a session of their own, because Linux weighs sessions before it weighs processes. There
+# are three workers, as some of them wait, too; files stay together, and with them what their tests share.
 test: $(READY)
-	@status=0; \
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not realtime" || status=$$?; \
+	@others=$$(mktemp); \
+	setsid nice -n 19 bash -c 'echo 19 2>/dev/null >/proc/self/autogroup || true; exec "$$@"' low-priority \
+	  $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not realtime" >"$$others" 2>&1 & pid=$$!; \
+	trap 'kill -- -$$pid 2>/dev/null || true; rm -f "$$others"' EXIT; \
+	status=0; \
 	$(BIN)/python -m pytest -m realtime || status=$$?; \
+	echo "The other tests:"; tail -n +1 -f --pid=$$pid "$$others" & \
+	wait $$pid || status=$$?; wait; \
 	exit $$status
 
 ## make lint       ruff on everything, mypy --strict on the contract modules

@@ -23,8 +23,14 @@ from simtoreal.envs.panda import panda_embodiment
 from simtoreal.policies import checkpoint as folders
 from simtoreal.policies.training_log import read_metrics
 from simtoreal.world_models.checkpoint import load_world_model
-from simtoreal.world_models.classifier import calibrate_threshold, shows_success
-from simtoreal.world_models.config import DynamicsConfig, StageConfig, TokenizerConfig, WorldModelConfig
+from simtoreal.world_models.classifier import SuccessClassifier, calibrate_threshold, shows_success
+from simtoreal.world_models.config import (
+    ClassifierConfig,
+    DynamicsConfig,
+    StageConfig,
+    TokenizerConfig,
+    WorldModelConfig,
+)
 from simtoreal.world_models.pixel_weights import PixelWeights
 from simtoreal.world_models.trainer import train_world_model
 from simtoreal.world_models.video_data import POSITIVE_FRAMES, VideoData, open_video_data
@@ -75,6 +81,15 @@ def test_frames_in_which_the_goal_holds_are_the_last_of_successes(data):
         assert not success or data.labels[end - POSITIVE_FRAMES : end].all()
     assert data.held_out.any()
     assert not data.held_out.all()
+
+
+def test_successes_and_failures_are_both_held_out(folder, tmp_path):
+    number = iter(range(100))
+    rare = rewrite(folder, tmp_path / "rare", lambda info: dataclasses.replace(info, success=next(number) % 3 == 0))
+    # Of 11 successes and 21 failures, in turn, every tenth of each.
+    data = open_video_data([rare])
+    assert np.flatnonzero(data.held_out).tolist() == [14, 27, 29]
+    assert data.success[data.held_out].tolist() == [False, True, False]
 
 
 def test_moving_scenes_are_left_out_and_counted(folder, tmp_path):
@@ -175,6 +190,30 @@ def test_flow_does_not_look_ahead(data):
     torch.testing.assert_close(before[:, :2], after[:, :2])
     assert not torch.allclose(before[:, 2], after[:, 2])
     torch.testing.assert_close(before[:, :1], short)
+
+
+def test_success_is_known_where_training_never_showed_it():
+    """A bright cell beside a dark one, in the left half of the picture only; judged in the right half."""
+    torch.manual_seed(0)
+
+    def frames(columns: slice, count: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+        latents, labels = 0.3 * torch.randn(count, 4, 8, 8), torch.arange(count) % 2 == 0
+        for row, label in enumerate(labels):
+            place = int(torch.randint(columns.start, columns.stop - 1, ()))
+            latents[row, 0, 3, place], latents[row, 1, 3, place + (1 if label else -1)] = 3.0, 3.0
+        return latents, labels
+
+    classifier = SuccessClassifier(ClassifierConfig(width=16), 4, 2, 3).train()
+    optimizer = torch.optim.Adam(classifier.parameters(), 3e-3)
+    for _ in range(150):
+        latents, labels = frames(slice(1, 4))
+        optimizer.zero_grad()
+        classifier.loss(latents, torch.zeros(len(latents), 3), labels)["loss"].backward()
+        optimizer.step()
+    latents, labels = frames(slice(5, 8), 400)
+    with torch.no_grad():
+        told = classifier.eval()(latents, torch.zeros(len(latents), 3)) > 0
+    assert (told == labels).float().mean() > 0.9
 
 
 def test_two_frames_in_a_row():

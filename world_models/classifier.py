@@ -10,9 +10,17 @@ from torch import Tensor, nn
 from simtoreal.policies.encoders import GROUPS, GroupNorm
 from simtoreal.world_models.config import ClassifierConfig
 
+# Places in the picture that the classifier looks at, beside the strongest response anywhere.
+GLANCES = 4
+# Noise on latents (variance 1) and scaled proprio while training: what the dynamics get slightly wrong must not decide.
+LATENT_NOISE, PROPRIO_NOISE = 0.2, 0.01
+
 
 class SuccessClassifier(nn.Module):
     """Latents of all cameras and proprio to one logit.
+
+    Success looks the same wherever it happens, and few episodes show it. So features are pooled over the picture, by
+    attention and by their maximum, instead of being read place by place.
 
     Attributes:
         threshold: probability from which on a frame counts, calibrated on held-out episodes.
@@ -20,35 +28,57 @@ class SuccessClassifier(nn.Module):
     Args:
         config: sizes.
         channels: of one frame, over all cameras.
-        grid: latent cells ``(h, w)`` per camera.
+        views: number of cameras that share the channels.
         proprio_dim: size of proprio.
     """
 
-    def __init__(self, config: ClassifierConfig, channels: int, grid: tuple[int, int], proprio_dim: int) -> None:
+    def __init__(self, config: ClassifierConfig, channels: int, views: int, proprio_dim: int) -> None:
         super().__init__()
-        self.config = config
-        width, half = config.width, [(side + 1) // 2 for side in grid]
+        self.config, self.views = config, views
+        width = config.width
         self.images = nn.Sequential(
             nn.Conv2d(channels, width, 3, 1, 1), GroupNorm(GROUPS, width), nn.SiLU(),
-            nn.Conv2d(width, width, 3, 2, 1), GroupNorm(GROUPS, width), nn.SiLU(), nn.Flatten(),
-            nn.Linear(width * half[0] * half[1], 64), nn.SiLU(),
+            nn.Conv2d(width, width, 3, 1, 1), GroupNorm(GROUPS, width), nn.SiLU(),
         )  # fmt: skip
+        self.attention = nn.Conv2d(width, GLANCES, 1)
         self.vectors = nn.Sequential(nn.Linear(proprio_dim, 64), nn.SiLU())
-        self.head = nn.Sequential(nn.Linear(128, 64), nn.SiLU(), nn.Dropout(0.1), nn.Linear(64, 1))
+        self.head = nn.Sequential(
+            nn.Dropout(0.1), nn.Linear((GLANCES + 1) * width + 64, 64), nn.SiLU(), nn.Dropout(0.1), nn.Linear(64, 1)
+        )
         self.register_buffer("threshold", torch.tensor(0.5))
 
     def forward(self, latents: Tensor, proprio: Tensor) -> Tensor:
         """Return logits ``(N,)`` float32 for latents ``(N, C, h, w)`` and scaled proprio ``(N, P)``."""
-        images = self.images(latents.contiguous(memory_format=torch.channels_last)).float()
-        return self.head(torch.cat([images, self.vectors(proprio)], -1))[:, 0].float()
+        features = self.images(latents.contiguous(memory_format=torch.channels_last))
+        attention = self.attention(features).flatten(2).float().softmax(-1)
+        features = features.flatten(2).float()
+        seen = (attention @ features.transpose(1, 2)).flatten(1)
+        return self.head(torch.cat([seen, features.amax(-1), self.vectors(proprio)], -1))[:, 0].float()
 
     def loss(self, latents: Tensor, proprio: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Return the cross-entropy for ``labels`` ``(N,)`` bool."""
-        # What the dynamics get slightly wrong must not decide.
-        logits = self(latents + 0.1 * torch.randn_like(latents), proprio + 0.01 * torch.randn_like(proprio))
+        latents = _shifted(latents, self.views)
+        logits = self(
+            latents + LATENT_NOISE * torch.randn_like(latents), proprio + PROPRIO_NOISE * torch.randn_like(proprio)
+        )
         loss = functional.binary_cross_entropy_with_logits(logits, labels.float())
         accuracy = ((logits > 0) == labels).float().mean()
         return {"loss": loss, "accuracy": accuracy.detach()}
+
+
+def _shifted(latents: Tensor, views: int) -> Tensor:
+    """Move the picture of every camera by up to an eighth of its side, the same way in the whole batch."""
+    height, width = latents.shape[-2:]
+    most = min(height, width) // 8
+    if not most:
+        return latents
+    parts = []
+    for part, (row, column) in zip(
+        latents.chunk(views, 1), torch.randint(0, 2 * most + 1, (views, 2)).tolist(), strict=True
+    ):
+        padded = functional.pad(part, (most,) * 4, mode="replicate")
+        parts.append(padded[:, :, row : row + height, column : column + width])
+    return torch.cat(parts, 1)
 
 
 def shows_success(probability: np.ndarray, threshold: float, consecutive: int) -> np.ndarray:

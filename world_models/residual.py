@@ -156,8 +156,10 @@ class ResidualDynamics(nn.Module):
         short = float(torch.rand(())) < SHORT_SHARE
         chunk = int(torch.randint(1, config.chunk + 1, ())) if short else config.chunk
         latents, proprio = self.imagine(noisy, window.commands, chunk=chunk)
-        changed = changed_cells(state.memory[:, -1], window.latents, self.views)
-        weight = window.weight * (1 + config.changed_weight * changed)
+        moving = changed_cells(state.memory[:, -1], window.latents, self.views)
+        # Where an object lay at first, nothing changes any more, but the first frame would bring it back.
+        left = changed_cells(state.reference, window.latents, self.views)
+        weight = window.weight * (1 + config.changed_weight * torch.maximum(moving, left))
         frames = window.mean(weighted_error(latents, window.latents, weight))
         vectors = window.mean((proprio - window.proprio).square().mean(-1))
         loss = frames + config.proprio_weight * vectors

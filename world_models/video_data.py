@@ -112,7 +112,7 @@ def open_video_data(
         if moved := len(dataset.episodes) - len(episodes):
             notes.append(f"{moved} episodes of {dataset.path} are left out: their scene moved by itself (MOVE)")
         chosen += [(dataset, episode) for episode in episodes]
-        held_out += [index % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 for index in range(len(episodes))]
+        held_out += _held_out([episode.success for episode in episodes])
     if len(chosen) < 2:
         raise DatasetError(
             f"{', '.join(map(str, paths))}: {len(chosen)} usable episodes; a world model needs at least two, one of "
@@ -121,6 +121,16 @@ def open_video_data(
     if not any(held_out):
         held_out[-1] = True
     return _join(own, chosen, np.array(held_out), tuple(notes))
+
+
+def _held_out(success: Sequence[bool]) -> list[bool]:
+    """Every tenth success and every tenth failure: where one of them is rare, both are needed to calibrate with."""
+    seen = {True: 0, False: 0}
+    chosen = []
+    for outcome in success:
+        seen[outcome] += 1
+        chosen.append(seen[outcome] % HELD_OUT_EVERY == 0)
+    return chosen
 
 
 def _require_images(embodiment: Embodiment, path: Path) -> None:

@@ -66,7 +66,7 @@ class WorldModel(nn.Module):
         self.dynamics: ResidualDynamics | FlowDynamics = kind(
             config.dynamics, channels, self.grid, self.views, self.proprio_dim, self.command_dim, known
         )
-        self.classifier = SuccessClassifier(config.classifier, channels, self.grid, self.proprio_dim)
+        self.classifier = SuccessClassifier(config.classifier, channels, self.views, self.proprio_dim)
 
     @property
     def device(self) -> torch.device:
