@@ -49,7 +49,7 @@ demo: $(READY)
 # are three workers, as some of them wait, too; files stay together, and with them what their tests share.
 test: $(READY)
 	@others=$$(mktemp); \
-	setsid nice -n 19 bash -c 'echo 19 2>/dev/null >/proc/self/autogroup || true; exec "$$@"' low-priority \
+	setsid env --default-signal=INT nice -n 19 bash -c 'echo 19 2>/dev/null >/proc/self/autogroup || true; exec "$$@"' low-priority \
 	  $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not realtime" >"$$others" 2>&1 & pid=$$!; \
 	trap 'kill -- -$$pid 2>/dev/null || true; rm -f "$$others"' EXIT; \
 	status=0; \

@@ -64,8 +64,8 @@ class FullProfile:
 
 
 _SMOKE_POLICY = (
-    *("--policy", "diffusion", "--steps", "60"),
-    *("--trainer.batch-size", "16", "--trainer.validate-every", "30"),
+    *("--policy", "diffusion", "--steps", "20"),
+    *("--trainer.batch-size", "16", "--trainer.validate-every", "10"),
 )
 
 PROFILES = {
@@ -75,8 +75,8 @@ PROFILES = {
         image_size_px=32,
         policy_flags=_SMOKE_POLICY,
         baseline_flags=(
-            *("--policy", "bc", "--steps", "40"),
-            *("--trainer.batch-size", "16", "--trainer.validate-every", "20"),
+            *("--policy", "bc", "--steps", "20"),
+            *("--trainer.batch-size", "16", "--trainer.validate-every", "10"),
         ),
         simulation_episodes=4,
         robot_episodes=1,

@@ -314,7 +314,7 @@ def test_the_command_writes_results_page_and_videos(folder, run, tmp_path, capsy
     ]  # fmt: skip
     command_line(arguments)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert results["episodes"]["judged"] == open_video_data([folder]).held_out.sum()
+    assert results["episodes"]["judged"] == 3
     assert len(results["psnr_db"]["curve"]["mean"]) == results["episodes"]["longest"]
     assert results["policies"]["n"] == 3
     assert len(results["policies"]["rows"]) == 3

@@ -124,12 +124,12 @@ def open_video_data(
 
 
 def _held_out(success: Sequence[bool]) -> list[bool]:
-    """Every tenth success and every tenth failure: where one of them is rare, both are needed to calibrate with."""
-    seen = {True: 0, False: 0}
-    chosen = []
-    for outcome in success:
-        seen[outcome] += 1
-        chosen.append(seen[outcome] % HELD_OUT_EVERY == 0)
+    """Every tenth episode, successes counted before failures: both are needed to calibrate with."""
+    chosen = [False] * len(success)
+    for place in sorted(range(len(success)), key=lambda index: not success[index])[
+        HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY
+    ]:
+        chosen[place] = True
     return chosen
 
 
