@@ -31,7 +31,9 @@ from simtoreal.world_models.config import (
     TokenizerConfig,
     WorldModelConfig,
 )
+from simtoreal.world_models.latent_video import Window
 from simtoreal.world_models.pixel_weights import PixelWeights
+from simtoreal.world_models.state import Imagination
 from simtoreal.world_models.trainer import train_world_model
 from simtoreal.world_models.video_data import POSITIVE_FRAMES, VideoData, open_video_data
 from simtoreal.world_models.world_model import WorldModel, fit_world_statistics
@@ -46,7 +48,7 @@ MOMENT = short_training(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return make_world_data(tmp_path_factory.mktemp("world") / "data")
+    return make_world_data(tmp_path_factory.mktemp("world") / "data", seed=100)
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +192,17 @@ def test_flow_does_not_look_ahead(data):
     torch.testing.assert_close(before[:, :2], after[:, :2])
     assert not torch.allclose(before[:, 2], after[:, 2])
     torch.testing.assert_close(before[:, :1], short)
+
+
+def test_cells_count_more_where_something_moves_or_was_at_first():
+    def picture(bright: int) -> torch.Tensor:
+        return torch.eye(4)[bright].view(1, 1, 1, 2, 2)
+
+    # An object lay in cell 0, was in cell 2 when the window begins, and goes to cell 3; cell 1 is always dark.
+    state = Imagination(picture(0)[:, 0], picture(2), torch.zeros(1, 2, 1), torch.zeros(1, 1, 1))
+    vectors = torch.zeros(1, 1, 1)
+    window = Window(state, picture(3), vectors, vectors, torch.full((1, 1, 1, 2, 2), 2.0), torch.ones(1, 1))
+    assert window.importance(8.0).flatten().tolist() == [18.0, 2.0, 18.0, 18.0]
 
 
 def test_success_is_known_where_training_never_showed_it():

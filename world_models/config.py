@@ -70,7 +70,7 @@ class DynamicsConfig:
     """Standard deviation of noise on the remembered frames while training, so that the model tolerates its own
     imperfect ones. The first frame of the episode stays clean (WoVR §3)."""
     changed_weight: float = 8.0
-    """Additional loss weight of latent cells that differ from the last frame that is known."""
+    """Additional loss weight of latent cells that differ from the last frame that is known, or from the first."""
     proprio_weight: float = 10.0
     """Loss weight of proprio against the images."""
     unroll: tuple[int, ...] = (8, 16, 24)

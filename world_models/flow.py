@@ -18,7 +18,7 @@ from simtoreal.envs.errors import ConfigError
 from simtoreal.policies.base import normal_noise
 from simtoreal.world_models.config import DynamicsConfig
 from simtoreal.world_models.known_proprio import KnownProprio
-from simtoreal.world_models.latent_video import Window, changed_cells, weighted_error
+from simtoreal.world_models.latent_video import Window, weighted_error
 from simtoreal.world_models.linear_proprio import LinearProprio
 from simtoreal.world_models.state import Imagination, Noise
 
@@ -142,8 +142,7 @@ class FlowDynamics(nn.Module):
         share = time[:, None, None]
         mixed_frames = torch.lerp(frames, window.latents, share[..., None, None])
         velocity = self(noisy, window.commands, expected, mixed_frames, torch.lerp(vectors, wanted, share), time)
-        changed = changed_cells(state.memory[:, -1], window.latents, self.views)
-        weight = window.weight * (1 + config.changed_weight * changed)
+        weight = window.importance(config.changed_weight)
         image_error = window.mean(weighted_error(velocity[0], window.latents - frames, weight))
         vector_error = window.mean((velocity[1] - (wanted - vectors)).square().mean(-1))
         loss = image_error + 0.1 * config.proprio_weight * vector_error

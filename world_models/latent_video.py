@@ -37,6 +37,20 @@ class Window:
         """Mean of ``(B, K)`` over the frames that exist."""
         return (error * self.valid).sum() / self.valid.sum()
 
+    def importance(self, changed_weight: float) -> Tensor:
+        """``(B, K, V, h, w)``: :attr:`weight`, raised where something moves, or is not what the first frame showed.
+
+        Where an object lay at first nothing moves any more once it is gone, but a model that knows the first frame
+        would bring it back.
+
+        Args:
+            changed_weight: by which cells that changed in full count more than others.
+        """
+        views = self.weight.shape[2]
+        moving = changed_cells(self.state.memory[:, -1], self.latents, views)
+        gone = changed_cells(self.state.reference, self.latents, views)
+        return self.weight * (1 + changed_weight * torch.maximum(moving, gone))
+
 
 class LatentVideo:
     """Everything that the dynamics learn from.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from simtoreal.policies.encoders import GROUPS, GroupNorm
 from simtoreal.world_models.config import DynamicsConfig
 from simtoreal.world_models.known_proprio import KnownProprio
-from simtoreal.world_models.latent_video import Window, changed_cells, weighted_error
+from simtoreal.world_models.latent_video import Window, weighted_error
 from simtoreal.world_models.linear_proprio import LinearProprio
 from simtoreal.world_models.state import Imagination, Noise
 
@@ -156,11 +156,7 @@ class ResidualDynamics(nn.Module):
         short = float(torch.rand(())) < SHORT_SHARE
         chunk = int(torch.randint(1, config.chunk + 1, ())) if short else config.chunk
         latents, proprio = self.imagine(noisy, window.commands, chunk=chunk)
-        moving = changed_cells(state.memory[:, -1], window.latents, self.views)
-        # Where an object lay at first, nothing changes any more, but the first frame would bring it back.
-        left = changed_cells(state.reference, window.latents, self.views)
-        weight = window.weight * (1 + config.changed_weight * torch.maximum(moving, left))
-        frames = window.mean(weighted_error(latents, window.latents, weight))
+        frames = window.mean(weighted_error(latents, window.latents, window.importance(config.changed_weight)))
         vectors = window.mean((proprio - window.proprio).square().mean(-1))
         loss = frames + config.proprio_weight * vectors
         return {"loss": loss, "latents": frames.detach(), "proprio": vectors.detach()}

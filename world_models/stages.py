@@ -14,7 +14,7 @@ from simtoreal.policies.config import TrainerConfig
 from simtoreal.world_models.classifier import calibrate_threshold, shows_success
 from simtoreal.world_models.config import STRIDE
 from simtoreal.world_models.imagined_frames import ImaginedFrames, imagine_episodes
-from simtoreal.world_models.latent_video import LatentVideo, changed_cells, weighted_error
+from simtoreal.world_models.latent_video import LatentVideo, weighted_error
 from simtoreal.world_models.pixel_weights import PixelWeights
 from simtoreal.world_models.tokenizer import cell_weights
 from simtoreal.world_models.video_data import VideoData
@@ -169,7 +169,7 @@ class DynamicsStage(Stage):
         window = self.video.window(usable[:: max(1, len(usable) // HELD_OUT_WINDOWS)], steps)
         _, latents, proprio = model.imagine(window.state, window.commands, torch.Generator().manual_seed(0))
         now = window.state.memory[:, -1]
-        weight = window.weight * (1 + config.changed_weight * changed_cells(now, window.latents, model.views))
+        weight = window.importance(config.changed_weight)
         still = now[:, None].expand_as(window.latents)
         return {
             "error": float(weighted_error(latents, window.latents, weight).mean()),
