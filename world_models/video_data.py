@@ -125,12 +125,10 @@ def open_video_data(
 
 def _held_out(success: Sequence[bool]) -> list[bool]:
     """Every tenth episode, successes counted before failures: both are needed to calibrate with."""
-    chosen = [False] * len(success)
-    for place in sorted(range(len(success)), key=lambda index: not success[index])[
-        HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY
-    ]:
-        chosen[place] = True
-    return chosen
+    ordered = np.argsort(~np.array(success, bool), kind="stable")
+    chosen = np.zeros(len(success), bool)
+    chosen[ordered[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]] = True
+    return chosen.tolist()
 
 
 def _require_images(embodiment: Embodiment, path: Path) -> None:
