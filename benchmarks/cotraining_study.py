@@ -24,8 +24,8 @@ from simtoreal.policies.training_data import open_training_data
 from simtoreal.world_models.config import WorldModelConfig, WorldModelTrainerConfig
 from simtoreal.world_models.cotrain_measurement import World
 
-# On these initial conditions wovr.py was looked at while its settings were chosen (demonstrations, refreshes, iterations,
-# warm-up, classifier): take others for a claim. Nothing was chosen on the demonstrations from COLLECTION_SEED on.
+# On these initial conditions wovr.py was looked at while its settings were chosen (demonstrations, refreshes, warm-up,
+# iterations, classifier): take others for a claim. Nothing was chosen on the demonstrations from COLLECTION_SEED on.
 FIRST_EPISODE, COLLECTION_SEED = 3_000_000, 700
 RESAMPLES = 10_000
 
