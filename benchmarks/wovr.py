@@ -5,13 +5,16 @@
     python benchmarks/wovr.py --profile gpu        # one GPU: three training seeds, 400 episodes
     python benchmarks/wovr.py --summarize          # only write benchmarks/results/wovr.json from what is finished
 
-A policy learns from few demonstrations (base). All arms begin with it, and with the same rollouts and world model:
+A policy learns from few demonstrations (base). All arms begin with it, and with the same rollouts:
 
-* full: reinforcement in imagination from first frames and key frames, one refresh, reinforcement again;
-* no_kir: the same from first frames only;
-* no_pace: as many iterations with the first world model, and so fewer real steps;
+* full: a policy imitates the demonstrations and what succeeded, is improved by reinforcement in imagination from first
+  frames and key frames, collects, and all of it again with all successes and a world model that was trained on;
+* imitation: the same without imagination: filtered behaviour cloning. What full is better is due to the world model;
+* no_imitation: WoVR as published: reinforcement in imagination only, of the base policy;
+* no_kir: full from first frames only;
+* no_pace: as many iterations with the first policy and world model, and so fewer real steps;
 * no_pace_equal (profile gpu): as many real steps as full, all of them from the base policy, one world model;
-* direct: the same reinforcement in MuJoCo itself, for as many control steps as full learned from beside demonstrations.
+* direct: reinforcement in MuJoCo itself, for as many control steps as full learned from beside demonstrations.
 
 Success is judged in MuJoCo on the same initial conditions for all arms, and beside it that of the same policies in the
 world model.
@@ -54,7 +57,9 @@ from simtoreal.world_models.cotrain_measurement import Measurements
 from simtoreal.world_models.wovr import Wovr
 
 # What the arms have in common with the full loop, up to its first world model.
-SHARED = ("demonstrations", "measure_base", "rollouts_0", "world_model_0", "measure_model_0")
+COLLECTED = ("demonstrations", "measure_base", "rollouts_0")
+IMITATED = ("imitation_0", "measure_imitation_0")
+IMAGINED = ("world_model_0", "measure_model_0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,7 +83,7 @@ class Profile:
     direct_rollouts: int
     episodes: int
     seeds: tuple[int, ...]
-    arms: tuple[str, ...] = ("full", "no_kir", "no_pace", "direct")
+    arms: tuple[str, ...] = ("full", "imitation", "no_imitation", "no_kir", "no_pace", "direct")
     image_size: int = 64
     policy: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
 
@@ -110,7 +115,7 @@ def profiles() -> dict[str, Profile]:
             reinforcement=dataclasses.replace(cpu.reinforcement, rollouts=256),
             episodes=400,
             seeds=(0, 1, 2),
-            arms=("full", "no_kir", "no_pace", "no_pace_equal", "direct"),
+            arms=("full", "imitation", "no_imitation", "no_kir", "no_pace", "no_pace_equal", "direct"),
         ),
         # Shows in minutes that every arm runs; nothing is learned.
         "smoke": Profile(
@@ -122,7 +127,7 @@ def profiles() -> dict[str, Profile]:
             episodes=4,
             seeds=(0,),
             image_size=16,
-            arms=("full", "no_kir", "no_pace", "no_pace_equal", "direct"),
+            arms=("full", "imitation", "no_imitation", "no_kir", "no_pace", "no_pace_equal", "direct"),
         ),
     }
 
@@ -130,6 +135,10 @@ def profiles() -> dict[str, Profile]:
 def wovr_of(name: str, profile: Profile) -> WovrConfig:
     """Settings of an arm's loop."""
     full = profile.wovr
+    if name == "imitation":
+        return dataclasses.replace(full, iterations=0)
+    if name == "no_imitation":
+        return dataclasses.replace(full, imitate_successes=False)
     if name == "no_kir":
         return dataclasses.replace(full, keyframes=dataclasses.replace(full.keyframes, share=0.0))
     if name in ("no_pace", "no_pace_equal"):
@@ -157,13 +166,17 @@ def execute(name: str, task: str, seed: int, profile: Profile, output: Path, dev
         wovr_of(name, profile), profile.reinforcement, measurement, policy=policy, demonstrations=[data], real=real,
         output=folder / name, device=device, seed=seed, notify=say(f"{task}-{seed}-{name}"),
     )  # fmt: skip
-    if name == "no_kir":
-        loop.adopt(folder / "full", SHARED)
-    elif name == "no_pace":
+    shared = {
+        "imitation": (*COLLECTED, *IMITATED),
+        # That model was measured with the policy that imitated.
+        "no_imitation": (*COLLECTED, IMAGINED[0]),
+        "no_kir": (*COLLECTED, *IMITATED, *IMAGINED),
         # With the first world model, the first half is that of the full loop.
-        loop.adopt(folder / "full", (*SHARED, f"reinforcement_0_{profile.wovr.iterations}"))
-    elif name == "no_pace_equal":
-        loop.adopt(folder / "full", SHARED[:2])
+        "no_pace": (*COLLECTED, *IMITATED, *IMAGINED, f"reinforcement_0_{profile.wovr.iterations}"),
+        "no_pace_equal": COLLECTED[:2],
+    }
+    if name in shared:
+        loop.adopt(folder / "full", shared[name])
     loop.run()
 
 
@@ -204,8 +217,9 @@ def evaluation_of(name: str, folder: Path, profile: Profile) -> Path:
     """Evaluation folder of an arm's final policy."""
     if name == "base":
         return folder / "full" / "measurements" / "base" / "real"
-    last = {"direct": "final", "full": f"policy_{profile.wovr.refreshes}", "no_kir": f"policy_{profile.wovr.refreshes}"}
-    return folder / name / "measurements" / last.get(name, "policy_0") / "real"
+    last = profile.wovr.refreshes
+    policy = {"direct": "final", "imitation": f"imitation_{last}", "no_pace": "policy_0", "no_pace_equal": "policy_0"}
+    return folder / name / "measurements" / policy.get(name, f"policy_{last}") / "real"
 
 
 def summarize(profile: Profile, output: Path, label: str) -> None:
@@ -230,13 +244,14 @@ def summarize(profile: Profile, output: Path, label: str) -> None:
             notes += [_gaps(f"{task}, seed {seed}, {name}", content) for seed, content in results.items()]
         if found["full"] and found["base"]:
             comparisons[task] = compare(found["full"], found["base"])
-        if found["full"] and found.get("direct"):
-            versus = compare(found["full"], found["direct"])
-            low, high = versus["interval"]
-            notes.append(
-                f"{task}: full - direct {100 * versus['difference']:+.1f} points "
-                f"[{100 * low:+.1f}, {100 * high:+.1f}], p = {versus['p_value']:.2g}"
-            )
+        for other in ("imitation", "direct"):
+            if found["full"] and found.get(other):
+                versus = compare(found["full"], found[other])
+                low, high = versus["interval"]
+                notes.append(
+                    f"{task}: full - {other} {100 * versus['difference']:+.1f} points "
+                    f"[{100 * low:+.1f}, {100 * high:+.1f}], p = {versus['p_value']:.2g}"
+                )
     if not comparisons:
         print("no task has finished its full loop yet")
         return
@@ -254,12 +269,14 @@ def _gaps(name: str, results: dict[str, Any]) -> str:
     if "measurements" not in results:
         taken = f"{results['real_episodes']} episodes, {results['real_steps']} of {results['budget_steps']} steps"
         return f"{name}: {results['iterations']} iterations, {taken} in MuJoCo"
-    parts = [
-        f"{point['policy']} in {point['world_model']}: real {100 * point['real']['success_rate']:.1f} %, imagined "
-        f"{100 * point['imagined']['success_rate']:.1f} %"
-        for point in results["measurements"]
-        if "imagined" in point
-    ]
+    parts = []
+    for point in results["measurements"]:
+        real = f"real {100 * point['real']['success_rate']:.1f} %"
+        if "imagined" in point:
+            imagined = f"imagined {100 * point['imagined']['success_rate']:.1f} %"
+            parts.append(f"{point['policy']} in {point['world_model']}: {real}, {imagined}")
+        elif point["policy"].startswith("imitation"):
+            parts.append(f"{point['policy']}: {real}")
     return f"{name}: " + "; ".join(parts)
 
 

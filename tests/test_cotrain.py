@@ -260,6 +260,40 @@ def test_arms_of_a_comparison_share_what_they_have_in_common(finished, data, pol
     assert len(read_metrics(finished / "reinforcement_0")) == 2
 
 
+@pytest.mark.parametrize("iterations", [1, 0])
+def test_what_succeeded_really_is_demonstrated_too(finished, data, policy, tmp_path, iterations):
+    imitation = dataclasses.replace(IMITATION, steps=6)
+    config = dataclasses.replace(WOVR, iterations=iterations, imitate_successes=True, imitation=imitation)
+    output = tmp_path / "arm"
+    arm = wovr(output, data, policy, config=config)
+    arm.adopt(finished, ["demonstrations", "measure_base", "rollouts_0"])
+    # The policy of these tests never succeeds.
+    shutil.rmtree(output / "rollouts_0")
+    make_world_data(output / "rollouts_0", episodes=8, seed=100)
+    results = arm.run()
+    sources = [Dataset.open(path) for path in (data, output / "rollouts_0", output / "rollouts_1")]
+    succeeded = [{one.seed for one in source.episodes if one.success} for source in sources]
+    assert 0 < len(succeeded[1]) < 8
+    last = load_policy(output / "imitation_1")
+    # Some successes validate.
+    learned = set(last.training["data"]["seeds"])
+    assert learned <= set.union(*succeeded)
+    assert all(learned & seeds for seeds in succeeded if seeds)
+    shown = [(point["policy"], point["iteration"]) for point in results["measurements"] if "imagined" not in point]
+    imitated = [("imitation_0", 0), ("imitation_1", iterations)]
+    if not iterations:
+        assert shown == [("base", 0), *imitated]
+        assert (results["iterations"], results["final"]) == ([], results["measurements"][-1]["real"])
+        assert not (output / "world_model_0").exists()
+        return
+    assert shown == [("base", 0), imitated[0], ("policy_0", 1), imitated[1], ("policy_1", 2)]
+    assert [line["iteration"] for line in results["iterations"]] == [1, 2]
+    # Reinforcement goes on from what imitated last: its image encoder, which is frozen, is still there.
+    before, after = last.policy.state_dict(), load_policy(output / "policy").policy.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("encoder.images"))
+    assert not all(torch.equal(before[name], after[name]) for name in before)
+
+
 # --- what does not fit -----------------------------------------------------------------------------------------------
 
 
@@ -288,6 +322,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_done(finished, data, po
     with pytest.raises(EmbodimentMismatchError, match="render_profile"):
         wovr(output, data, policy, world_model=copy)
     assert not output.exists()
+    with pytest.raises(ValueError, match="0 together with imitate_successes"):
+        WovrConfig(iterations=0)
     flags = ["cotrain", "--config", "wovr", "--output", str(output), "--demonstrations", str(data)]
     with pytest.raises(ConfigError, match="--policy is missing"):
         cli.run(flags)

@@ -55,7 +55,12 @@ class WovrConfig:
     refresh_rollouts: int = 100
     """Real episodes of the improved policy per refresh."""
     iterations: int = 30
-    """Iterations of reinforcement with each world model."""
+    """Iterations of reinforcement with each world model; 0 trains no world model and imitates only."""
+    imitate_successes: bool = False
+    """Before every reinforcement, train the policy anew on the demonstrations and on all real successes so far
+    (filtered behaviour cloning). WoVR has no such stage."""
+    imitation: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=2400, batch_size=32))
+    """That training."""
     explore: bool = True
     """Collect with the noise of reinforcement, so that the world model knows what that does."""
     first_seed: int = 50_000_000
@@ -72,12 +77,16 @@ class WovrConfig:
     """Training of the world model; a refresh takes ``fine_tune_share`` of its steps."""
 
     def __post_init__(self) -> None:
-        names = ("rollouts", "refresh_rollouts", "iterations", "imagined_envs", "anchor_batch")
+        names = ("rollouts", "refresh_rollouts", "imagined_envs", "anchor_batch")
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
         if min(self.refreshes, self.first_seed) < 0:
             raise ValueError("refreshes and first_seed must not be negative")
+        if self.iterations < 1 and not (self.iterations == 0 and self.imitate_successes):
+            raise ValueError(
+                f"iterations is {self.iterations}; expected at least 1, or 0 together with imitate_successes"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

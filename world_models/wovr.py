@@ -3,6 +3,10 @@
 collect with the policy -> train world model and success classifier -> reinforcement in imagination, beginning in first
 frames and key frames (KIR) -> collect with the improved policy -> train model and classifier on (PACE) -> go on.
 Before and after every reinforcement, imagined success is held against real success on the same initial conditions.
+
+Not part of the paper: the real episodes that the world model needs are also demonstrations where they succeeded. With
+``imitate_successes`` a policy learns from them and from the demonstrations (filtered behaviour cloning) before every
+reinforcement. With no iterations of reinforcement that is all, and no world model is trained.
 """
 
 from __future__ import annotations
@@ -22,8 +26,10 @@ from simtoreal.evaluation.policies import checkpoint_digest
 from simtoreal.policies.actor import PolicyActor
 from simtoreal.policies.checkpoint import find_checkpoint, load_policy, plain_config
 from simtoreal.policies.exploring_actor import ExploringActor, require_denoising
+from simtoreal.policies.mixed_windows import open_mixed_data
 from simtoreal.policies.reinforcement_config import ReinforcementConfig
 from simtoreal.policies.reinforcement_run import reinforce
+from simtoreal.policies.trainer import train
 from simtoreal.world_models.checkpoint import load_world_model
 from simtoreal.world_models.cotrain_anchor import anchor_on
 from simtoreal.world_models.cotrain_config import MeasurementConfig, WovrConfig
@@ -119,6 +125,10 @@ class Wovr:
             self._measure_real("base", current, 0)
             for turn in range(self.config.refreshes + 1):
                 self._collect(turn, current)
+                if self.config.imitate_successes:
+                    current, real = self._imitate(turn), f"imitation_{turn}"
+                if not self.config.iterations:
+                    continue
                 model = self._learn_world(turn, model)
                 # What the policy would gain from what the model believes, before it could exploit it.
                 self._measure_imagined(f"model_{turn}", current, model, turn * self.config.iterations, real)
@@ -179,6 +189,24 @@ class Wovr:
         title = f"collecting {count} real episodes of {who}"
         self.stages.run(f"rollouts_{turn}", title, work, f"rollouts_{turn}")
 
+    def _imitate(self, turn: int) -> Path:
+        """Train a policy on the demonstrations and on every real success so far, and measure it."""
+        run = self.output / f"imitation_{turn}"
+
+        def work() -> dict[str, Any]:
+            rollouts = [self._rollouts(number) for number in range(turn + 1)]
+            successful = [path for path in rollouts if any(one.success for one in Dataset.open(path).episodes)]
+            policy, imitation = self.loaded.config, self.config.imitation
+            data = open_mixed_data([*self.demonstrations, *successful], (), policy, real_share=1.0)
+            trainer = dataclasses.replace(imitation, seed=imitation.seed + self.seed + turn)
+            result = train(policy, trainer, data, run, resume=True, device=self.device, progress=self.progress)
+            return {"training_seconds": result.seconds, "validation_error": result.validation_error}
+
+        title = "imitating the demonstrations and the real successes"
+        self.stages.run(f"imitation_{turn}", title, work, run.name)
+        self._measure_real(run.name, run, turn * self.config.iterations)
+        return run
+
     def _learn_world(self, turn: int, initial: Path | None) -> Path:
         run = self.output / f"world_model_{turn}"
 
@@ -211,6 +239,9 @@ class Wovr:
 
     def _reinforce(self, turn: int, before: int, target: int, run: Path, policy: Path, model: Path) -> None:
         config = self.config
+        # A policy that was trained anew has no moments to go on with, and its iterations begin at zero.
+        anew = turn == 0 or config.imitate_successes
+        first = turn * config.iterations if anew else 0
 
         def work() -> dict[str, Any]:
             data = self._episodes(turn)
@@ -224,15 +255,17 @@ class Wovr:
             count = min(config.imagined_envs, self.reinforcement.rollouts)
             env = WorldModelVectorEnv(loaded, count, data, places=starts.places, task=self.real.task)
             result = reinforce(
-                policy, self.reinforcement, env, run, iterations=target, previous=policy if turn else None,
+                policy, self.reinforcement, env, run, iterations=target - first, previous=None if anew else policy,
                 starts=starts, anchor=anchor_on(self.demonstrations, config.anchor_batch, self.seed),
                 learner=lambda policy, config, anchor: ImaginedReinforcement(policy, config, starts, anchor),
-                seeds=data.seeds, device=self.device, on_iteration=self._say,
-            ).since(before)  # fmt: skip
+                seeds=data.seeds, device=self.device,
+                on_iteration=lambda iteration, metrics: self._say(first + iteration, metrics),
+            ).since(before - first)  # fmt: skip
             reasons = [one.reason for one in keyframes]
             return {
                 "taken": [steps_taken(IMAGINATION, LEARNING, result.rollouts, result.control_steps)],
-                "run": str(run.relative_to(self.output)), "dropped_rollouts": result.dropped_rollouts,
+                "run": str(run.relative_to(self.output)), "first_iteration": first,
+                "dropped_rollouts": result.dropped_rollouts,
                 "contexts": {
                     "beginnings": starts.beginnings, "keyframes": starts.keyframes,
                     "reasons": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
