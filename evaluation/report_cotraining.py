@@ -38,7 +38,7 @@ def practice(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         "title": f"How it practised in {PRACTICE[other]}",
         "text": _text(content, other),
         "svg": to_svg(plots.practice_plot(content["measurements"], content["iterations"])),
-        "table": _comparison(compared, other),
+        "table": _comparison(content["measurements"], other),
         "verdict": _verdict(content),
         "ledger": _ledger(content["ledger"]),
         "videos": [
@@ -58,17 +58,28 @@ def practice(folder: Path, content: Mapping[str, Any]) -> dict[str, Any]:
 def _text(content: Mapping[str, Any], other: str) -> str:
     gap = content["settings"]["real"].get("randomization", "none")
     stand_in = "the simulation" if gap == "none" else f"the simulation with the '{gap}' gap"
-    model = " A video world model imagined the rollouts." if other == "imagined" else ""
+    imagined = other == "imagined" and content["iterations"]
+    model = " A video world model imagined the rollouts." if imagined else ""
+    imitated = ""
+    if content["settings"].get("wovr", {}).get("imitate_successes"):
+        imitated = " A policy was trained anew on the demonstrations and the real successes so far before each round."
     return (
-        f"{len(content['iterations'])} iterations of reinforcement.{model} “Real” is {stand_in}, which stands in for "
-        "the robot and alone decides what succeeded. A measurement runs the same policy with the same noise from the "
-        "same first frames in both worlds; the difference is what only works where the policy practises."
+        f"{len(content['iterations'])} iterations of reinforcement.{model}{imitated} “Real” is {stand_in}, which "
+        "stands in for the robot and alone decides what succeeded. A measurement runs the same policy with the same "
+        "noise from the same first frames in both worlds; the difference is what only works where the policy practises."
     )
 
 
-def _comparison(compared: Sequence[Mapping[str, Any]], other: str) -> dict[str, Any]:
+def _comparison(measurements: Sequence[Mapping[str, Any]], other: str) -> dict[str, Any]:
+    """Every policy as often as it was measured in both worlds, or once."""
     rows = []
-    for point in compared:
+    compared = {point["policy"] for point in measurements if "gap" in point}
+    for point in measurements:
+        if "gap" not in point:
+            if point["policy"] not in compared:
+                policy, iteration = str(point["policy"]), str(point["iteration"])
+                rows.append([policy, "-", iteration, rate(point["real"]), "-", "-", "-"])
+            continue
         low, high = point["gap_interval"]
         rows.append(
             [

@@ -73,7 +73,10 @@ def stages(
         add("Learn", headline, detail, "demonstration", "simulation", moment=0.6)
     if practised:
         change = practised["final"]["success_rate"] - practised["base"]["success_rate"]
-        detail = f"percentage points of real success after {len(practised['iterations'])} iterations of reinforcement"
+        imitated = practised["settings"].get("wovr", {}).get("imitate_successes")
+        successes = "imitation of its successes and " if imitated else ""
+        iterations = f"{len(practised['iterations'])} iterations of reinforcement"
+        detail = f"percentage points of real success after {successes}{iterations}"
         add("Practise", points(change), detail, "practice", moment=0.5)
     if evaluations:
         main, *others = evaluations

@@ -285,6 +285,11 @@ def test_what_succeeded_really_is_demonstrated_too(finished, data, policy, tmp_p
         assert shown == [("base", 0), *imitated]
         assert (results["iterations"], results["final"]) == ([], results["measurements"][-1]["real"])
         assert not (output / "world_model_0").exists()
+        base, final = measured_folders(output)
+        sources = ReportSources(cotraining=output, evaluations={"improved": final, "base": base})
+        page = write_report(sources, tmp_path / "report.html").read_text()
+        for told in ("imitation_1", "trained anew", "after imitation of its successes and 0 iterations"):
+            assert told in page, told
         return
     assert shown == [("base", 0), imitated[0], ("policy_0", 1), imitated[1], ("policy_1", 2)]
     assert [line["iteration"] for line in results["iterations"]] == [1, 2]
