@@ -110,7 +110,12 @@ def profiles() -> dict[str, Profile]:
             imitation=TrainerConfig(steps=4000, batch_size=128),
             policy=DiffusionConfig(),
             wovr=dataclasses.replace(
-                cpu.wovr, iterations=100, imagined_envs=256, world_model=model, world_model_trainer=trainer
+                cpu.wovr,
+                iterations=100,
+                imagined_envs=256,
+                world_model=model,
+                world_model_trainer=trainer,
+                imitation=TrainerConfig(steps=4000, batch_size=128),
             ),
             reinforcement=dataclasses.replace(cpu.reinforcement, rollouts=256),
             episodes=400,

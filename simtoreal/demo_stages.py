@@ -121,8 +121,12 @@ FULL_PROFILES = {
             *("--config", "{presets}/policies/diffusion_cpu.yaml", "--steps", "1500"),
             *("--trainer.batch-size", "32", "--diffusion.vision.widths", "16", "32", "32"),
         ),
-        # A careful operator takes three seconds and a half, and who imitates one about as long.
-        cotrain_flags=("--config", "{presets}/cotrain/wovr.yaml", "--reinforcement.max-chunks", "16"),
+        # A careful operator takes three seconds and a half, and who imitates one about as long. Half of the preset's
+        # real episodes: time is short.
+        cotrain_flags=(
+            *("--config", "{presets}/cotrain/wovr.yaml", "--reinforcement.max-chunks", "16"),
+            *("--wovr.rollouts", "150", "--wovr.refresh-rollouts", "75", "--wovr.imitation.steps", "1500"),
+        ),
         robot_episodes=25,
     ),
     # The small policy: imagination needs thousands of its rollouts.
@@ -138,6 +142,7 @@ FULL_PROFILES = {
         cotrain_flags=(
             *("--config", "{presets}/cotrain/wovr.yaml", "--wovr.imagined-envs", "256"),
             *("--wovr.iterations", "100", "--reinforcement.rollouts", "256", "--measurement.episodes", "400"),
+            *("--wovr.imitation.steps", "4000", "--wovr.imitation.batch-size", "128"),
         ),
         robot_episodes=50,
     ),

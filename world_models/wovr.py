@@ -280,7 +280,7 @@ class Wovr:
             rate, taken = self.measurements.in_world(name, policy)
             return {"taken": [taken], "measurement": {"iteration": iteration, "policy": name, "real": rate}}
 
-        title = f"measuring the policy after {iteration} iterations in {self.measurement.episodes} real episodes"
+        title = f"measuring {name} in {self.measurement.episodes} real episodes"
         self.stages.run(f"measure_{name}", title, work, f"{MEASUREMENTS}/{name}")
 
     def _measure_imagined(
