@@ -72,7 +72,8 @@ def compare(arms: Sequence[Evaluation], *, paired: bool = True, alpha: float = 0
         ``arms`` (rate, interval, letters), ``pairs`` (difference, p-values, e-value, verdict), ``notes``.
 
     Raises:
-        EvaluationError: different tasks or horizons, or initial conditions that cannot be paired.
+        EvaluationError: labels that are alike, different tasks or horizons, or initial conditions that cannot be
+            paired.
     """
     notes = _check_comparable(arms, paired)
     pairs = [_pair(first, second, paired) for first, second in itertools.combinations(arms, 2)]
@@ -108,6 +109,9 @@ def compare(arms: Sequence[Evaluation], *, paired: bool = True, alpha: float = 0
 
 def _check_comparable(arms: Sequence[Evaluation], paired: bool) -> list[str]:
     reference, notes = arms[0], []
+    labels = [arm.label for arm in arms]
+    if len(set(labels)) < len(labels):
+        raise EvaluationError(f"the evaluations are called {labels}; give each a label of its own to compare them")
     for arm in arms[1:]:
         both = f"{reference.label} ({reference.folder}) and {arm.label} ({arm.folder})"
         if arm.task != reference.task:

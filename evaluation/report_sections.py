@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,9 @@ def _verdict(first: Evaluation, second: Evaluation, where: str) -> str:
 
 
 def _gap(simulated: Evaluation, deployed: Evaluation) -> str:
-    result = compare([simulated, deployed], paired=False)
+    # They may well be called alike: it is the same policy.
+    worlds = [dataclasses.replace(arm, label=world(arm)) for arm in (simulated, deployed)]
+    result = compare(worlds, paired=False)
     (pair,) = result["pairs"]
     low, high = pair["difference_interval"]
     known = "is" if pair["verdict"] != NOT_DISTINGUISHABLE else "cannot be told from zero at this n, it is"

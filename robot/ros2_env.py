@@ -171,17 +171,7 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
             self._move_home(arm)
             self._operator(f"Arrange '{self.task.name}' (initial condition {seed}) and step back; the policy starts.")
             self._gate.begin_episode(self._episode)
-        arm = self._inputs.wait_until_ready(READY_TIMEOUT_S, after_ns=time.monotonic_ns())
-        self._check_at_home(arm)
-        # As in simulation, the first target is where the arm is.
-        position, quaternion = self._kinematics.forward(arm.joint_positions_rad)
-        self._target = np.concatenate([position, rotation.to_6d(quaternion), [1.0]])
-        self._align_clock()
-        self._steps, self._fault, self._began, self._judgement = 0, "", True, {}
-        self._inputs.restart_counts()
-        self._observe()
-        if self._fault:
-            raise StaleObservationError(f"the episode cannot begin: {self._fault}")
+        self._begin()
         return self._copy_observation(), self._info()
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
@@ -244,6 +234,24 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         self._motion = load_motion(motion)
 
     # -- parts ---------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """Take the first observation. Nothing moves yet, so an input that stalls is waited for again."""
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        while True:
+            arm = self._inputs.wait_until_ready(READY_TIMEOUT_S, after_ns=time.monotonic_ns())
+            self._check_at_home(arm)
+            # As in simulation, the first target is where the arm is.
+            position, quaternion = self._kinematics.forward(arm.joint_positions_rad)
+            self._target = np.concatenate([position, rotation.to_6d(quaternion), [1.0]])
+            self._align_clock()
+            self._steps, self._fault, self._began, self._judgement = 0, "", True, {}
+            self._inputs.restart_counts()
+            self._observe()
+            if not self._fault:
+                return
+            if time.monotonic() > deadline:
+                raise StaleObservationError(f"the episode cannot begin: {self._fault}")
 
     def _observe(self) -> None:
         """Read all inputs; on a fault keep the previous observation with its stamps and remember why."""

@@ -126,6 +126,8 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         load_arms([one, tmp_path / "missing"])
     with pytest.raises(EvaluationError, match="1 labels for 2"):
         load_arms([one, longer], ["only"])
+    with pytest.raises(EvaluationError, match="a label of its own"):
+        compare([load_evaluation(folder, "same") for folder in (one, _write(tmp_path / "four", [False, False]))])
     with pytest.raises(ConfigError, match="--alpha"):
         Config(folders=(one,), alpha=1.5)
 

@@ -69,6 +69,16 @@ def test_page_is_self_contained_and_says_n_and_interval(tmp_path: Path) -> None:
     assert "&lt;b&gt;the cube" in text
 
 
+def test_a_gap_that_is_certain_is_reported_of_a_policy_with_one_name_in_both_worlds(tmp_path: Path) -> None:
+    timing = {"periods": 1000, "missed_periods": 0, "p99_period_error_ms": 0.4, "period_error_histogram": HISTOGRAM}
+    sources = ReportSources(
+        evaluations={"diffusion": make_evaluation(tmp_path / "diffusion", 39, 40)},
+        deployments={"diffusion": make_evaluation(tmp_path / "robot", 8, 20, backend="twin", gap="standard", **timing)},
+    )
+    text = write_report(sources, tmp_path / "report.html").read_text()
+    assert "The gap from simulation to the &#39;standard&#39; twin is -57 percentage points" in text
+
+
 def test_the_page_of_a_policy_that_was_filtered_and_improved(tmp_path: Path) -> None:
     timing = {"periods": 1000, "missed_periods": 0, "p99_period_error_ms": 0.4, "period_error_histogram": HISTOGRAM}
     robot = {"backend": "twin", "gap": "standard", **timing}

@@ -175,6 +175,27 @@ def test_bad_inputs_are_named_at_reset(make, robot, monkeypatch, fault, message)
     assert robot.targets == []
 
 
+def test_an_input_that_stalls_before_the_first_observation_is_waited_for(make, robot, config) -> None:
+    env = make()
+    align, stalls = env._align_clock, iter(["joint_states", "front"])
+
+    def align_and_stall() -> None:
+        align()
+        if stalled := next(stalls, None):
+            robot.silent.add(stalled)
+            time.sleep(config.staleness.camera_s + 0.1)
+            robot.silent.clear()
+
+    env._align_clock = align_and_stall
+    _, info = env.reset(seed=0)
+    assert info["robot_fault"] == ""
+    assert next(stalls, None) is None
+    # And what is silent for good is said.
+    env._align_clock = lambda: (align(), robot.silent.add("joint_states"), time.sleep(config.staleness.camera_s + 0.1))
+    with pytest.raises(StaleObservationError, match=r"not ready after 3 s.*joint_states"):
+        env.reset(seed=0)
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
