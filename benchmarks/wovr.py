@@ -3,6 +3,7 @@
     python benchmarks/wovr.py                      # profile cpu: two tasks, resumable
     python benchmarks/wovr.py --tasks push &       # a second process does another task
     python benchmarks/wovr.py --profile gpu        # one GPU: three training seeds, 400 episodes
+    python benchmarks/wovr.py --twin               # afterwards: base and full on the twin over ROS 2, in real time
     python benchmarks/wovr.py --summarize          # only write benchmarks/results/wovr.json from what is finished
 
 A policy learns from few demonstrations (base). All arms begin with it, and with the same rollouts:
@@ -17,7 +18,7 @@ A policy learns from few demonstrations (base). All arms begin with it, and with
 * direct: reinforcement in MuJoCo itself, for as many control steps as full learned from beside demonstrations.
 
 Success is judged in MuJoCo on the same initial conditions for all arms, and beside it that of the same policies in the
-world model.
+world model. On the twin a policy acts in real time, so nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -56,6 +59,8 @@ from simtoreal.world_models.cotrain_config import MeasurementConfig, WovrConfig
 from simtoreal.world_models.cotrain_measurement import Measurements
 from simtoreal.world_models.wovr import Wovr
 
+# The twin differs from the simulation; its initial conditions are of no other measurement.
+TWIN, TWIN_FIRST_EPISODE = "standard", 4_500_000
 # What the arms have in common with the full loop, up to its first world model.
 COLLECTED = ("demonstrations", "measure_base", "rollouts_0")
 IMITATED = ("imitation_0", "measure_imitation_0")
@@ -72,6 +77,7 @@ class Profile:
         wovr, reinforcement: the loop.
         direct_rollouts: per iteration in MuJoCo, where every one of them counts.
         episodes: initial conditions that judge every policy.
+        twin_episodes: on the twin.
         seeds: training seeds.
         arms: which.
     """
@@ -83,6 +89,7 @@ class Profile:
     direct_rollouts: int
     episodes: int
     seeds: tuple[int, ...]
+    twin_episodes: int = 50
     arms: tuple[str, ...] = ("full", "imitation", "no_imitation", "no_kir", "no_pace", "direct")
     image_size: int = 64
     policy: DiffusionConfig = dataclasses.field(default_factory=DiffusionConfig)
@@ -218,6 +225,19 @@ def _execute_direct(
     )  # fmt: skip
 
 
+def deploy(task: str, seed: int, profile: Profile, output: Path) -> None:
+    """Run the policies before and after on the twin, with the command that people use."""
+    folder = output / f"{task}-{seed}"
+    for name, policy in (("base", folder / "base"), ("full", folder / "full" / "policy")):
+        command = [
+            *(sys.executable, "-m", "simtoreal", "deploy", "--policy", policy, "--task", task, "--gap", TWIN),
+            *("--episodes", profile.twin_episodes, "--seed", TWIN_FIRST_EPISODE, "--videos", 1, "--no-record"),
+            *("--output", folder / f"twin_{name}"),
+        ]
+        if not (folder / f"twin_{name}" / "results.json").exists():
+            subprocess.run(list(map(str, command)), check=True)
+
+
 def evaluation_of(name: str, folder: Path, profile: Profile) -> Path:
     """Evaluation folder of an arm's final policy."""
     if name == "base":
@@ -260,13 +280,23 @@ def summarize(profile: Profile, output: Path, label: str) -> None:
     if not comparisons:
         print("no task has finished its full loop yet")
         return
+    for task in comparisons:
+        on_twin: dict[str, Outcomes] = {
+            name: read_outcomes({seed: output / f"{task}-{seed}" / f"twin_{name}" for seed in profile.seeds})
+            for name in ("base", "full")
+        }
+        arms += [
+            arm(f"{task}: {name}, '{TWIN}' twin over ROS 2", outcomes, on_twin["base"])
+            for name, outcomes in on_twin.items()
+            if outcomes
+        ]
     # The smaller gain of the tasks is the claim.
     task = min(comparisons, key=lambda one: comparisons[one]["difference"])
     store(
         "wovr" if label == "cpu" else f"wovr_{label}",
         "Does a policy get better inside a world model that it helps to train?",
         f"{task}: real success after co-training", comparisons[task], "base", arms, seconds=seconds,
-        seeds=[*profile.seeds, FIRST_EPISODE], notes=notes,
+        seeds=[*profile.seeds, FIRST_EPISODE, TWIN_FIRST_EPISODE], notes=notes,
     )  # fmt: skip
 
 
@@ -294,11 +324,16 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", help="only these")
     parser.add_argument("--arms", nargs="*", help="only these; 'full' first, the others begin with its stages")
     parser.add_argument("--device", default=None)
+    parser.add_argument("--twin", action="store_true", help="only deploy the policies of 'full' and its base")
     parser.add_argument("--summarize", action="store_true", help="only write the result of the finished arms")
     options = parser.parse_args()
     profile = known[options.profile]
     output = options.output or Path(f"outputs/benchmark_wovr_{options.profile}")
-    if not options.summarize:
+    if options.twin:
+        for task in options.tasks or profile.demonstrations:
+            for seed in profile.seeds:
+                deploy(task, seed, profile, output)
+    elif not options.summarize:
         import torch
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
