@@ -27,8 +27,7 @@ from simtoreal.data_collection.episode import (
     read_episode,
     read_info,
 )
-from simtoreal.data_collection.filters import FOLDER as FILTERS
-from simtoreal.data_collection.filters import accepted_episodes, filter_masks
+from simtoreal.data_collection.filters import accepted_episodes, filter_masks, has_filter
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import DatasetError, EmbodimentMismatchError, closest
 
@@ -130,7 +129,7 @@ class Dataset:
             return list(self.episodes)
         masks = self.masks
         if mask not in masks:
-            if (self.path / FILTERS / f"{mask}.json").is_file():
+            if has_filter(self.path, mask):
                 accepted_episodes(self.path, mask)  # Says what is wrong with it.
             raise DatasetError(f"{self.path}: has no mask '{mask}'. {closest(mask, masks)}")
         chosen = set(masks[mask])

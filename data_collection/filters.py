@@ -157,6 +157,11 @@ def write_filter(dataset: Path, result: Filter) -> Path:
     return description
 
 
+def has_filter(dataset: str | Path, name: str) -> bool:
+    """Whether a dataset has a filter of this name, whatever state it is in."""
+    return (Path(dataset) / FOLDER / f"{name}.json").is_file()
+
+
 def read_filter(dataset: str | Path, name: str) -> Filter:
     """Read and check a filter.
 

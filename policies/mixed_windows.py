@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from simtoreal.data_collection.filters import has_filter
 from simtoreal.envs.errors import ConfigError
 from simtoreal.policies.config import PolicyConfig
 from simtoreal.policies.training_data import TrainingData, Windows, fit_all, open_training_data
@@ -62,8 +63,26 @@ class MixedWindows:
         }
 
 
+def find_filter(folders: Sequence[str | Path], filter: str | None) -> list[str | None]:
+    """Return the name of the filter for each of the dataset folders that has it, and None for the others.
+
+    Raises:
+        ConfigError: none has it.
+    """
+    found = [filter if filter is not None and has_filter(path, filter) else None for path in folders]
+    if filter is not None and not any(found):
+        listed = ", ".join(map(str, folders))
+        raise ConfigError(f"none of {listed} has a filter '{filter}'; make it with 'simtoreal data filter'")
+    return found
+
+
 def open_mixed_data(
-    real: Sequence[str | Path], simulated: Sequence[str | Path], config: PolicyConfig, *, real_share: float
+    real: Sequence[str | Path],
+    simulated: Sequence[str | Path],
+    config: PolicyConfig,
+    *,
+    real_share: float,
+    filter: str | None = None,
 ) -> TrainingData:
     """Open demonstrations of both worlds for the first stage of RL-Co (arXiv 2602.12628, §3): batches are drawn with
     probability α from the real ones.
@@ -73,9 +92,10 @@ def open_mixed_data(
         simulated: dataset folders.
         config: gives keys and window sizes.
         real_share: α; 1 learns from the real ones only, and ``simulated`` may be empty then.
+        filter: learn only from the steps that this filter keeps, in the folders that have it.
 
     Raises:
-        ConfigError: the share is not in (0, 1], or a world has no data.
+        ConfigError: the share is not in (0, 1], a world has no data, or no folder has the filter.
         DatasetError, EmbodimentMismatchError: see :func:`~simtoreal.policies.training_data.open_training_data`; all
             folders must be of one embodiment.
     """
@@ -85,8 +105,11 @@ def open_mixed_data(
         missing = "simulated" if real else "real"
         raise ConfigError(f"there are no {missing} demonstrations to mix; give a dataset folder, or real_share 1")
     chosen = [*real, *(simulated if real_share < 1 else ())]
-    first = open_training_data(chosen[0], config)
-    opened = [first, *(open_training_data(path, config, embodiment=first.embodiment) for path in chosen[1:])]
+    filters = find_filter(chosen, filter)
+    first = open_training_data(chosen[0], config, filter=filters[0])
+    opened = [first]
+    for path, own in zip(chosen[1:], filters[1:], strict=True):
+        opened.append(open_training_data(path, config, filter=own, embodiment=first.embodiment))
     windows = MixedWindows([data.train for data in opened])
     is_real = windows.source_of_window < len(real)
     probabilities = np.where(is_real, real_share / is_real.sum(), (1 - real_share) / max(1, (~is_real).sum()))

@@ -257,7 +257,8 @@ def full_stages(profile: FullProfile, task: str, seed: int) -> list[Stage]:
             title="Improve the policy inside a world model of its rollouts (WoVR)",
             command=(
                 *("cotrain", "--policy", "{output}/policy", "--demonstrations", "{output}/merged", "{output}/still"),
-                *("--task", task, "--seed", str(seed), "--output", "{output}/cotrain"),
+                *("--wovr.imitation-filter", FILTER, "--task", task, "--seed", str(seed)),
+                *("--output", "{output}/cotrain"),
                 *_located(profile.cotrain_flags),
             ),
             needs=("merged", "still", "policy"),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
+from report_folders import make_filtered_dataset
 from small_world import RESIDUAL, make_world_data, short_training
 from toy_reaching import small_vision
 
@@ -327,6 +328,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_done(finished, data, po
     with pytest.raises(EmbodimentMismatchError, match="render_profile"):
         wovr(output, data, policy, world_model=copy)
     assert not output.exists()
+    with pytest.raises(ConfigError, match="has a filter 'careful'"):
+        wovr(output, data, policy, config=dataclasses.replace(WOVR, imitation_filter="careful"))
     with pytest.raises(ValueError, match="0 together with imitate_successes"):
         WovrConfig(iterations=0)
     flags = ["cotrain", "--config", "wovr", "--output", str(output), "--demonstrations", str(data)]
@@ -372,6 +375,20 @@ def test_windows_are_drawn_in_the_proportion_asked_for(data, tmp_path):
         open_mixed_data([other], [], DIFFUSION, real_share=0.5)
     alone = open_mixed_data([other], [], DIFFUSION, real_share=1.0)
     assert len(alone.train) == len(parts[0])
+
+
+def test_a_filter_applies_to_the_folders_that_have_it(data, tmp_path):
+    judged = make_filtered_dataset(tmp_path / "judged")
+    policy = dataclasses.replace(DIFFUSION, image_keys=(), state_keys=("proprio",))
+    whole, filtered = (
+        open_mixed_data([judged, data], [], policy, real_share=1.0, filter=name).train for name in (None, "compatible")
+    )
+    kept = open_training_data(judged, policy, filter="compatible").train
+    counts = [np.bincount(windows.source_of_window).tolist() for windows in (whole, filtered)]
+    assert counts[1] == [len(kept), counts[0][1]]
+    assert counts[1][0] < counts[0][0]
+    with pytest.raises(ConfigError, match="has a filter 'careful'; make it"):
+        open_mixed_data([judged, data], [], policy, real_share=1.0, filter="careful")
 
 
 def rlco(output: Path, data: Path, policy: Path | None = None, weight: float = 0.2, **changes) -> Rlco:

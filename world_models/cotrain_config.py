@@ -61,6 +61,9 @@ class WovrConfig:
     (filtered behaviour cloning). WoVR has no such stage."""
     imitation: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=2400, batch_size=32))
     """That training."""
+    imitation_filter: str | None = None
+    """Imitate only the steps that this filter keeps (simtoreal data filter), in the folders of demonstrations that have
+    it."""
     explore: bool = True
     """Collect with the noise of reinforcement, so that the world model knows what that does."""
     first_seed: int = 50_000_000

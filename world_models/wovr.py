@@ -26,7 +26,7 @@ from simtoreal.evaluation.policies import checkpoint_digest
 from simtoreal.policies.actor import PolicyActor
 from simtoreal.policies.checkpoint import find_checkpoint, load_policy, plain_config
 from simtoreal.policies.exploring_actor import ExploringActor, require_denoising
-from simtoreal.policies.mixed_windows import open_mixed_data
+from simtoreal.policies.mixed_windows import find_filter, open_mixed_data
 from simtoreal.policies.reinforcement_config import ReinforcementConfig
 from simtoreal.policies.reinforcement_run import reinforce
 from simtoreal.policies.trainer import train
@@ -69,8 +69,8 @@ class Wovr:
         progress: draw progress bars of the trainings.
 
     Raises:
-        ConfigError: the folder holds another co-training, the policy cannot be improved, or its training data overlap
-            with the initial conditions of the measurements.
+        ConfigError: the folder holds another co-training, the policy cannot be improved, its training data overlap
+            with the initial conditions of the measurements, or no folder has the filter.
         CheckpointError, DatasetError: policy, world model or data are missing or damaged.
         EmbodimentMismatchError: they are of different embodiments or render profiles.
     """
@@ -102,6 +102,7 @@ class Wovr:
             (len(dataset.episodes), sum(episode.steps for episode in dataset.episodes))
             for dataset in (Dataset.open(path, embodiment=self.loaded.embodiment) for path in self.demonstrations)
         ]
+        find_filter(self.demonstrations, config.imitation_filter)
         if world_model is not None:
             require_same_embodiment(self.loaded, world_model)
         self.measurements = Measurements(measurement, real, self.output, device, seed, config.imagined_envs)
@@ -197,7 +198,8 @@ class Wovr:
             rollouts = [self._rollouts(number) for number in range(turn + 1)]
             successful = [path for path in rollouts if any(one.success for one in Dataset.open(path).episodes)]
             policy, imitation = self.loaded.config, self.config.imitation
-            data = open_mixed_data([*self.demonstrations, *successful], (), policy, real_share=1.0)
+            folders, kept = [*self.demonstrations, *successful], self.config.imitation_filter
+            data = open_mixed_data(folders, (), policy, real_share=1.0, filter=kept)
             trainer = dataclasses.replace(imitation, seed=imitation.seed + self.seed + turn)
             result = train(policy, trainer, data, run, resume=True, device=self.device, progress=self.progress)
             return {"training_seconds": result.seconds, "validation_error": result.validation_error}
