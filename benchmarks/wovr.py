@@ -10,7 +10,7 @@ A policy learns from few demonstrations (base). All arms begin with it, and with
 
 * full: a policy imitates the demonstrations and what succeeded, is improved by reinforcement in imagination from first
   frames and key frames, collects, and all of it again with all successes and a world model that was trained on;
-* imitation: the same without imagination: filtered behaviour cloning. What full is better is due to the world model;
+* imitation: the same without imagination: filtered behaviour cloning, against which imagination has to show its worth;
 * no_imitation: WoVR as published: reinforcement in imagination only, of the base policy;
 * no_kir: full from first frames only;
 * no_pace: as many iterations with the first policy and world model, and so fewer real steps;

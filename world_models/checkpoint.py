@@ -1,4 +1,4 @@
-"""World models on disk: the same folders as policies have, without pickle, whole or not there at all."""
+"""World models on disk: folders as policies have, of safetensors and JSON, whole or not there at all."""
 
 from __future__ import annotations
 
