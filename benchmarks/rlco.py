@@ -82,7 +82,7 @@ def profiles() -> dict[str, Profile]:
         tasks=("pick_place",),
         real=20,
         # Few, so that imitation leaves something to gain; the encoder is half as wide as the default, for two cores.
-        simulated=40,
+        simulated=20,
         rlco=dataclasses.replace(
             shipped["rlco"],
             imitation=TrainerConfig(steps=1500, batch_size=32),

@@ -239,6 +239,20 @@ def test_two_frames_in_a_row():
     assert accuracy == 1.0
 
 
+def test_one_episode_alone_does_not_make_the_threshold_lenient():
+    def episodes(low: int) -> list[np.ndarray]:
+        reached = [0.1] * low + [0.8] * (50 - low) + [0.02] * 50
+        return [np.full(4, value) for value in reached]
+
+    success = np.arange(100) < 50
+    threshold, accuracy = calibrate_threshold(episodes(1), success, 2)
+    assert 0.3 < threshold < 0.6
+    assert accuracy == pytest.approx(0.99)
+    threshold, accuracy = calibrate_threshold(episodes(10), success, 2)
+    assert threshold <= 0.1
+    assert accuracy == 1.0
+
+
 # Training -----------------------------------------------------------------------------------------------------
 
 

@@ -97,7 +97,10 @@ def shows_success(probability: np.ndarray, threshold: float, consecutive: int) -
 
 
 def calibrate_threshold(episodes: list[np.ndarray], success: np.ndarray, consecutive: int) -> tuple[float, float]:
-    """Return the threshold with the best balanced accuracy over episodes, and that accuracy.
+    """Return the middle of the thresholds that are as good as the best, and its balanced accuracy over episodes.
+
+    As good is within one standard error of the best balanced accuracy (after Breiman et al. 1984, §3.4.3): few episodes
+    are held out, and one of them alone could decide for a threshold that reinforcement exploits.
 
     Args:
         episodes: probability of every frame, per episode.
@@ -112,9 +115,13 @@ def calibrate_threshold(episodes: list[np.ndarray], success: np.ndarray, consecu
         ]
     )
     candidates = np.unique(np.concatenate([np.linspace(0.05, 0.95, 19), np.clip(reach, 0.05, 0.95)]))
-    scores = np.array([(np.mean(reach[success] >= c) + np.mean(reach[~success] < c)) / 2 for c in candidates])
-    best = np.flatnonzero(scores >= scores.max() - 1e-9)
-    # The middle of those that are equally good is the safest.
-    middle = (candidates[best[0]] + candidates[best[-1]]) / 2
-    chosen = candidates[best[np.abs(candidates[best] - middle).argmin()]]
-    return float(chosen), float(scores.max())
+    right = np.array([[np.sum(reach[success] >= c), np.sum(reach[~success] < c)] for c in candidates])
+    counts = np.array([success.sum(), (~success).sum()])
+    scores = (right / counts).mean(1)
+    # Of a rate with one more of either outcome, so that a handful of episodes without an error is no certainty.
+    rates = (right[scores.argmax()] + 1) / (counts + 2)
+    error = np.sqrt((rates * (1 - rates) / counts).sum()) / 2
+    good = np.flatnonzero(scores >= scores.max() - error)
+    middle = (candidates[good[0]] + candidates[good[-1]]) / 2
+    chosen = good[np.abs(candidates[good] - middle).argmin()]
+    return float(candidates[chosen]), float(scores[chosen])
