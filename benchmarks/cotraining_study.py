@@ -24,10 +24,10 @@ from simtoreal.policies.training_data import open_training_data
 from simtoreal.world_models.config import WorldModelConfig, WorldModelTrainerConfig
 from simtoreal.world_models.cotrain_measurement import World
 
-# Settings of wovr.py were chosen on the initial conditions from 3_000_000 on, so these begin elsewhere. After the
-# stored run a slower reinforcement was looked at on these, too: take others for a claim about that one. The number of
-# demonstrations, and with it how good the base policy is, was chosen there for those from COLLECTION_SEED on.
-FIRST_EPISODE, COLLECTION_SEED = 4_000_000, 700
+# Settings of reinforcement and of world models were chosen on the initial conditions from 3_000_000 and from 4_000_000
+# on, so these begin elsewhere. The number of demonstrations, and with it how good the base policy is, was chosen there
+# for those from COLLECTION_SEED on.
+FIRST_EPISODE, COLLECTION_SEED = 5_000_000, 700
 RESAMPLES = 10_000
 
 # Outcomes of an arm by training seed, on the same initial conditions in the same order.

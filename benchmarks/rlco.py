@@ -23,6 +23,7 @@ import os
 from pathlib import Path
 
 from cotraining_study import (
+    FIRST_EPISODE,
     Outcomes,
     arm,
     compare,
@@ -44,8 +45,6 @@ from simtoreal.world_models.cotrain_config import MeasurementConfig, RlcoConfig
 from simtoreal.world_models.rlco import Rlco
 
 GAP = "standard"
-# No setting of reinforcement was chosen on these initial conditions.
-FIRST_EPISODE = 5_000_000
 IMITATIONS = ("real_only", "cotraining")
 BETAS = {"beta_0": 0.0, "beta_0.05": 0.05, "beta_0.2": 0.2}
 OURS, BASELINE = "beta_0.2", "cotraining"

@@ -60,7 +60,7 @@ from simtoreal.world_models.cotrain_measurement import Measurements
 from simtoreal.world_models.wovr import Wovr
 
 # The twin differs from the simulation; its initial conditions are of no other measurement.
-TWIN, TWIN_FIRST_EPISODE = "standard", 4_500_000
+TWIN, TWIN_FIRST_EPISODE = "standard", 5_500_000
 # What the arms have in common with the full loop, up to its first world model.
 COLLECTED = ("demonstrations", "measure_base", "rollouts_0")
 IMITATED = ("imitation_0", "measure_imitation_0")

@@ -121,11 +121,12 @@ FULL_PROFILES = {
             *("--config", "{presets}/policies/diffusion_cpu.yaml", "--steps", "1500"),
             *("--trainer.batch-size", "32", "--diffusion.vision.widths", "16", "32", "32"),
         ),
-        # A careful operator takes three seconds and a half, and who imitates one about as long. Half of the preset's
-        # real episodes: time is short.
+        # A careful operator takes three seconds and a half, and who imitates one about as long. Time is short: one stay
+        # in imagination, in a model of as many episodes as its training can use.
         cotrain_flags=(
             *("--config", "{presets}/cotrain/wovr.yaml", "--reinforcement.max-chunks", "16"),
-            *("--wovr.rollouts", "150", "--wovr.refresh-rollouts", "75", "--wovr.imitation.steps", "1500"),
+            *("--wovr.rollouts", "700", "--wovr.refreshes", "0", "--wovr.iterations", "30"),
+            *("--wovr.imitation.steps", "1500", "--wovr.world-model-trainer.dynamics.steps", "2000"),
         ),
         robot_episodes=25,
     ),
