@@ -6,15 +6,16 @@
     python benchmarks/wovr.py --twin               # afterwards: base and full on the twin over ROS 2, in real time
     python benchmarks/wovr.py --summarize          # only write benchmarks/results/wovr.json from what is finished
 
-A policy learns from few demonstrations (base). All arms begin with it, and with the same rollouts:
+A policy learns from few demonstrations (base). All arms begin with it:
 
-* full: a policy imitates the demonstrations and what succeeded, is improved by reinforcement in imagination from first
-  frames and key frames, collects, and all of it again with all successes and a world model that was trained on;
-* imitation: the same without imagination: filtered behaviour cloning, against which imagination has to show its worth;
-* no_imitation: WoVR as published: reinforcement in imagination only, of the base policy;
+* full: it collects, a policy imitates the demonstrations and what succeeded, collects, is improved by reinforcement in
+  imagination from first frames and key frames, collects again, and goes on in a world model that was trained on;
+* imitation: all the real episodes at once, and no imagination: filtered behaviour cloning, against which imagination
+  has to show its worth;
+* no_imitation: WoVR as published: reinforcement in imagination only, of the base policy, with as many real episodes;
 * no_kir: full from first frames only;
-* no_pace: as many iterations with the first policy and world model, and so fewer real steps;
-* no_pace_equal (profile gpu): as many real steps as full, all of them from the base policy, one world model;
+* no_pace: as many iterations with the first world model, and so fewer real episodes;
+* no_pace_equal (profile gpu): as many real episodes as full, none of an improved policy, one world model;
 * direct: reinforcement in MuJoCo itself, for as many control steps as full learned from beside demonstrations.
 
 Success is judged in MuJoCo on the same initial conditions for all arms, and beside it that of the same policies in the
@@ -62,9 +63,9 @@ from simtoreal.world_models.wovr import Wovr
 # The twin differs from the simulation; its initial conditions are of no other measurement.
 TWIN, TWIN_FIRST_EPISODE = "standard", 5_500_000
 # What the arms have in common with the full loop, up to its first world model.
-COLLECTED = ("demonstrations", "measure_base", "rollouts_0")
-IMITATED = ("imitation_0", "measure_imitation_0")
-IMAGINED = ("world_model_0", "measure_model_0")
+BEGUN = ("demonstrations", "measure_base")
+IMITATED = (*BEGUN, "imitation_rollouts", "imitation", "measure_imitation")
+IMAGINED = (*IMITATED, "rollouts_0", "world_model_0", "measure_model_0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,15 +148,16 @@ def profiles() -> dict[str, Profile]:
 def wovr_of(name: str, profile: Profile) -> WovrConfig:
     """Settings of an arm's loop."""
     full = profile.wovr
+    refreshing = full.refreshes * full.refresh_rollouts
     if name == "imitation":
-        return dataclasses.replace(full, iterations=0)
+        episodes = full.imitation_rollouts + full.rollouts + refreshing
+        return dataclasses.replace(full, iterations=0, imitation_rollouts=episodes)
     if name == "no_imitation":
-        return dataclasses.replace(full, imitate_successes=False)
+        return dataclasses.replace(full, imitation_rollouts=0, rollouts=full.imitation_rollouts + full.rollouts)
     if name == "no_kir":
         return dataclasses.replace(full, keyframes=dataclasses.replace(full.keyframes, share=0.0))
     if name in ("no_pace", "no_pace_equal"):
-        turns = full.refreshes + 1
-        rollouts = full.rollouts + (full.refreshes * full.refresh_rollouts if name == "no_pace_equal" else 0)
+        turns, rollouts = full.refreshes + 1, full.rollouts + (refreshing if name == "no_pace_equal" else 0)
         return dataclasses.replace(full, refreshes=0, iterations=turns * full.iterations, rollouts=rollouts)
     return full
 
@@ -179,13 +181,12 @@ def execute(name: str, task: str, seed: int, profile: Profile, output: Path, dev
         output=folder / name, device=device, seed=seed, notify=say(f"{task}-{seed}-{name}"),
     )  # fmt: skip
     shared = {
-        "imitation": (*COLLECTED, *IMITATED),
-        # That model was measured with the policy that imitated.
-        "no_imitation": (*COLLECTED, IMAGINED[0]),
-        "no_kir": (*COLLECTED, *IMITATED, *IMAGINED),
+        "imitation": BEGUN,
+        "no_imitation": BEGUN,
+        "no_kir": IMAGINED,
         # With the first world model, the first half is that of the full loop.
-        "no_pace": (*COLLECTED, *IMITATED, *IMAGINED, f"reinforcement_0_{profile.wovr.iterations}"),
-        "no_pace_equal": COLLECTED[:2],
+        "no_pace": (*IMAGINED, f"reinforcement_0_{profile.wovr.iterations}"),
+        "no_pace_equal": IMITATED,
     }
     if name in shared:
         loop.adopt(folder / "full", shared[name])
@@ -243,7 +244,7 @@ def evaluation_of(name: str, folder: Path, profile: Profile) -> Path:
     if name == "base":
         return folder / "full" / "measurements" / "base" / "real"
     last = profile.wovr.refreshes
-    policy = {"direct": "final", "imitation": f"imitation_{last}", "no_pace": "policy_0", "no_pace_equal": "policy_0"}
+    policy = {"direct": "final", "imitation": "imitation", "no_pace": "policy_0", "no_pace_equal": "policy_0"}
     return folder / name / "measurements" / policy.get(name, f"policy_{last}") / "real"
 
 
@@ -310,7 +311,7 @@ def _gaps(name: str, results: dict[str, Any]) -> str:
         if "imagined" in point:
             imagined = f"imagined {100 * point['imagined']['success_rate']:.1f} %"
             parts.append(f"{point['policy']} in {point['world_model']}: {real}, {imagined}")
-        elif point["policy"].startswith("imitation"):
+        elif point["policy"] == "imitation":
             parts.append(f"{point['policy']}: {real}")
     return f"{name}: " + "; ".join(parts)
 

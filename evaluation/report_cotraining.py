@@ -61,8 +61,8 @@ def _text(content: Mapping[str, Any], other: str) -> str:
     imagined = other == "imagined" and content["iterations"]
     model = " A video world model imagined the rollouts." if imagined else ""
     imitated = ""
-    if content["settings"].get("wovr", {}).get("imitate_successes"):
-        imitated = " A policy was trained anew on the demonstrations and the real successes so far before each round."
+    if content["settings"].get("wovr", {}).get("imitation_rollouts"):
+        imitated = " First, a policy was trained anew on the demonstrations and the base policy's real successes."
     return (
         f"{len(content['iterations'])} iterations of reinforcement.{model}{imitated} “Real” is {stand_in}, which "
         "stands in for the robot and alone decides what succeeded. A measurement runs the same policy with the same "

@@ -74,7 +74,7 @@ def stages(
         add("Learn", headline, detail, "demonstration", "simulation", moment=0.6)
     if practised:
         change = practised["final"]["success_rate"] - practised["base"]["success_rate"]
-        imitated = practised["settings"].get("wovr", {}).get("imitate_successes")
+        imitated = practised["settings"].get("wovr", {}).get("imitation_rollouts")
         successes = "imitation of its successes and " if imitated else ""
         iterations = f"{len(practised['iterations'])} iterations of reinforcement"
         detail = f"percentage points of real success after {successes}{iterations}"

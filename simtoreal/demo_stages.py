@@ -125,8 +125,8 @@ FULL_PROFILES = {
         # in imagination, in a model of as many episodes as its training can use.
         cotrain_flags=(
             *("--config", "{presets}/cotrain/wovr.yaml", "--reinforcement.max-chunks", "16"),
-            *("--wovr.rollouts", "700", "--wovr.refreshes", "0", "--wovr.iterations", "30"),
-            *("--wovr.imitation.steps", "1500", "--wovr.world-model-trainer.dynamics.steps", "2000"),
+            *("--wovr.imitation-rollouts", "200", "--wovr.imitation.steps", "1500", "--wovr.rollouts", "600"),
+            *("--wovr.refreshes", "0", "--wovr.world-model-trainer.dynamics.steps", "2000"),
         ),
         robot_episodes=25,
     ),

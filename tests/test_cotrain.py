@@ -26,6 +26,7 @@ from simtoreal.envs import load_task, make_vector_env
 from simtoreal.envs.config import build_config, read_yaml
 from simtoreal.envs.errors import ConfigError, DatasetError, EmbodimentMismatchError
 from simtoreal.envs.tabletop_vector import TabletopVectorEnv
+from simtoreal.evaluation.policies import checkpoint_digest
 from simtoreal.evaluation.report import ReportSources, write_report
 from simtoreal.evaluation.results import load_evaluation
 from simtoreal.policies.actor import PolicyActor
@@ -264,38 +265,44 @@ def test_arms_of_a_comparison_share_what_they_have_in_common(finished, data, pol
 @pytest.mark.parametrize("iterations", [1, 0])
 def test_what_succeeded_really_is_demonstrated_too(finished, data, policy, tmp_path, iterations):
     imitation = dataclasses.replace(IMITATION, steps=6)
-    config = dataclasses.replace(WOVR, iterations=iterations, imitate_successes=True, imitation=imitation)
+    config = dataclasses.replace(WOVR, iterations=iterations, imitation_rollouts=8, imitation=imitation)
     output = tmp_path / "arm"
     arm = wovr(output, data, policy, config=config)
-    arm.adopt(finished, ["demonstrations", "measure_base", "rollouts_0"])
-    # The policy of these tests never succeeds.
-    shutil.rmtree(output / "rollouts_0")
-    make_world_data(output / "rollouts_0", episodes=8, seed=100)
+    arm.adopt(finished, ["demonstrations", "measure_base"])
+    # The policy of these tests never succeeds, so others collect in its place.
+    make_world_data(output / "imitation_rollouts", episodes=8, seed=100)
+    taken = {"world": "real", "purpose": "learning", "episodes": 8, "steps": 100}
+    record = {"name": "imitation_rollouts", "title": "", "finished": True, "seconds": 0.0, "taken": [taken]}
+    (output / "stages" / "imitation_rollouts.json").write_text(json.dumps({**record, "folder": "imitation_rollouts"}))
     results = arm.run()
-    sources = [Dataset.open(path) for path in (data, output / "rollouts_0", output / "rollouts_1")]
+    sources = [Dataset.open(path) for path in (data, output / "imitation_rollouts")]
     succeeded = [{one.seed for one in source.episodes if one.success} for source in sources]
     assert 0 < len(succeeded[1]) < 8
-    last = load_policy(output / "imitation_1")
+    imitating = load_policy(output / "imitation")
     # Some successes validate.
-    learned = set(last.training["data"]["seeds"])
+    learned = set(imitating.training["data"]["seeds"])
     assert learned <= set.union(*succeeded)
-    assert all(learned & seeds for seeds in succeeded if seeds)
+    assert all(learned & seeds for seeds in succeeded)
     shown = [(point["policy"], point["iteration"]) for point in results["measurements"] if "imagined" not in point]
-    imitated = [("imitation_0", 0), ("imitation_1", iterations)]
     if not iterations:
-        assert shown == [("base", 0), *imitated]
+        assert shown == [("base", 0), ("imitation", 0)]
         assert (results["iterations"], results["final"]) == ([], results["measurements"][-1]["real"])
         assert not (output / "world_model_0").exists()
         base, final = measured_folders(output)
         sources = ReportSources(cotraining=output, evaluations={"improved": final, "base": base})
         page = write_report(sources, tmp_path / "report.html").read_text()
-        for told in ("imitation_1", "trained anew", "after imitation of its successes and 0 iterations"):
+        for told in ("imitation", "trained anew", "after imitation of its successes and 0 iterations"):
             assert told in page, told
         return
-    assert shown == [("base", 0), imitated[0], ("policy_0", 1), imitated[1], ("policy_1", 2)]
+    assert shown == [("base", 0), ("imitation", 0), ("policy_0", 1), ("policy_1", 2)]
     assert [line["iteration"] for line in results["iterations"]] == [1, 2]
-    # Reinforcement goes on from what imitated last: its image encoder, which is frozen, is still there.
-    before, after = last.policy.state_dict(), load_policy(output / "policy").policy.state_dict()
+    # The world model learns from other episodes, too: those of the policy that imitates.
+    collected = [Dataset.open(output / name).episodes for name in ("imitation_rollouts", "rollouts_0", "rollouts_1")]
+    seeds = [one.seed for episodes in collected for one in episodes]
+    assert len(set(seeds)) == len(seeds) == 8 + 8 + 4
+    assert collected[1][0].extra["checkpoint"] == checkpoint_digest(imitating.folder)
+    # Reinforcement goes on from what imitated: its image encoder, which is frozen, is still there.
+    before, after = imitating.policy.state_dict(), load_policy(output / "policy").policy.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("encoder.images"))
     assert not all(torch.equal(before[name], after[name]) for name in before)
 
@@ -330,7 +337,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_done(finished, data, po
     assert not output.exists()
     with pytest.raises(ConfigError, match="has a filter 'careful'"):
         wovr(output, data, policy, config=dataclasses.replace(WOVR, imitation_filter="careful"))
-    with pytest.raises(ValueError, match="0 together with imitate_successes"):
+    with pytest.raises(ValueError, match="needs imitation_rollouts"):
         WovrConfig(iterations=0)
     flags = ["cotrain", "--config", "wovr", "--output", str(output), "--demonstrations", str(data)]
     with pytest.raises(ConfigError, match="--policy is missing"):

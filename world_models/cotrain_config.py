@@ -48,24 +48,26 @@ class WovrConfig:
         ValueError: a value is out of range.
     """
 
+    imitation_rollouts: int = 0
+    """Real episodes of the base policy, without further noise. Those that succeed are demonstrations, too: before any
+    reinforcement a policy is trained anew on all demonstrations (filtered behaviour cloning). WoVR has no such stage; 0
+    leaves it out."""
+    imitation: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=2400, batch_size=32))
+    """That training."""
+    imitation_filter: str | None = None
+    """Imitate only the steps that this filter keeps (simtoreal data filter), in the folders of demonstrations that have
+    it."""
     rollouts: int = 150
-    """Real episodes of the base policy that the world model learns from, beside the demonstrations."""
+    """Real episodes that the world model learns from, beside the demonstrations and those above, of the policy that
+    reinforcement begins with."""
     refreshes: int = 1
     """How often the improved policy collects, and model and classifier are trained on (PACE); 0 keeps the first."""
     refresh_rollouts: int = 100
     """Real episodes of the improved policy per refresh."""
     iterations: int = 30
     """Iterations of reinforcement with each world model; 0 trains no world model and imitates only."""
-    imitate_successes: bool = False
-    """Before every reinforcement, train the policy anew on the demonstrations and on all real successes so far
-    (filtered behaviour cloning). WoVR has no such stage."""
-    imitation: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=2400, batch_size=32))
-    """That training."""
-    imitation_filter: str | None = None
-    """Imitate only the steps that this filter keeps (simtoreal data filter), in the folders of demonstrations that have
-    it."""
     explore: bool = True
-    """Collect with the noise of reinforcement, so that the world model knows what that does."""
+    """Collect for the world model with the noise of reinforcement, so that it knows what that does."""
     first_seed: int = 50_000_000
     """First initial condition of the real episodes to learn from; the others follow."""
     keyframes: KeyframeConfig = field(default_factory=KeyframeConfig)
@@ -84,12 +86,10 @@ class WovrConfig:
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if min(self.refreshes, self.first_seed) < 0:
-            raise ValueError("refreshes and first_seed must not be negative")
-        if self.iterations < 1 and not (self.iterations == 0 and self.imitate_successes):
-            raise ValueError(
-                f"iterations is {self.iterations}; expected at least 1, or 0 together with imitate_successes"
-            )
+        if min(self.refreshes, self.first_seed, self.imitation_rollouts, self.iterations) < 0:
+            raise ValueError("refreshes, first_seed, imitation_rollouts and iterations must not be negative")
+        if not self.iterations and not self.imitation_rollouts:
+            raise ValueError("iterations is 0, which only imitates; that needs imitation_rollouts, e.g. 300")
 
 
 @dataclass(frozen=True, kw_only=True)

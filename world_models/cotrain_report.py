@@ -72,10 +72,10 @@ def write_report(
 
 def _iterations(stages: Stages) -> list[dict[str, Any]]:
     """Metrics of every iteration of reinforcement."""
-    runs = {record["run"]: record.get("first_iteration", 0) for record in stages.records if "run" in record}
+    runs = dict.fromkeys(record["run"] for record in stages.records if "run" in record)
     return [
-        {"iteration": first + line["step"], **{key: line[key] for key in _KEPT if key in line}}
-        for run, first in runs.items()
+        {"iteration": line["step"], **{key: line[key] for key in _KEPT if key in line}}
+        for run in runs
         for line in read_metrics(stages.output / run)
     ]
 

@@ -4,9 +4,9 @@ collect with the policy -> train world model and success classifier -> reinforce
 frames and key frames (KIR) -> collect with the improved policy -> train model and classifier on (PACE) -> go on.
 Before and after every reinforcement, imagined success is held against real success on the same initial conditions.
 
-Not part of the paper: the real episodes that the world model needs are also demonstrations where they succeeded. With
-``imitate_successes`` a policy learns from them and from the demonstrations (filtered behaviour cloning) before every
-reinforcement. With no iterations of reinforcement that is all, and no world model is trained.
+Not part of the paper: the loop may begin with what the base policy really succeeds in. With ``imitation_rollouts`` it
+collects, and a policy that learned from the demonstrations and from these successes (filtered behaviour cloning) takes
+its place. With no iterations of reinforcement that is all, and no world model is trained.
 """
 
 from __future__ import annotations
@@ -49,6 +49,8 @@ from simtoreal.world_models.keyframes import find_keyframes
 from simtoreal.world_models.trainer import train_world_model
 from simtoreal.world_models.vector_env import WorldModelVectorEnv
 from simtoreal.world_models.video_data import VideoData, open_video_data
+
+IMITATION, IMITATION_ROLLOUTS = "imitation", "imitation_rollouts"
 
 
 class Wovr:
@@ -124,12 +126,10 @@ class Wovr:
             self._count_demonstrations()
             current, model, real = self.policy, self.world_model, "base"
             self._measure_real("base", current, 0)
-            for turn in range(self.config.refreshes + 1):
-                self._collect(turn, current)
-                if self.config.imitate_successes:
-                    current, real = self._imitate(turn), f"imitation_{turn}"
-                if not self.config.iterations:
-                    continue
+            if self.config.imitation_rollouts:
+                current, real = self._imitate(current), IMITATION
+            for turn in range(self.config.refreshes + 1 if self.config.iterations else 0):
+                self._collect_turn(turn, current)
                 model = self._learn_world(turn, model)
                 # What the policy would gain from what the model believes, before it could exploit it.
                 self._measure_imagined(f"model_{turn}", current, model, turn * self.config.iterations, real)
@@ -159,55 +159,60 @@ class Wovr:
         taken = [steps_taken(REAL, DEMONSTRATIONS, episodes, steps)]
         self.stages.run("demonstrations", "counting the demonstrations", lambda: {"taken": taken})
 
-    def _collect(self, turn: int, policy: Path) -> None:
+    def _imitate(self, base: Path) -> Path:
+        """Train a policy on the demonstrations and on the real successes of the base policy, and measure it."""
+        config, run = self.config, self.output / IMITATION
+        self._collect(IMITATION_ROLLOUTS, "the base policy", base, config.imitation_rollouts, 0, explore=False)
+
+        def work() -> dict[str, Any]:
+            rollouts = self.output / IMITATION_ROLLOUTS
+            succeeded = any(one.success for one in Dataset.open(rollouts).episodes)
+            folders = [*self.demonstrations, rollouts] if succeeded else self.demonstrations
+            policy, kept = self.loaded.config, config.imitation_filter
+            data = open_mixed_data(folders, (), policy, real_share=1.0, filter=kept)
+            trainer = dataclasses.replace(config.imitation, seed=config.imitation.seed + self.seed)
+            result = train(policy, trainer, data, run, resume=True, device=self.device, progress=self.progress)
+            return {"training_seconds": result.seconds, "validation_error": result.validation_error}
+
+        self.stages.run(IMITATION, "imitating the demonstrations and the real successes", work, IMITATION)
+        self._measure_real(IMITATION, run, 0)
+        return run
+
+    def _collect_turn(self, turn: int, policy: Path) -> None:
         config = self.config
-        count = config.rollouts if turn == 0 else config.refresh_rollouts
-        first = config.first_seed + (config.rollouts + (turn - 1) * config.refresh_rollouts if turn else 0)
+        before = config.imitation_rollouts
+        if turn == 0:
+            who = "the imitating policy" if before else "the base policy"
+            self._collect("rollouts_0", who, policy, config.rollouts, before, explore=config.explore)
+            return
+        before += config.rollouts + (turn - 1) * config.refresh_rollouts
+        who, count = "the improved policy (PACE)", config.refresh_rollouts
+        self._collect(f"rollouts_{turn}", who, policy, count, before, explore=config.explore)
+
+    def _collect(self, name: str, who: str, policy: Path, count: int, before: int, *, explore: bool) -> None:
+        """Record ``count`` real episodes, the first of which is number ``before`` of all."""
+        first = self.config.first_seed + before
         seeds = range(first, first + count)
 
         def work() -> dict[str, Any]:
             loaded = load_policy(policy, self._torch_device())
-            noise = self.seed + turn
             # As in reinforcement, with its denoising steps.
             require_denoising(loaded.policy, self.reinforcement.denoising_steps)
-            actor = PolicyActor(loaded.policy, noise)
-            if config.explore:
-                actor = ExploringActor(loaded.policy, self.reinforcement.exploration, noise)  # type: ignore[arg-type]
-            settings = {
-                "checkpoint": checkpoint_digest(loaded.folder), "explored": config.explore, **self.real.settings,
-            }  # fmt: skip
+            actor = PolicyActor(loaded.policy, self.seed)
+            if explore:
+                actor = ExploringActor(loaded.policy, self.reinforcement.exploration, self.seed)  # type: ignore[arg-type]
+            settings = {"checkpoint": checkpoint_digest(loaded.folder), "explored": explore, **self.real.settings}
             outcomes = record_rollouts(
-                self.measurements.env(), actor, seeds, self._rollouts(turn), task=self.real.task,
+                self.measurements.env(), actor, seeds, self.output / name, task=self.real.task,
                 operator=loaded.config.type, settings=settings,
             )  # fmt: skip
-            successes, steps = (sum(getattr(one, name) for one in outcomes) for name in ("success", "steps"))
+            successes, steps = (sum(getattr(one, key) for one in outcomes) for key in ("success", "steps"))
             return {
                 "taken": [steps_taken(REAL, LEARNING, count, steps)],
                 "successes": successes, "dropped": sum(not one.stored for one in outcomes),
             }  # fmt: skip
 
-        who = "the base policy" if turn == 0 else "the improved policy (PACE)"
-        title = f"collecting {count} real episodes of {who}"
-        self.stages.run(f"rollouts_{turn}", title, work, f"rollouts_{turn}")
-
-    def _imitate(self, turn: int) -> Path:
-        """Train a policy on the demonstrations and on every real success so far, and measure it."""
-        run = self.output / f"imitation_{turn}"
-
-        def work() -> dict[str, Any]:
-            rollouts = [self._rollouts(number) for number in range(turn + 1)]
-            successful = [path for path in rollouts if any(one.success for one in Dataset.open(path).episodes)]
-            policy, imitation = self.loaded.config, self.config.imitation
-            folders, kept = [*self.demonstrations, *successful], self.config.imitation_filter
-            data = open_mixed_data(folders, (), policy, real_share=1.0, filter=kept)
-            trainer = dataclasses.replace(imitation, seed=imitation.seed + self.seed + turn)
-            result = train(policy, trainer, data, run, resume=True, device=self.device, progress=self.progress)
-            return {"training_seconds": result.seconds, "validation_error": result.validation_error}
-
-        title = "imitating the demonstrations and the real successes"
-        self.stages.run(f"imitation_{turn}", title, work, run.name)
-        self._measure_real(run.name, run, turn * self.config.iterations)
-        return run
+        self.stages.run(name, f"collecting {count} real episodes of {who}", work, name)
 
     def _learn_world(self, turn: int, initial: Path | None) -> Path:
         run = self.output / f"world_model_{turn}"
@@ -241,9 +246,6 @@ class Wovr:
 
     def _reinforce(self, turn: int, before: int, target: int, run: Path, policy: Path, model: Path) -> None:
         config = self.config
-        # A policy that was trained anew has no moments to go on with, and its iterations begin at zero.
-        anew = turn == 0 or config.imitate_successes
-        first = turn * config.iterations if anew else 0
 
         def work() -> dict[str, Any]:
             data = self._episodes(turn)
@@ -257,17 +259,16 @@ class Wovr:
             count = min(config.imagined_envs, self.reinforcement.rollouts)
             env = WorldModelVectorEnv(loaded, count, data, places=starts.places, task=self.real.task)
             result = reinforce(
-                policy, self.reinforcement, env, run, iterations=target - first, previous=None if anew else policy,
+                policy, self.reinforcement, env, run, iterations=target, previous=policy if turn else None,
                 starts=starts, anchor=anchor_on(self.demonstrations, config.anchor_batch, self.seed),
                 learner=lambda policy, config, anchor: ImaginedReinforcement(policy, config, starts, anchor),
                 seeds=data.seeds, device=self.device,
-                on_iteration=lambda iteration, metrics: self._say(first + iteration, metrics),
-            ).since(before - first)  # fmt: skip
+                on_iteration=self._say,
+            ).since(before)  # fmt: skip
             reasons = [one.reason for one in keyframes]
             return {
                 "taken": [steps_taken(IMAGINATION, LEARNING, result.rollouts, result.control_steps)],
-                "run": str(run.relative_to(self.output)), "first_iteration": first,
-                "dropped_rollouts": result.dropped_rollouts,
+                "run": str(run.relative_to(self.output)), "dropped_rollouts": result.dropped_rollouts,
                 "contexts": {
                     "beginnings": starts.beginnings, "keyframes": starts.keyframes,
                     "reasons": {reason: reasons.count(reason) for reason in sorted(set(reasons))},
@@ -303,17 +304,19 @@ class Wovr:
 
     # What stages share --------------------------------------------------------------------------------------
 
-    def _rollouts(self, turn: int) -> Path:
-        return self.output / f"rollouts_{turn}"
+    def _rollouts(self, turn: int) -> list[Path]:
+        names = [IMITATION_ROLLOUTS] if self.config.imitation_rollouts else []
+        return [self.output / name for name in (*names, *(f"rollouts_{number}" for number in range(turn + 1)))]
 
     def _frames_of(self, turn: int) -> str:
-        return "demonstrations and " + ("rollouts" if turn == 0 else f"{turn + 1} sets of rollouts")
+        sets = len(self._rollouts(turn))
+        return "demonstrations and " + ("rollouts" if sets == 1 else f"{sets} sets of rollouts")
 
     def _episodes(self, turn: int) -> VideoData:
         """Everything real that was seen up to a turn; read once."""
         if self._data is None or self._data[0] != turn:
             self._data = None
-            paths = [*self.demonstrations, *(self._rollouts(number) for number in range(turn + 1))]
+            paths = [*self.demonstrations, *self._rollouts(turn)]
             self._data = turn, open_video_data(paths, embodiment=self.loaded.embodiment)
         return self._data[1]
 
