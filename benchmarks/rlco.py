@@ -9,8 +9,8 @@ noise), in this process. Arms, all with the same optimiser steps of imitation:
 
 * real_only: imitation of the few real demonstrations;
 * cotraining: imitation of real and simulated demonstrations, half of the windows from either;
-* beta_0, beta_0.05, beta_0.2: the policy of cotraining, improved by reinforcement in a simulation that does not know the
-  gap but is randomised, with this weight of the imitation loss on the real demonstrations.
+* beta_0, beta_0.05, beta_0.2: the policy of cotraining, improved by reinforcement in a simulation that does not know
+  the gap but is randomised, with this weight of the imitation loss on the real demonstrations.
 
 Every policy is measured on the same initial conditions with the gap and in that simulation.
 """
@@ -146,8 +146,8 @@ def execute(name: str, task: str, seed: int, profile: Profile, output: Path, dev
         config, reinforcement, MeasurementConfig(episodes=profile.episodes, first_seed=FIRST_EPISODE, videos=2),
         demonstrations=[real], simulated=[simulated] if name != "real_only" else [],
         real=simulation(task, embodiment, min(16, profile.episodes), GAP),
-        practice=simulation(task, embodiment, config.envs, config.randomization or "none"), output=folder / name, policy=policy, device=device,
-        seed=seed, notify=say(f"{task}-{seed}-{name}"),
+        practice=simulation(task, embodiment, config.envs, config.randomization or "none"), output=folder / name,
+        policy=policy, device=device, seed=seed, notify=say(f"{task}-{seed}-{name}"),
     ).run()  # fmt: skip
 
 
