@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import weakref
 from collections.abc import Mapping
@@ -39,8 +40,11 @@ class _Canvas:
                 f"cannot create an offscreen OpenGL context ({type(error).__name__}: {error}). "
                 "Install EGL with 'apt-get install -y libegl1 libgl1' and check with 'simtoreal doctor'."
             ) from error
-        # Also runs at exit: EGL complains when its contexts outlive the interpreter's modules.
+        # At exit contexts must go before mujoco shuts EGL down. What was registered last runs first, and weakref may have
+        # registered its own end before mujoco was imported.
         self.finalizer = weakref.finalize(self, _free, self.renderer, self.context)
+        self.finalizer.atexit = False
+        atexit.register(self.finalizer)
         mujoco.mjr_setBuffer(int(mujoco.mjtFramebuffer.mjFB_OFFSCREEN), self.renderer)
         self.scene = mujoco.MjvScene(model, maxgeom=MAX_GEOMS)
         if profile == "fast":
@@ -62,6 +66,7 @@ class _Canvas:
         return self.pixels
 
     def close(self) -> None:
+        atexit.unregister(self.finalizer)
         self.finalizer()
 
 

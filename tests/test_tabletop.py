@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import gymnasium as gym
 import numpy as np
@@ -280,6 +282,15 @@ def test_images_show_the_scene():
         green = (image[..., 1] > 90) & (image[..., 0] < 90)
         assert red.sum() >= 8
         assert green.sum() >= 30
+
+
+def test_a_program_that_never_closes_an_environment_ends_silently():
+    """Whatever was imported before: torch prepares its own end before mujoco prepares that of EGL."""
+    program = (
+        "import torch, simtoreal.envs as envs; env = envs.make_vector_env('reach', 1, image_size=16); env.reset(seed=0)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ended.stderr == ""
 
 
 def test_image_of_a_moved_cube_changes_where_it_was():
