@@ -40,8 +40,8 @@ class _Canvas:
                 f"cannot create an offscreen OpenGL context ({type(error).__name__}: {error}). "
                 "Install EGL with 'apt-get install -y libegl1 libgl1' and check with 'simtoreal doctor'."
             ) from error
-        # At exit contexts must go before mujoco shuts EGL down. What was registered last runs first, and weakref may have
-        # registered its own end before mujoco was imported.
+        # At exit contexts must go before mujoco shuts EGL down. What was registered last runs first, and weakref may
+        # have registered its own end before mujoco was imported.
         self.finalizer = weakref.finalize(self, _free, self.renderer, self.context)
         self.finalizer.atexit = False
         atexit.register(self.finalizer)
