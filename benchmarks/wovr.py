@@ -65,7 +65,7 @@ TWIN, TWIN_FIRST_EPISODE = "standard", 5_500_000
 # What the arms have in common with the full loop, up to its first world model.
 BEGUN = ("demonstrations", "measure_base")
 IMITATED = (*BEGUN, "imitation_rollouts", "imitation", "measure_imitation")
-IMAGINED = (*IMITATED, "rollouts_0", "world_model_0", "measure_model_0")
+IMAGINED = (*IMITATED, "rollouts_0", "world_model_0", "measure_model_0", "rank_model_0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,7 +170,9 @@ def execute(name: str, task: str, seed: int, profile: Profile, output: Path, dev
     )
     trainer = dataclasses.replace(profile.imitation, seed=seed)
     policy = imitate(folder / "base", data, profile.policy, trainer, device)
-    measurement = MeasurementConfig(episodes=profile.episodes, first_seed=FIRST_EPISODE, videos=2)
+    measurement = MeasurementConfig(
+        episodes=profile.episodes, first_seed=FIRST_EPISODE, videos=2, ranked_starts=min(40, profile.episodes)
+    )
     embodiment = Dataset.open(data).embodiment
     real = simulation(task, embodiment, min(16, profile.episodes))
     if name == "direct":
@@ -313,6 +315,14 @@ def _gaps(name: str, results: dict[str, Any]) -> str:
             parts.append(f"{point['policy']} in {point['world_model']}: {real}, {imagined}")
         elif point["policy"] == "imitation":
             parts.append(f"{point['policy']}: {real}")
+    for ranking in results["rankings"]:
+        if ranking["same_start"] is not None:
+            share, correlation = 100 * ranking["same_start"], ranking["advantage_correlation"]
+            parts.append(
+                f"{ranking['world_model']} tells success from failure of the same start in {share:.0f} % of "
+                f"{ranking['same_start_pairs']} pairs"
+                + ("" if correlation is None else f", correlation of advantages {correlation:.2f}")
+            )
     return f"{name}: " + "; ".join(parts)
 
 

@@ -63,6 +63,13 @@ def _text(content: Mapping[str, Any], other: str) -> str:
     imitated = ""
     if content["settings"].get("wovr", {}).get("imitation_rollouts"):
         imitated = " First, a policy was trained anew on the demonstrations and the base policy's real successes."
+    ranked = [one for one in content.get("rankings", ()) if one["same_start"] is not None]
+    if ranked:
+        shares = " and ".join(f"{100 * one['same_start']:.0f} %" for one in ranked)
+        imitated += (
+            f" Of a success and a failure from the same start, the model told which is which in {shares} of the pairs "
+            "before the policy practised in it (chance: 50 %)."
+        )
     return (
         f"{len(content['iterations'])} iterations of reinforcement.{model}{imitated} “Real” is {stand_in}, which "
         "stands in for the robot and alone decides what succeeded. A measurement runs the same policy with the same "

@@ -45,6 +45,7 @@ from simtoreal.world_models.config import StageConfig, WorldModelConfig
 from simtoreal.world_models.cotrain_config import KeyframeConfig, MeasurementConfig, RlcoConfig, WovrConfig
 from simtoreal.world_models.cotrain_measurement import World
 from simtoreal.world_models.cotrain_stages import LEARNING, REAL
+from simtoreal.world_models.ranking import compare_ranks
 from simtoreal.world_models.rlco import Rlco
 from simtoreal.world_models.wovr import Wovr
 
@@ -70,7 +71,7 @@ WOVR = WovrConfig(
 )  # fmt: skip
 # PPO learns from every rollout, also where a model this small sees no success at all; GRPO would change nothing then.
 REINFORCEMENT = ReinforcementConfig(algorithm="ppo", rollouts=12, denoising_steps=2, epochs=1, max_chunks=5)
-MEASUREMENT = MeasurementConfig(episodes=4, videos=1)
+MEASUREMENT = MeasurementConfig(episodes=4, videos=1, ranked_starts=2)
 
 
 def simulation(randomization: str = "none", num_envs: int = 4, **changes) -> World:
@@ -119,7 +120,7 @@ def outcome(output: Path) -> tuple:
     results = results_of(output)
     for measurement in results["measurements"]:
         measurement.pop("seconds", None)
-    kept = ("base", "final", "measurements", "iterations", "ledger", "comparison", "dropped_rollouts")
+    kept = ("base", "final", "measurements", "rankings", "iterations", "ledger", "comparison", "dropped_rollouts")
     return tuple(results[key] for key in kept)
 
 
@@ -155,6 +156,37 @@ def test_the_whole_loop_leaves_a_policy_and_what_it_found(finished, policy):
     assert moved
     assert not any(name.startswith("encoder.images") for name in moved)
     assert changed.config.inference_steps == REINFORCEMENT.denoising_steps
+
+
+def test_rollouts_from_the_same_start_are_ranked_before_practising(finished):
+    results = results_of(finished)
+    assert [ranking["world_model"] for ranking in results["rankings"]] == ["world_model_0", "world_model_1"]
+    for ranking in results["rankings"]:
+        assert (ranking["starts"], ranking["rollouts"]) == (2, 16)
+        assert 0 <= ranking["imagined_success"] <= 1
+    # They are evaluations, and nothing learns from them.
+    taken = [row for row in results["ledger"] if row["stage"].startswith("rank_model")]
+    assert [(row["purpose"], row["episodes"]) for row in taken] == [("evaluation", 16)] * 2
+    folder = finished / "measurements" / "rank_model_0"
+    first, second = (Dataset.open(folder / f"rollouts_{number}") for number in (0, 1))
+    assert [one.seed for one in first.episodes] == [one.seed for one in second.episodes] == [100_000, 100_001]
+    one, other = (dataset.read(dataset.episodes[0], ["actions"])["actions"][0] for dataset in (first, second))
+    assert not np.array_equal(one, other)
+
+
+def test_a_model_that_only_knows_which_scenes_are_hard_ranks_nothing():
+    """Two starts: in the first both rollouts look like successes, in the second like failures; half of them are."""
+    success, starts = np.array([True, False, True, False]), np.array([7, 7, 9, 9])
+    blind = compare_ranks(np.array([0.9, 0.9, 0.1, 0.1]), 0.5, success, starts)
+    assert (blind["same_start"], blind["same_start_pairs"]) == (0.5, 2)
+    assert (blind["other_start"], blind["other_start_pairs"]) == (0.5, 2)
+    assert blind["advantage_correlation"] is None
+    knowing = compare_ranks(np.array([0.9, 0.2, 0.4, 0.1]), 0.3, success, starts)
+    assert (knowing["same_start"], knowing["advantage_correlation"]) == (1.0, pytest.approx(1.0))
+    wrong = compare_ranks(np.array([0.2, 0.9, 0.4, 0.1]), 0.3, success, starts)
+    assert (wrong["same_start"], wrong["advantage_correlation"]) == (0.5, pytest.approx(0.0))
+    nothing = compare_ranks(np.array([0.9, 0.9]), 0.5, np.array([True, True]), np.array([1, 1]))
+    assert (nothing["same_start"], nothing["same_start_pairs"], nothing["advantage_correlation"]) == (None, 0, None)
 
 
 def test_the_policy_is_evaluated_by_the_usual_command(finished, tmp_path):

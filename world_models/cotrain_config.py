@@ -137,13 +137,19 @@ class MeasurementConfig:
     """Initial conditions."""
     first_seed: int = 100_000
     """The first of them; the others follow. Nothing may have been learned from them."""
+    ranked_starts: int = 0
+    """Starts from which the policy acts eight times in the real world, with the noise of reinforcement, before it
+    practises in a world model: does the model rank these rollouts as reality does? 0 leaves it out. These real episodes
+    are counted as evaluation."""
     every: int | None = None
     """Iterations of reinforcement between measurements; None measures only where a stage ends."""
     videos: int = 2
     """Videos of successes, and of failures, per measurement; also of real and imagined episodes side by side."""
 
     def __post_init__(self) -> None:
-        if self.episodes < 1 or min(self.first_seed, self.videos) < 0:
-            raise ValueError("episodes must be at least 1, first_seed and videos not negative")
+        if self.episodes < 1 or min(self.first_seed, self.videos, self.ranked_starts) < 0:
+            raise ValueError("episodes must be at least 1, first_seed, videos and ranked_starts not negative")
+        if self.ranked_starts > self.episodes:
+            raise ValueError(f"ranked_starts is {self.ranked_starts}; expected at most episodes ({self.episodes})")
         if self.every is not None and self.every < 1:
             raise ValueError(f"every is {self.every}; expected at least 1, or none")

@@ -10,21 +10,27 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.vector import VectorEnv
 
+from simtoreal.data_collection.rollouts import record_rollouts
 from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.task import TaskSpec
 from simtoreal.evaluation.evaluate import check_unseen, evaluate
 from simtoreal.evaluation.policies import checkpoint_digest, load_actor, training_seeds
 from simtoreal.evaluation.results import read_episodes
 from simtoreal.policies.checkpoint import find_checkpoint
+from simtoreal.policies.exploring_actor import ExploringActor
+from simtoreal.policies.reinforcement_config import ExplorationConfig
 from simtoreal.world_models.checkpoint import load_world_model
 from simtoreal.world_models.cotrain_config import MeasurementConfig
 from simtoreal.world_models.cotrain_stages import EVALUATION, REAL, SIMULATION, steps_taken
 from simtoreal.world_models.hallucination import film_both_worlds, first_frames, places_by_seed, world_gap
+from simtoreal.world_models.ranking import rank_rollouts
 from simtoreal.world_models.vector_env import WorldModelVectorEnv
-from simtoreal.world_models.video_data import VideoData
+from simtoreal.world_models.video_data import VideoData, open_video_data
 
 MEASUREMENTS = "measurements"
 IMAGINED = "imagined"
+# Rollouts from each start that is ranked; as in a group of GRPO.
+RANKED_ROLLOUTS = 8
 _RATE = ("success_rate", "successes", "n", "interval")
 
 
@@ -131,6 +137,31 @@ class Measurements:
         path = self.folder(name, "side_by_side.mp4")
         steps = film_both_worlds(self.env(), self._imagination(model, len(seeds)), actor, seeds, path)
         return [str(path.relative_to(self.output))], steps_taken(REAL, EVALUATION, len(seeds), steps)
+
+    def ranked(
+        self, name: str, policy: Path, model: Path, exploration: ExplorationConfig
+    ) -> tuple[Any, dict[str, Any]]:
+        """Return how a world model ranks real rollouts from the same starts, and what that took.
+
+        Args:
+            name: folder below ``measurements``.
+            policy, model: run or checkpoint folders.
+            exploration: noise of the rollouts, as in reinforcement.
+        """
+        loaded, _ = load_actor(policy, device=self._device())
+        starts, folders, steps = self.seeds[: self.config.ranked_starts], [], 0
+        for number in range(RANKED_ROLLOUTS):
+            actor = ExploringActor(loaded.policy, exploration, self.seed + number)  # type: ignore[arg-type]
+            folders.append(self.folder(name, f"rollouts_{number}"))
+            settings = {"checkpoint": checkpoint_digest(loaded.folder), "noise": number, **self.real.settings}
+            outcomes = record_rollouts(
+                self.env(), actor, starts, folders[-1], task=self.real.task, operator=loaded.config.type,
+                settings=settings,
+            )  # fmt: skip
+            steps += sum(one.steps for one in outcomes)
+        data = open_video_data(folders, embodiment=loaded.embodiment)
+        found = rank_rollouts(load_world_model(model, str(loaded.policy.device)).model, data, seed=self.seed)
+        return found, steps_taken(REAL, EVALUATION, len(starts) * RANKED_ROLLOUTS, steps)
 
     def folder(self, name: str, world: str) -> Path:
         """Where the evaluation of a measurement lies."""

@@ -54,6 +54,7 @@ def write_report(
         },
         "comparison": compared["pairs"][0] if compared else None,
         "measurements": points,
+        "rankings": [record["ranking"] for record in stages.records if "ranking" in record],
         "iterations": iterations,
         **stages.real_so_far(),
         "ledger": stages.ledger(),

@@ -133,6 +133,8 @@ class Wovr:
                 model = self._learn_world(turn, model)
                 # What the policy would gain from what the model believes, before it could exploit it.
                 self._measure_imagined(f"model_{turn}", current, model, turn * self.config.iterations, real)
+                if self.measurement.ranked_starts:
+                    self._rank(turn, current, model)
                 current, real = self._improve(turn, current, model), f"policy_{turn}"
             return write_report(
                 self.stages, self._settings(), self.measurements, base="base", final=real, policy=current
@@ -301,6 +303,20 @@ class Wovr:
 
         title = f"imagining the same {self.measurement.episodes} episodes"
         self.stages.run(f"measure_{name}", title, work, f"{MEASUREMENTS}/{name}")
+
+    def _rank(self, turn: int, policy: Path, model: Path) -> None:
+        name, starts = f"rank_model_{turn}", self.measurement.ranked_starts
+
+        def work() -> dict[str, Any]:
+            found, taken = self.measurements.ranked(name, policy, model, self.reinforcement.exploration)
+            if found["same_start"] is not None:
+                self.notify(
+                    f"of a success and a failure from the same start, the model tells which is which in "
+                    f"{100 * found['same_start']:.0f} % of {found['same_start_pairs']} pairs (chance: 50 %)"
+                )
+            return {"taken": [taken], "ranking": {"world_model": str(model.relative_to(self.output)), **found}}
+
+        self.stages.run(name, f"does the model rank rollouts from {starts} starts?", work, f"{MEASUREMENTS}/{name}")
 
     # What stages share --------------------------------------------------------------------------------------
 
