@@ -299,7 +299,7 @@ def test_what_succeeded_really_is_demonstrated_too(finished, data, policy, tmp_p
     imitation = dataclasses.replace(IMITATION, steps=6)
     config = dataclasses.replace(WOVR, iterations=iterations, imitation_rollouts=8, imitation=imitation)
     output = tmp_path / "arm"
-    arm = wovr(output, data, policy, config=config)
+    arm = wovr(output, data, policy, config=config, measurement=dataclasses.replace(MEASUREMENT, ranked_starts=0))
     arm.adopt(finished, ["demonstrations", "measure_base"])
     # The policy of these tests never succeeds, so others collect in its place.
     make_world_data(output / "imitation_rollouts", episodes=8, seed=100)
