@@ -9,10 +9,11 @@ noise), in this process. Arms, all with the same optimiser steps of imitation:
 
 * real_only: imitation of the few real demonstrations;
 * cotraining: imitation of real and simulated demonstrations, half of the windows from either;
-* beta_0, beta_0.05, beta_0.2: the policy of cotraining, improved by reinforcement in a simulation that does not know
-  the gap but is randomised, with this weight of the imitation loss on the real demonstrations.
+* beta_0, beta_0.05, beta_0.2: the policy of cotraining, improved by reinforcement in the simulation, with this weight
+  of the imitation loss on the real demonstrations.
 
-Every policy is measured on the same initial conditions with the gap and in that simulation.
+The simulation does not know the gap, but is randomised. Every policy is measured on the same initial conditions with
+the gap and in that simulation.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ def profiles() -> dict[str, Profile]:
         tasks=("pick_place",),
         real=20,
         # Few, so that imitation leaves something to gain; the encoder is half as wide as the default, for two cores.
-        simulated=20,
+        simulated=40,
         rlco=dataclasses.replace(
             shipped["rlco"],
             imitation=TrainerConfig(steps=1500, batch_size=32),
@@ -128,7 +129,10 @@ def execute(name: str, task: str, seed: int, profile: Profile, output: Path, dev
     folder = output / f"{task}-{seed}"
     size = profile.image_size
     real = demonstrate(folder / "real", task, profile.real, seed, image_size=size, randomization=GAP)
-    simulated = demonstrate(folder / "simulated", task, profile.simulated, SIMULATED_SEED + seed, image_size=size)
+    simulated = demonstrate(
+        folder / "simulated", task, profile.simulated, SIMULATED_SEED + seed, image_size=size,
+        randomization=profile.rlco.randomization,
+    )  # fmt: skip
     embodiment = Dataset.open(real).embodiment
     config, reinforcement, policy = profile.rlco, profile.reinforcement, None
     if name in IMITATIONS:
