@@ -170,9 +170,7 @@ def execute(name: str, task: str, seed: int, profile: Profile, output: Path, dev
     )
     trainer = dataclasses.replace(profile.imitation, seed=seed)
     policy = imitate(folder / "base", data, profile.policy, trainer, device)
-    measurement = MeasurementConfig(
-        episodes=profile.episodes, first_seed=FIRST_EPISODE, videos=2, ranked_starts=min(40, profile.episodes)
-    )
+    measurement = MeasurementConfig(episodes=profile.episodes, first_seed=FIRST_EPISODE, videos=2)
     embodiment = Dataset.open(data).embodiment
     real = simulation(task, embodiment, min(16, profile.episodes))
     if name == "direct":

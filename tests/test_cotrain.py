@@ -60,7 +60,7 @@ IMITATION = TrainerConfig(
     steps=30, batch_size=16, warmup_steps=5, learning_rate=3e-3, checkpoint_every=100, validate_every=100
 )
 WOVR = WovrConfig(
-    rollouts=8, refreshes=1, refresh_rollouts=4, iterations=2, imagined_envs=12, anchor_batch=8,
+    rollouts=8, refreshes=1, refresh_rollouts=4, iterations=2, ranked_starts=2, imagined_envs=12, anchor_batch=8,
     keyframes=KeyframeConfig(margin_steps=4, remaining_steps=10, lead_steps=(2, 6)),
     world_model=RESIDUAL,
     world_model_trainer=short_training(
@@ -71,7 +71,7 @@ WOVR = WovrConfig(
 )  # fmt: skip
 # PPO learns from every rollout, also where a model this small sees no success at all; GRPO would change nothing then.
 REINFORCEMENT = ReinforcementConfig(algorithm="ppo", rollouts=12, denoising_steps=2, epochs=1, max_chunks=5)
-MEASUREMENT = MeasurementConfig(episodes=4, videos=1, ranked_starts=2)
+MEASUREMENT = MeasurementConfig(episodes=4, videos=1)
 
 
 def simulation(randomization: str = "none", num_envs: int = 4, **changes) -> World:
@@ -297,9 +297,11 @@ def test_arms_of_a_comparison_share_what_they_have_in_common(finished, data, pol
 @pytest.mark.parametrize("iterations", [1, 0])
 def test_what_succeeded_really_is_demonstrated_too(finished, data, policy, tmp_path, iterations):
     imitation = dataclasses.replace(IMITATION, steps=6)
-    config = dataclasses.replace(WOVR, iterations=iterations, imitation_rollouts=8, imitation=imitation)
+    config = dataclasses.replace(
+        WOVR, iterations=iterations, imitation_rollouts=8, imitation=imitation, ranked_starts=0
+    )
     output = tmp_path / "arm"
-    arm = wovr(output, data, policy, config=config, measurement=dataclasses.replace(MEASUREMENT, ranked_starts=0))
+    arm = wovr(output, data, policy, config=config)
     arm.adopt(finished, ["demonstrations", "measure_base"])
     # The policy of these tests never succeeds, so others collect in its place.
     make_world_data(output / "imitation_rollouts", episodes=8, seed=100)

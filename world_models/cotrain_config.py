@@ -66,6 +66,10 @@ class WovrConfig:
     """Real episodes of the improved policy per refresh."""
     iterations: int = 30
     """Iterations of reinforcement with each world model; 0 trains no world model and imitates only."""
+    ranked_starts: int = 0
+    """Initial conditions, the first of the measurement, from which the policy acts eight times in the real world, with
+    the noise of reinforcement, before it practises in a world model: does the model rank these rollouts as reality
+    does? 0 leaves it out. These real episodes are counted as evaluation."""
     explore: bool = True
     """Collect for the world model with the noise of reinforcement, so that it knows what that does."""
     first_seed: int = 50_000_000
@@ -86,8 +90,9 @@ class WovrConfig:
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        if min(self.refreshes, self.first_seed, self.imitation_rollouts, self.iterations) < 0:
-            raise ValueError("refreshes, first_seed, imitation_rollouts and iterations must not be negative")
+        for name in ("refreshes", "first_seed", "imitation_rollouts", "iterations", "ranked_starts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if not self.iterations and not self.imitation_rollouts:
             raise ValueError("iterations is 0, which only imitates; that needs imitation_rollouts, e.g. 300")
 
@@ -137,19 +142,13 @@ class MeasurementConfig:
     """Initial conditions."""
     first_seed: int = 100_000
     """The first of them; the others follow. Nothing may have been learned from them."""
-    ranked_starts: int = 0
-    """Starts from which the policy acts eight times in the real world, with the noise of reinforcement, before it
-    practises in a world model: does the model rank these rollouts as reality does? 0 leaves it out. These real episodes
-    are counted as evaluation."""
     every: int | None = None
     """Iterations of reinforcement between measurements; None measures only where a stage ends."""
     videos: int = 2
     """Videos of successes, and of failures, per measurement; also of real and imagined episodes side by side."""
 
     def __post_init__(self) -> None:
-        if self.episodes < 1 or min(self.first_seed, self.videos, self.ranked_starts) < 0:
-            raise ValueError("episodes must be at least 1, first_seed, videos and ranked_starts not negative")
-        if self.ranked_starts > self.episodes:
-            raise ValueError(f"ranked_starts is {self.ranked_starts}; expected at most episodes ({self.episodes})")
+        if self.episodes < 1 or min(self.first_seed, self.videos) < 0:
+            raise ValueError("episodes must be at least 1, first_seed and videos not negative")
         if self.every is not None and self.every < 1:
             raise ValueError(f"every is {self.every}; expected at least 1, or none")

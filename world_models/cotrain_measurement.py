@@ -139,29 +139,30 @@ class Measurements:
         return [str(path.relative_to(self.output))], steps_taken(REAL, EVALUATION, len(seeds), steps)
 
     def ranked(
-        self, name: str, policy: Path, model: Path, exploration: ExplorationConfig
-    ) -> tuple[Any, dict[str, Any]]:
+        self, name: str, policy: Path, model: Path, exploration: ExplorationConfig, starts: int
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return how a world model ranks real rollouts from the same starts, and what that took.
 
         Args:
             name: folder below ``measurements``.
             policy, model: run or checkpoint folders.
             exploration: noise of the rollouts, as in reinforcement.
+            starts: number of initial conditions, the first ones.
         """
         loaded, _ = load_actor(policy, device=self._device())
-        starts, folders, steps = self.seeds[: self.config.ranked_starts], [], 0
+        seeds, folders, steps = self.seeds[:starts], [], 0
         for number in range(RANKED_ROLLOUTS):
             actor = ExploringActor(loaded.policy, exploration, self.seed + number)  # type: ignore[arg-type]
             folders.append(self.folder(name, f"rollouts_{number}"))
             settings = {"checkpoint": checkpoint_digest(loaded.folder), "noise": number, **self.real.settings}
             outcomes = record_rollouts(
-                self.env(), actor, starts, folders[-1], task=self.real.task, operator=loaded.config.type,
+                self.env(), actor, seeds, folders[-1], task=self.real.task, operator=loaded.config.type,
                 settings=settings,
             )  # fmt: skip
             steps += sum(one.steps for one in outcomes)
         data = open_video_data(folders, embodiment=loaded.embodiment)
         found = rank_rollouts(load_world_model(model, str(loaded.policy.device)).model, data, seed=self.seed)
-        return found, steps_taken(REAL, EVALUATION, len(starts) * RANKED_ROLLOUTS, steps)
+        return found, steps_taken(REAL, EVALUATION, len(seeds) * RANKED_ROLLOUTS, steps)
 
     def folder(self, name: str, world: str) -> Path:
         """Where the evaluation of a measurement lies."""

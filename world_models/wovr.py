@@ -133,7 +133,7 @@ class Wovr:
                 model = self._learn_world(turn, model)
                 # What the policy would gain from what the model believes, before it could exploit it.
                 self._measure_imagined(f"model_{turn}", current, model, turn * self.config.iterations, real)
-                if self.measurement.ranked_starts:
+                if self.config.ranked_starts:
                     self._rank(turn, current, model)
                 current, real = self._improve(turn, current, model), f"policy_{turn}"
             return write_report(
@@ -305,10 +305,10 @@ class Wovr:
         self.stages.run(f"measure_{name}", title, work, f"{MEASUREMENTS}/{name}")
 
     def _rank(self, turn: int, policy: Path, model: Path) -> None:
-        name, starts = f"rank_model_{turn}", self.measurement.ranked_starts
+        name, starts = f"rank_model_{turn}", self.config.ranked_starts
 
         def work() -> dict[str, Any]:
-            found, taken = self.measurements.ranked(name, policy, model, self.reinforcement.exploration)
+            found, taken = self.measurements.ranked(name, policy, model, self.reinforcement.exploration, starts)
             if found["same_start"] is not None:
                 self.notify(
                     f"of a success and a failure from the same start, the model tells which is which in "
