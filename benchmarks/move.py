@@ -367,12 +367,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_move"), help="work folder, resumable")
     parser.add_argument("--summarize", action="store_true", help="only write the result of the finished runs")
+    parser.add_argument(
+        "--arms", nargs="+", choices=sorted({run.arm for run in planned()}), help="do only the runs of these arms"
+    )
     options = parser.parse_args()
     if not options.summarize:
         import torch
 
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         for run in planned():
+            if options.arms and run.arm not in options.arms:
+                continue
             finished = options.output / "results" / f"{run.name}.json"
             with _claimed(options.output / "claims" / run.name) as ours:
                 if ours and not finished.exists() and differs(run, options.output):
