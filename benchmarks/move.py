@@ -368,7 +368,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_move"), help="work folder, resumable")
     parser.add_argument("--summarize", action="store_true", help="only write the result of the finished runs")
     parser.add_argument(
-        "--arms", nargs="+", choices=sorted({run.arm for run in planned()}), help="do only the runs of these arms"
+        "--arms",
+        nargs="+",
+        choices=sorted({run.arm for run in planned()}),
+        metavar="ARM",
+        help='do only the runs of these arms, e.g. static "move, two images"',
     )
     options = parser.parse_args()
     if not options.summarize:
