@@ -30,7 +30,7 @@ EVENTS = (
     "rerecord",  # discard, and begin again at the same initial condition
     "reset",  # the same initial condition again, without recording
     "next",  # another initial condition
-    "stop",  # end the session; a running take is discarded
+    "stop",  # end the session; a running take is stored as aborted
     "right",  # LeRobot's right arrow: whatever goes forward (record, finish, accept)
     "left",  # LeRobot's left arrow: discard and record again
 )

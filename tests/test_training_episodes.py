@@ -14,7 +14,7 @@ from simtoreal.data_collection.compatibility import Scores
 from simtoreal.data_collection.dataset import META, Dataset, read_meta
 from simtoreal.data_collection.filters import Filter, FilteredEpisode, write_filter
 from simtoreal.data_collection.writer import DatasetWriter
-from simtoreal.envs.errors import DatasetError
+from simtoreal.envs.errors import ConfigError, DatasetError
 from simtoreal.envs.files import write_json
 from simtoreal.policies.config import BCConfig
 from simtoreal.policies.training_data import open_training_data
@@ -136,6 +136,19 @@ def test_train_says_what_it_leaves_out(dataset, tmp_path, capsys):
     printed = " ".join(capsys.readouterr().out.split())
     assert "1 failures of mask 'move' are left out" in printed
     assert "1 episodes of mask 'move' are held out" in printed
+
+
+def test_train_learns_from_held_out_episodes_only_if_told_to(dataset, tmp_path, capsys):
+    small = ["--policy", "bc", "--steps", "2", "--bc.image-keys", "--bc.hidden", "16", "--bc.layers", "1"]
+    common = ["train", "--data", str(dataset.path), *small, "--no-scene-frame", "--trainer.batch-size", "8"]
+    lengths = {int(episode.name): episode.steps for episode in dataset.episodes}
+    for flags, learnt in (([], GOOD), (["--no-hold-out"], GOOD | VALID)):
+        cli.run([*common, "--mask", "success", *flags, "--output", str(tmp_path / f"run{len(learnt)}")])
+        windows = sum(lengths[number] for number in learnt)
+        assert f"training bc on {windows} windows" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(ConfigError, match=r"--no-hold-out changes nothing with --mask train.*Add --mask success"):
+        cli.run([*common, "--no-hold-out", "--output", str(tmp_path / "refused")])
+    assert not (tmp_path / "refused").exists()
 
 
 def test_every_dataset_has_a_mask_of_still_scenes(dataset, tmp_path):

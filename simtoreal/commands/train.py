@@ -50,6 +50,9 @@ class Config:
     mask: str = "train"
     """Episodes to learn from (a mask of the dataset). Those of ``valid`` are held out whatever the mask. Failures are
     learnt from only with ``all``, ``failure``, a mask you set yourself, or --weighting."""
+    hold_out: bool = True
+    """Hold the episodes of ``valid`` (every tenth success) out. Without, all of a mask such as ``success`` or ``all`` is
+    learnt from: for demonstrations that are few, or balanced over ways to do a task."""
     filter: str | None = None
     """Learn only from the steps that this filter keeps; ``simtoreal data filter`` makes one."""
     weighting: Literal["uniform", "return", "advantage", "top"] = "uniform"
@@ -95,6 +98,7 @@ def main(config: Config) -> None:
     from rich.console import Console
 
     from simtoreal.data_collection.dataset import Dataset
+    from simtoreal.envs.errors import ConfigError
     from simtoreal.envs.files import write_json
     from simtoreal.envs.provenance import provenance
     from simtoreal.policies.observation_keys import adapt_keys, observation_shapes
@@ -109,10 +113,16 @@ def main(config: Config) -> None:
     if policy != asked and first:
         lacking = ", ".join(sorted(set(asked.keys) - set(policy.keys)))
         console.print(f"the data lack {lacking}; the policy reads {', '.join(policy.keys)}", soft_wrap=True)
+    if not config.hold_out and config.mask == "train":
+        raise ConfigError(
+            "--no-hold-out changes nothing with --mask train, which is what 'valid' leaves. Add --mask success to "
+            "learn from every success, or --mask all."
+        )
     weighting = Weighting(method=config.weighting, temperature=config.weighting_temperature)
     data = open_training_data(
-        config.data, policy, mask=config.mask, filter=config.filter, weighting=weighting, scene_frame=config.scene_frame
-    )
+        config.data, policy, mask=config.mask, filter=config.filter, weighting=weighting,
+        scene_frame=config.scene_frame, hold_out=config.hold_out,
+    )  # fmt: skip
     if first:
         for note in data.notes:
             console.print(note, soft_wrap=True)
