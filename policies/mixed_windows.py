@@ -23,12 +23,14 @@ class MixedWindows:
     Attributes:
         actions: ``(N, A)`` of all sources.
         observations: key -> ``(N, ...)`` of all sources, vectors only.
+        keep: ``(N,)`` bool: steps that the filters of the sources keep.
         source_of_window: ``(W,)`` index of the source of every window.
     """
 
     def __init__(self, sources: Sequence[Windows]) -> None:
         self.sources = list(sources)
         self.actions = np.concatenate([source.actions for source in sources])
+        self.keep = np.concatenate([getattr(source, "keep", np.ones(len(source.actions), bool)) for source in sources])
         vectors = [key for key, values in sources[0].observations.items() if values.ndim == 2]
         self.observations: Mapping[str, np.ndarray] = {
             key: np.concatenate([source.observations[key] for source in sources]) for key in vectors

@@ -219,9 +219,9 @@ class Reinforcement:
                 for name, parameter in module.named_parameters():
                     if f"{MOMENTS[0]}/{prefix}/{name}" in state:
                         kept = {moment: state[f"{moment}/{prefix}/{name}"] for moment in MOMENTS}
+                        # The count of steps, too: the fused AdamW wants it where the parameter is.
                         self.optimizer.state[parameter] = {
-                            key: value.clone() if key == MOMENTS[0] else value.to(parameter.device, copy=True)
-                            for key, value in kept.items()
+                            key: value.to(parameter.device, copy=True) for key, value in kept.items()
                         }
             self.iteration, self.updates = int(state["iteration"]), int(state["updates"])
         except (KeyError, RuntimeError) as error:

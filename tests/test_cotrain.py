@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import json
+import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,10 +45,11 @@ from simtoreal.policies.training_data import batch_indices, open_training_data
 from simtoreal.policies.training_log import read_metrics
 from simtoreal.world_models import trainer
 from simtoreal.world_models.config import StageConfig, WorldModelConfig
+from simtoreal.world_models.cotrain_anchor import anchor_on
 from simtoreal.world_models.cotrain_config import KeyframeConfig, MeasurementConfig, RlcoConfig, WovrConfig
 from simtoreal.world_models.cotrain_measurement import World
 from simtoreal.world_models.cotrain_stages import LEARNING, REAL
-from simtoreal.world_models.ranking import compare_ranks
+from simtoreal.world_models.ranking import compare_ranks, reached_probability
 from simtoreal.world_models.rlco import Rlco
 from simtoreal.world_models.wovr import Wovr
 
@@ -185,6 +189,14 @@ def test_a_model_that_only_knows_which_scenes_are_hard_ranks_nothing():
     assert (knowing["same_start"], knowing["advantage_correlation"]) == (1.0, pytest.approx(1.0))
     wrong = compare_ranks(np.array([0.2, 0.9, 0.4, 0.1]), 0.3, success, starts)
     assert (wrong["same_start"], wrong["advantage_correlation"]) == (0.5, pytest.approx(0.0))
+    # Success after the end of a rollout of the reinforcement does not count.
+    clips = SimpleNamespace(
+        episodes=range(2), starts=[0, 5], ends=[5, 10],
+        success_probability=np.array([1.0, 0.1, 0.2, 0.8, 0.9, 1.0, 0.3, 0.4, 0.1, 0.0]),
+    )  # fmt: skip
+    assert reached_probability(clips, 2).tolist() == [0.8, 0.3]
+    assert reached_probability(clips, 2, 3).tolist() == [0.2, 0.3]
+    assert reached_probability(clips, 2, 1).tolist() == [0.0, 0.0]
     nothing = compare_ranks(np.array([0.9, 0.9]), 0.5, np.array([True, True]), np.array([1, 1]))
     assert (nothing["same_start"], nothing["same_start_pairs"], nothing["advantage_correlation"]) == (None, 0, None)
 
@@ -247,6 +259,8 @@ def test_interrupted_anywhere_it_ends_as_if_nothing_had_happened(finished, data,
         (Reinforcement, "update"): 1,
         (Reinforcement, "iterate"): 3,
     }
+    # The same folder may be written in two ways.
+    spellings = itertools.cycle([tmp_path, Path(os.path.relpath(tmp_path))])
     for (owner, name), last in places.items():
         original, calls = getattr(owner, name), iter(range(10**9))
 
@@ -258,8 +272,8 @@ def test_interrupted_anywhere_it_ends_as_if_nothing_had_happened(finished, data,
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, interrupting)
             with pytest.raises(Interrupted):
-                wovr(tmp_path, data, policy).run()
-    wovr(tmp_path, data, policy).run()
+                wovr(next(spellings), data, policy).run()
+    wovr(next(spellings), data, policy).run()
     assert outcome(tmp_path) == outcome(finished)
     for run in ("world_model_1", "reinforcement_0", "reinforcement_1"):
         for file in ("model.safetensors", "state.safetensors"):
@@ -361,6 +375,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_done(finished, data, po
         wovr(output, data, tmp_path / "bc")
     with pytest.raises(ConfigError, match=r"measurement\.first_seed is 3"):
         wovr(output, data, policy, measurement=MeasurementConfig(first_seed=3))
+    with pytest.raises(ConfigError, match=r"are going to begin in \(wovr\.first_seed\)"):
+        wovr(output, data, policy, config=dataclasses.replace(WOVR, first_seed=MEASUREMENT.first_seed))
+    demonstrated = Dataset.open(data).episodes[0].seed
+    with pytest.raises(ConfigError, match="are among those that the demonstrations began in"):
+        rlco(output, data, measurement=dataclasses.replace(MEASUREMENT, first_seed=demonstrated))
     # A world model of another render profile, or one that is none.
     copy = tmp_path / "world_model"
     shutil.copytree(finished / "world_model_0" / "checkpoints" / "last", copy)
@@ -428,8 +447,16 @@ def test_a_filter_applies_to_the_folders_that_have_it(data, tmp_path):
     counts = [np.bincount(windows.source_of_window).tolist() for windows in (whole, filtered)]
     assert counts[1] == [len(kept), counts[0][1]]
     assert counts[1][0] < counts[0][0]
+    # What the filter drops decides the scale neither of one folder nor of several.
+    alone = open_mixed_data([judged], [], policy, real_share=1.0, filter="compatible")
+    scales = open_training_data(judged, policy, filter="compatible").statistics
+    assert all(np.array_equal(alone.statistics[key].low, scales[key].low) for key in scales)
+    assert all(np.array_equal(alone.statistics[key].high, scales[key].high) for key in scales)
+    assert alone.fingerprint() != open_mixed_data([judged], [], policy, real_share=1.0).fingerprint()
     with pytest.raises(ConfigError, match="has a filter 'careful'; make it"):
         open_mixed_data([judged, data], [], policy, real_share=1.0, filter="careful")
+    with pytest.raises(ConfigError, match="has a filter 'careful'; make it"):
+        anchor_on([judged, data], 8, 0, filter="careful")(SimpleNamespace(config=policy))
 
 
 def rlco(output: Path, data: Path, policy: Path | None = None, weight: float = 0.2, **changes) -> Rlco:
@@ -439,7 +466,8 @@ def rlco(output: Path, data: Path, policy: Path | None = None, weight: float = 0
     imitation = dataclasses.replace(IMITATION, steps=3)
     config = RlcoConfig(imitation=imitation, diffusion=DIFFUSION, iterations=2, anchor_batch=8, envs=4)
     return Rlco(
-        changes.pop("config", config), reinforcement, dataclasses.replace(MEASUREMENT, episodes=2),
+        changes.pop("config", config), reinforcement,
+        changes.pop("measurement", dataclasses.replace(MEASUREMENT, episodes=2)),
         demonstrations=[data], simulated=[data], real=simulation("standard"), practice=simulation(), policy=policy,
         device="cpu", output=output, **changes,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from simtoreal.policies.trainer import train
 from simtoreal.world_models.checkpoint import load_world_model
 from simtoreal.world_models.clips import real_clips
 from simtoreal.world_models.inverse_reward import InverseReward
+from simtoreal.world_models.learned_episodes import unseen
 from simtoreal.world_models.posttrain import posttrain
 from simtoreal.world_models.posttrain_config import PosttrainConfig
 from simtoreal.world_models.posttrain_judgement import judge_change
@@ -190,6 +191,8 @@ def test_every_method_trains_the_dynamics_only_and_continues_bit_by_bit(method, 
     one = {"rlir": 9 * 4 * 6, "sft": 3 * 4 * 8, "sft_idm": 3 * 4 * 8 + 3 * 3 * 4}[method]
     result, before, loaded = start(tmp_path / "whole", 3 * one)
     assert (result.steps, result.frame_passes) == (3, 3 * one)
+    described = load_world_model(tmp_path / "whole").training["data"]
+    assert unseen(described, data.names, data.seeds).tolist() == data.held_out.tolist()
     changed = {name for name, value in loaded.model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed
     assert all(name.startswith("dynamics.") for name in changed)

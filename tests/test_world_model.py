@@ -32,10 +32,12 @@ from simtoreal.world_models.config import (
     WorldModelConfig,
 )
 from simtoreal.world_models.latent_video import Window
+from simtoreal.world_models.learned_episodes import describe_episodes, learned_seeds, unseen
 from simtoreal.world_models.pixel_weights import PixelWeights
+from simtoreal.world_models.stages import evenly_chosen
 from simtoreal.world_models.state import Imagination
 from simtoreal.world_models.trainer import train_world_model
-from simtoreal.world_models.video_data import POSITIVE_FRAMES, VideoData, open_video_data
+from simtoreal.world_models.video_data import POSITIVE_FRAMES, VideoData, _held_out, open_video_data
 from simtoreal.world_models.world_model import WorldModel, fit_world_statistics
 
 torch.set_num_threads(1)
@@ -88,10 +90,44 @@ def test_frames_in_which_the_goal_holds_are_the_last_of_successes(data):
 def test_successes_and_failures_are_both_held_out(folder, tmp_path):
     number = iter(range(100))
     rare = rewrite(folder, tmp_path / "rare", lambda info: dataclasses.replace(info, success=next(number) % 3 == 0))
-    # The tenth of 11 successes, the ninth and the nineteenth of 21 failures.
+    # The tenth of 11 successes, the tenth and the twentieth of 21 failures.
     data = open_video_data([rare])
-    assert np.flatnonzero(data.held_out).tolist() == [13, 27, 28]
+    assert np.flatnonzero(data.held_out).tolist() == [14, 27, 29]
     assert data.success[data.held_out].tolist() == [False, True, False]
+    number = iter(range(100))
+    rarer = rewrite(folder, tmp_path / "rarer", lambda info: dataclasses.replace(info, success=next(number) in (3, 20)))
+    # The second of two successes, and every tenth of 30 failures.
+    assert np.flatnonzero(open_video_data([rarer]).held_out).tolist() == [10, 20, 21, 31]
+
+
+def test_what_was_learned_from_is_not_held_out_when_a_folder_has_grown():
+    rng = np.random.default_rng(0)
+    for rate in (0.05, 0.3, 0.9):
+        success = (rng.random(60) < rate).tolist()
+        for before in range(1, 60):
+            then, now = np.array(_held_out(success[:before])), np.array(_held_out(success))[:before]
+            assert not (now & ~then).any()
+
+
+def test_imagined_episodes_come_from_all_of_the_data():
+    for count in (0, 1, 150, 160, 161, 320, 1000):
+        chosen = evenly_chosen(np.arange(count) + 5, 160)
+        assert len(np.unique(chosen)) == len(chosen) == min(count, 160)
+        if count > 1:
+            assert (chosen[0], chosen[-1]) == (5, count + 4)
+            assert np.diff(chosen).max() <= np.ceil(count / 160) + 1
+
+
+def test_what_any_training_learned_from_stays_known(tmp_path, monkeypatch):
+    first = describe_episodes(["a/0", "a/1", "b/0"], [0, 1, 7], np.array([True, False, False]))
+    assert (first["held_out"], learned_seeds(first)) == (["a/1", "b/0"], {0})
+    # Trained on with another folder, and with one of the held-out ones, which it names by its whole path.
+    monkeypatch.chdir(tmp_path)
+    second = describe_episodes([str(tmp_path / "b/0"), "c/0"], [7, 9], np.array([True, False]), first)
+    assert (len(second["episodes"]), learned_seeds(second)) == (4, {0, 7})
+    assert unseen(second, ["a/0", "a/1", "b/0", "c/0", "d/0", "d/1"], [0, 1, 7, 9, 7, 8]).tolist() == [
+        False, True, False, True, False, True,
+    ]  # fmt: skip
 
 
 def test_moving_scenes_are_left_out_and_counted(folder, tmp_path):
@@ -321,6 +357,14 @@ def test_training_on_keeps_the_tokenizer(trained, data, tmp_path):
     for name, value in before.tokenizer.state_dict().items():
         assert torch.equal(value, after.tokenizer.state_dict()[name])
     assert not torch.equal(before.dynamics.outputs.weight, after.dynamics.outputs.weight)
+
+
+def test_training_on_remembers_what_the_model_learned_from_before(trained, data, tmp_path):
+    other = open_video_data([make_world_data(tmp_path / "other", episodes=12, seed=0)])
+    train_world_model(RESIDUAL, MOMENT, other, tmp_path / "run", initial=trained.run, device="cpu")
+    described = load_world_model(tmp_path / "run").training["data"]
+    for folder in (data, other):
+        assert unseen(described, folder.names, folder.seeds).tolist() == folder.held_out.tolist()
 
 
 def test_a_flow_model_trains(data, tmp_path):

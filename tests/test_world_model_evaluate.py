@@ -35,9 +35,9 @@ from simtoreal.world_models.evaluate import (
     choose_episodes,
     evaluate_world_model,
     judge_videos,
-    unseen_episodes,
 )
 from simtoreal.world_models.evaluate_page import write_page
+from simtoreal.world_models.learned_episodes import unseen
 from simtoreal.world_models.policy_evaluation import evaluate_policies
 from simtoreal.world_models.positions import decode_positions, read_positions, train_probe
 from simtoreal.world_models.trainer import train_world_model
@@ -370,18 +370,22 @@ def test_what_does_not_fit_is_refused(folder, run, loaded, data, tmp_path):
         choose_episodes(loaded, few, 10)
 
 
+def fresh_to(loaded, data) -> np.ndarray:
+    return unseen(loaded.training["data"], data.names, data.seeds)
+
+
 def test_only_what_the_model_did_not_learn_from_is_judged(folder, loaded, data, tmp_path):
-    assert np.array_equal(unseen_episodes(loaded, data), data.held_out)
+    assert np.array_equal(fresh_to(loaded, data), data.held_out)
     fresh = open_video_data([make_world_data(tmp_path / "fresh", episodes=8, seed=1000)])
-    assert unseen_episodes(loaded, fresh).all()
+    assert fresh_to(loaded, fresh).all()
     judged, learned = choose_episodes(loaded, fresh, 32)
     assert len(judged) == 4
     assert not learned[judged].any()
     # The same initial conditions in another folder are the same episodes.
     copy = open_video_data([make_world_data(tmp_path / "copy", episodes=8)])
     kept = {seed for seed, out in zip(data.seeds, data.held_out, strict=True) if out}
-    assert unseen_episodes(loaded, copy).tolist() == [seed in kept for seed in copy.seeds]
-    assert not unseen_episodes(loaded, copy).all()
+    assert fresh_to(loaded, copy).tolist() == [seed in kept for seed in copy.seeds]
+    assert not fresh_to(loaded, copy).all()
 
 
 def test_without_simulator_truth_objects_are_skipped_with_a_note(folder, loaded, tmp_path):

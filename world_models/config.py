@@ -105,7 +105,7 @@ class ClassifierConfig:
     near_steps: int = 15
     """Frames before the first success, and at the end of failures, that count as hard negatives."""
     generated_episodes: int = 160
-    """Training episodes that are imagined to learn from generated frames, too."""
+    """Training episodes that are imagined to learn from generated frames, too (all, if there are fewer)."""
     close_error: float = 0.3
     """Weighted squared error of the latents below which a generated frame still shows what really happened, and so has
     its label (latents have variance 1)."""
@@ -113,8 +113,8 @@ class ClassifierConfig:
     def __post_init__(self) -> None:
         if self.width < 8 or self.width % 8:
             raise ValueError(f"width is {self.width}; expected a positive multiple of 8")
-        if self.consecutive < 1 or self.near_steps < 1 or self.generated_episodes < 0 or self.close_error <= 0:
-            raise ValueError("consecutive and near_steps must be at least 1, close_error positive")
+        if min(self.consecutive, self.near_steps, self.generated_episodes) < 1 or self.close_error <= 0:
+            raise ValueError("consecutive, near_steps and generated_episodes must be at least 1, close_error positive")
 
 
 @dataclass(frozen=True, kw_only=True)

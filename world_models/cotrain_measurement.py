@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,12 @@ from gymnasium.vector import VectorEnv
 from simtoreal.data_collection.rollouts import record_rollouts
 from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.task import TaskSpec
-from simtoreal.evaluation.evaluate import check_unseen, evaluate
+from simtoreal.evaluation.evaluate import evaluate
 from simtoreal.evaluation.policies import checkpoint_digest, load_actor, training_seeds
 from simtoreal.evaluation.results import read_episodes
 from simtoreal.policies.checkpoint import find_checkpoint
-from simtoreal.policies.exploring_actor import ExploringActor
-from simtoreal.policies.reinforcement_config import ExplorationConfig
+from simtoreal.policies.exploring_actor import ExploringActor, require_denoising
+from simtoreal.policies.reinforcement_config import ReinforcementConfig
 from simtoreal.world_models.checkpoint import load_world_model
 from simtoreal.world_models.cotrain_config import MeasurementConfig
 from simtoreal.world_models.cotrain_stages import EVALUATION, REAL, SIMULATION, steps_taken
@@ -90,10 +91,21 @@ class Measurements:
             ConfigError: initial conditions overlap.
         """
         loaded, _ = load_actor(policy, device="cpu")
-        try:
-            check_unseen(self.seeds, training_seeds(loaded))
-        except ConfigError as error:
-            raise ConfigError(f"measurement.first_seed is {self.config.first_seed}: {error}") from error
+        self.require_apart(training_seeds(loaded), f"{policy} was trained on")
+
+    def require_apart(self, seeds: Collection[int], where: str) -> None:
+        """Refuse to measure on initial conditions ``seeds`` that are learned from; ``where`` says by whom.
+
+        Raises:
+            ConfigError: they overlap.
+        """
+        common = sorted(set(self.seeds) & set(seeds))
+        if common:
+            raise ConfigError(
+                f"measurement.first_seed is {self.config.first_seed}: {len(common)} of the {len(self.seeds)} initial "
+                f"conditions to measure on ({common[0]} to {common[-1]}) are among those that {where}. Choose another "
+                "--measurement.first-seed."
+            )
 
     def in_world(self, name: str, policy: Path, *, world: World | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Measure a policy in a world; return rate and what it took.
@@ -123,7 +135,10 @@ class Measurements:
         """
         folder = self.folder(name, IMAGINED)
         env = self._imagination(model, min(self.imagined_envs, self.config.episodes))
-        settings = {"world_model": str(model), "world_model_checkpoint": checkpoint_digest(find_checkpoint(model))}
+        settings = {
+            "world_model": self._name(model),
+            "world_model_checkpoint": checkpoint_digest(find_checkpoint(model)),
+        }
         self._evaluate(policy, env, folder, "world_model", settings)
         steps = sum(episode.steps for episode in read_episodes(folder))
         return world_gap(real, folder), steps_taken("imagination", EVALUATION, self.config.episodes, steps)
@@ -139,20 +154,23 @@ class Measurements:
         return [str(path.relative_to(self.output))], steps_taken(REAL, EVALUATION, len(seeds), steps)
 
     def ranked(
-        self, name: str, policy: Path, model: Path, exploration: ExplorationConfig, starts: int
+        self, name: str, policy: Path, model: Path, reinforcement: ReinforcementConfig, starts: int
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return how a world model ranks real rollouts from the same starts, and what that took.
 
         Args:
             name: folder below ``measurements``.
             policy, model: run or checkpoint folders.
-            exploration: noise of the rollouts, as in reinforcement.
+            reinforcement: whose noise, denoising steps and length the rollouts have.
             starts: number of initial conditions, the first ones.
         """
         loaded, _ = load_actor(policy, device=self._device())
+        require_denoising(loaded.policy, reinforcement.denoising_steps)
         seeds, folders, steps = self.seeds[:starts], [], 0
         for number in range(RANKED_ROLLOUTS):
-            actor = ExploringActor(loaded.policy, exploration, self.seed + number)  # type: ignore[arg-type]
+            actor = ExploringActor(
+                loaded.policy, reinforcement.exploration, self.seed + number  # type: ignore[arg-type]
+            )  # fmt: skip
             folders.append(self.folder(name, f"rollouts_{number}"))
             settings = {"checkpoint": checkpoint_digest(loaded.folder), "noise": number, **self.real.settings}
             outcomes = record_rollouts(
@@ -161,7 +179,10 @@ class Measurements:
             )  # fmt: skip
             steps += sum(one.steps for one in outcomes)
         data = open_video_data(folders, embodiment=loaded.embodiment)
-        found = rank_rollouts(load_world_model(model, str(loaded.policy.device)).model, data, seed=self.seed)
+        chunks = reinforcement.max_chunks
+        most = None if chunks is None else chunks * loaded.policy.config.execute_steps
+        net = load_world_model(model, str(loaded.policy.device)).model
+        found = rank_rollouts(net, data, most_steps=most, seed=self.seed)
         return found, steps_taken(REAL, EVALUATION, len(seeds) * RANKED_ROLLOUTS, steps)
 
     def folder(self, name: str, world: str) -> Path:
@@ -170,6 +191,10 @@ class Measurements:
 
     def _device(self) -> str:
         return self.device or "auto"
+
+    def _name(self, run: Path) -> str:
+        """What to call a run: relative to the output, which may be moved, or written another way, and continued."""
+        return os.path.relpath(run.resolve(), self.output.resolve())
 
     def _imagination(self, model: Path, count: int) -> WorldModelVectorEnv:
         if self._frames is None:
@@ -184,7 +209,7 @@ class Measurements:
         loaded, actor = load_actor(policy, device=self._device(), seed=self.seed)
         task = self.real.task
         identity = {
-            "task": task.name, "label": loaded.config.type, "policy": str(policy),
+            "task": task.name, "label": loaded.config.type, "policy": self._name(policy),
             "checkpoint": checkpoint_digest(loaded.folder), "horizon": task.horizon, "backend": backend,
             "first_seed": self.config.first_seed, "policy_seed": self.seed, **settings,
         }  # fmt: skip

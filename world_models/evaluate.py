@@ -25,6 +25,7 @@ from simtoreal.world_models import measure
 from simtoreal.world_models.action_following import action_following, require_judge, train_judge
 from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model
 from simtoreal.world_models.clips import Clips, altered_actions, imagine_clips, real_clips, reconstruct
+from simtoreal.world_models.learned_episodes import unseen
 from simtoreal.world_models.policy_evaluation import evaluate_policies
 from simtoreal.world_models.positions import (
     PositionProbe,
@@ -62,38 +63,21 @@ class Judges:
     actions: InverseDynamics
 
 
-def unseen_episodes(loaded: LoadedWorldModel, data: VideoData) -> np.ndarray:
-    """Return ``(E,)`` bool: episodes that the model did not learn from, by name and by initial condition."""
-    described = loaded.training.get("data") or {}
-    episodes, held_out = list(described.get("episodes", ())), set(described.get("held_out", ()))
-    seeds = described.get("seeds", ())
-    learned = {str(Path(name).resolve()) for name in episodes if name not in held_out}
-    kept = {str(Path(name).resolve()) for name in held_out}
-    learned_seeds = {seed for name, seed in zip(episodes, seeds, strict=False) if name not in held_out}
-    names = [str(Path(name).resolve()) for name in data.names]
-    return np.array(
-        [
-            name in kept or (name not in learned and seed not in learned_seeds)
-            for name, seed in zip(names, data.seeds, strict=True)
-        ]
-    )
-
-
 def choose_episodes(loaded: LoadedWorldModel, data: VideoData, limit: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the episodes to judge (indices), and those ``(E,)`` bool that probe and judge learn from.
 
     Raises:
         DatasetError: there are too few episodes that the model did not learn from.
     """
-    unseen = np.flatnonzero(unseen_episodes(loaded, data))
+    fresh = np.flatnonzero(unseen(loaded.training.get("data") or {}, data.names, data.seeds))
     # If nothing was learned from, half of it is needed for the probe.
-    most = min(limit, len(unseen), len(data.ends) // 2)
-    judged = unseen[len(unseen) - most :]
+    most = min(limit, len(fresh), len(data.ends) // 2)
+    judged = fresh[len(fresh) - most :]
     learned = np.ones(len(data.ends), bool)
     learned[judged] = False
     if len(judged) < FEWEST_JUDGED or learned.sum() < FEWEST_LEARNED:
         raise DatasetError(
-            f"{len(unseen)} of {len(data.ends)} episodes were not learned from, which leaves {len(judged)} to judge "
+            f"{len(fresh)} of {len(data.ends)} episodes were not learned from, which leaves {len(judged)} to judge "
             f"and {learned.sum()} for the probe; at least {FEWEST_JUDGED} and {FEWEST_LEARNED} are needed. Collect "
             "more, or add another dataset to --data."
         )

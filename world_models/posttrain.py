@@ -34,6 +34,7 @@ from simtoreal.policies.training_log import TrainingLog
 from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model, save_world_model
 from simtoreal.world_models.inverse_reward import InverseReward
 from simtoreal.world_models.latent_video import LatentVideo
+from simtoreal.world_models.learned_episodes import describe_episodes
 from simtoreal.world_models.posttrain_config import PosttrainConfig
 from simtoreal.world_models.random_videos import video_walk
 from simtoreal.world_models.stages import EncodedData
@@ -115,6 +116,7 @@ class _Posttraining:
         loaded.embodiment.require_equal(data.embodiment, f"world model {loaded.folder}", "the data")
         reward.require_steps(config.steps)
         self.initial, self.config, self.data, self.reward = loaded, config, data, reward
+        self.episodes = episodes
         self.output, self.progress = output, progress
         self.model: WorldModel = loaded.model
         self.device = self.model.device
@@ -286,7 +288,11 @@ class _Posttraining:
     def _save(self, *, finished: bool) -> None:
         before = self.initial.training
         training = {
-            **{key: before[key] for key in ("data", "task", "metrics") if key in before},
+            **{key: before[key] for key in ("task", "metrics") if key in before},
+            "data": {
+                **(before.get("data") or {}),
+                **describe_episodes(self.data.names, self.data.seeds, self.episodes, before.get("data")),
+            },
             "step": self.step, "stage": STAGE, "finished": finished, "trainer": self._identity(),
             "precision": self.precision, "seconds": self.seconds, "average_updates": 0, "initial": self._initial(),
             "provenance": provenance([self.config.seed]),

@@ -22,6 +22,7 @@ from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model
 from simtoreal.world_models.clips import Clips, imagine_clips, real_clips
 from simtoreal.world_models.evaluate import Say, choose_episodes, prepare_judges
 from simtoreal.world_models.inverse_reward import InverseReward
+from simtoreal.world_models.learned_episodes import learned_seeds
 from simtoreal.world_models.posttrain import posttrain
 from simtoreal.world_models.posttrain_config import PosttrainConfig
 from simtoreal.world_models.posttrain_judgement import HELD_OUT, judge_change, score_clips
@@ -127,11 +128,7 @@ def _require_other(judge: Path, rewarding: Path) -> None:
 
 def _overlap(loaded: LoadedWorldModel, inverse: dict[str, Any]) -> list[str]:
     """A note if the rewarding model learned from the episodes of the world model."""
-    described = loaded.training.get("data") or {}
-    held_out = set(described.get("held_out", ()))
-    pairs = zip(described.get("episodes", ()), described.get("seeds", ()), strict=False)
-    learned = {seed for name, seed in pairs if name not in held_out}
-    common = learned & set((inverse.get("data") or {}).get("seeds", ()))
+    common = learned_seeds(loaded.training.get("data") or {}) & set((inverse.get("data") or {}).get("seeds", ()))
     if not common:
         return []
     return [

@@ -15,12 +15,19 @@ from simtoreal.world_models.video_data import VideoData
 from simtoreal.world_models.world_model import WorldModel
 
 
-def rank_rollouts(model: WorldModel, data: VideoData, *, seed: int = 0) -> dict[str, Any]:
+def rank_rollouts(
+    model: WorldModel, data: VideoData, *, most_steps: int | None = None, seed: int = 0
+) -> dict[str, Any]:
     """Imagine real rollouts under their own actions, and compare which of them succeed.
+
+    A rollout is imagined as far as it was recorded: a success to the last of its few frames that show it, a failure to
+    the end. So a model in which success comes later than it really did is judged too hard.
 
     Args:
         model: in evaluation mode.
         data: real episodes, several from each start; ``data.seeds`` says which belong together.
+        most_steps: where a rollout of the reinforcement is cut off: success that comes later does not count, neither
+            the real nor the imagined one.
         seed: of the noise of a ``flow`` model.
 
     Returns:
@@ -30,8 +37,9 @@ def rank_rollouts(model: WorldModel, data: VideoData, *, seed: int = 0) -> dict[
         EmbodimentMismatchError: model and data are of different embodiments.
     """
     clips = imagine_clips(model, data, np.arange(len(data.ends)), seed=seed)
-    reached = reached_probability(clips, model.config.classifier.consecutive)
-    return compare_ranks(reached, float(model.classifier.threshold), data.success, np.array(data.seeds))
+    reached = reached_probability(clips, model.config.classifier.consecutive, most_steps)
+    success = data.success if most_steps is None else data.success & (data.ends - data.starts <= most_steps)
+    return compare_ranks(reached, float(model.classifier.threshold), success, np.array(data.seeds))
 
 
 def compare_ranks(reached: np.ndarray, threshold: float, success: np.ndarray, starts: np.ndarray) -> dict[str, Any]:
@@ -62,12 +70,19 @@ def compare_ranks(reached: np.ndarray, threshold: float, success: np.ndarray, st
     }  # fmt: skip
 
 
-def reached_probability(clips: Clips, consecutive: int) -> np.ndarray:
-    """Return ``(E,)``: the highest threshold at which each episode would count as a success, 0 if it is too short."""
+def reached_probability(clips: Clips, consecutive: int, most_steps: int | None = None) -> np.ndarray:
+    """Return ``(E,)``: the highest threshold at which each episode would count as a success, 0 if it is too short.
+
+    Args:
+        clips: imagined episodes.
+        consecutive: frames in a row that must show success.
+        most_steps: later frames do not count.
+    """
     found = np.zeros(len(clips.episodes))
     for row, (start, end) in enumerate(zip(clips.starts, clips.ends, strict=True)):
         # The first frame is real.
-        probability = clips.success_probability[start + 1 : end]
+        last = end if most_steps is None else min(end, start + 1 + most_steps)
+        probability = clips.success_probability[start + 1 : last]
         if len(probability) >= consecutive:
             found[row] = np.lib.stride_tricks.sliding_window_view(probability, consecutive).min(-1).max()
     return found

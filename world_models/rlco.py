@@ -28,7 +28,7 @@ from simtoreal.policies.reinforcement_run import Learner, reinforce
 from simtoreal.policies.schedulers import noise_process
 from simtoreal.policies.trainer import train
 from simtoreal.world_models.checkpoint import load_world_model
-from simtoreal.world_models.cotrain_anchor import anchor_on
+from simtoreal.world_models.cotrain_anchor import anchor_on, demonstrated_seeds
 from simtoreal.world_models.cotrain_config import KeyframeConfig, MeasurementConfig, RlcoConfig
 from simtoreal.world_models.cotrain_measurement import Measurements, World, require_same_embodiment
 from simtoreal.world_models.cotrain_report import write_report
@@ -107,6 +107,11 @@ class Rlco:
         self.imitation = dataclasses.replace(config.imitation, seed=config.imitation.seed + seed)
         self._check()
         self.measurements = Measurements(measurement, real, self.output, device, seed, config.envs)
+        for folders, kind in ((self.demonstrations, "demonstrations"), (self.simulated, "simulated demonstrations")):
+            self.measurements.require_apart(demonstrated_seeds(folders), f"the {kind} began in")
+        self.measurements.require_apart(
+            self._practised(config.iterations), "reinforcement is going to begin in (reinforcement.first_seed)"
+        )
         if policy is not None:
             self.measurements.require_unseen(policy)
 
@@ -197,7 +202,8 @@ class Rlco:
             result = reinforce(
                 base, self.reinforcement, env, run, iterations=target, starts=starts, learner=learner,
                 anchor=anchor_on(self.demonstrations, self.config.anchor_batch, self.seed),
-                seeds=self._practised(target), device=self.device, on_iteration=self._say,
+                seeds=[*self._practised(target), *demonstrated_seeds(self.demonstrations)],
+                device=self.device, on_iteration=self._say,
             ).since(before)  # fmt: skip
             world = IMAGINATION if self.world_model else SIMULATION
             return {

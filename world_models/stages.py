@@ -179,6 +179,12 @@ class DynamicsStage(Stage):
         }
 
 
+def evenly_chosen(episodes: np.ndarray, count: int) -> np.ndarray:
+    """Return at most ``count`` of ``episodes``, from the first to the last: folders that came later count as much."""
+    positions = np.linspace(0, len(episodes) - 1, min(count, len(episodes))).round().astype(int)
+    return np.asarray(episodes[positions])
+
+
 class ClassifierStage(Stage):
     """Learns what success looks like, on real and on generated frames."""
 
@@ -204,8 +210,7 @@ class ClassifierStage(Stage):
         """Encode the data, imagine episodes, and sort the frames into what the batches are made of."""
         video, data, config = self.encoded.video, self.data, self.model.config.classifier
         labels = torch.from_numpy(data.labels).to(self.device)
-        chosen = np.flatnonzero(~data.held_out)
-        chosen = chosen[:: max(1, len(chosen) // max(1, config.generated_episodes))][: config.generated_episodes]
+        chosen = evenly_chosen(np.flatnonzero(~data.held_out), config.generated_episodes)
         generated = imagine_episodes(self.model, data, video, chosen)
         use = _usable_generated(generated, data, config.close_error)
         self.latents = torch.cat([video.latents, generated.latents[torch.from_numpy(use)]])
@@ -274,6 +279,8 @@ class ClassifierStage(Stage):
             "imagined_false_negatives": float((~dreamt & success).sum()),
             "successes": float(success.sum()),
             "failures": float((~success).sum()),
+            # Where only one outcome could be held out.
+            "judged_on_training": float(not both),
         }
 
     def _probabilities(self, latents: Tensor, proprio: Tensor) -> np.ndarray:

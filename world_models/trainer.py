@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from simtoreal.envs.errors import CheckpointError, ConfigError, SimtorealError
 from simtoreal.envs.provenance import provenance
+from simtoreal.evaluation.policies import checkpoint_digest
 from simtoreal.policies import checkpoint as folders
 from simtoreal.policies.averaging import WeightAverage
 from simtoreal.policies.trainer import MOMENTS, choose_precision, learning_rate, make_optimizer, seed_everything
 from simtoreal.policies.training_log import TrainingLog
 from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model, save_world_model
 from simtoreal.world_models.config import WorldModelConfig, WorldModelTrainerConfig
+from simtoreal.world_models.learned_episodes import describe_episodes
 from simtoreal.world_models.stages import ClassifierStage, DynamicsStage, EncodedData, Stage, TokenizerStage
 from simtoreal.world_models.video_data import VideoData
 from simtoreal.world_models.world_model import WorldModel, fit_world_statistics
@@ -44,7 +46,8 @@ class WorldModelResult:
         steps: optimiser steps taken in all.
         seconds: wall time of the optimiser steps, over all sessions.
         parameters: number of trained values.
-        metrics: name -> what was measured at the end of the stages, on held-out episodes.
+        metrics: name -> what was measured at the end of the stages, on held-out episodes (the classifier's on all,
+            if ``classifier_judged_on_training`` is 1).
     """
 
     run: Path
@@ -240,10 +243,14 @@ class _Training:
             "metrics": self.metrics,
             "average_updates": 0,
             "initial": str(self.initial.folder) if self.initial else None,
+            "initial_checkpoint": checkpoint_digest(self.initial.folder) if self.initial else None,
             "data": {
-                "episodes": list(self.data.names),
-                "held_out": [name for name, out in zip(self.data.names, self.data.held_out, strict=True) if out],
-                "seeds": list(self.data.seeds),
+                **describe_episodes(
+                    self.data.names,
+                    self.data.seeds,
+                    ~self.data.held_out,
+                    self.initial.training.get("data") if self.initial else None,
+                ),
                 "frames": len(self.data),
                 "fingerprint": self.data.fingerprint(),
             },
@@ -313,7 +320,10 @@ class _Training:
             "model": (config, config if self.initial else folders.plain_config(model_config)),
             "trainer": (decisive(stored["trainer"]), decisive(folders.plain_config(self.config))),
             "data": (stored["data"]["fingerprint"], self.data.fingerprint()),
-            "initial": (stored["initial"], str(self.initial.folder) if self.initial else None),
+            "initial": (
+                stored.get("initial_checkpoint"),
+                checkpoint_digest(self.initial.folder) if self.initial else None,
+            ),
         }
         differing = [
             f"{name}: {there} (checkpoint) != {here} (now)" for name, (there, here) in pairs.items() if there != here

@@ -20,7 +20,7 @@ from simtoreal.world_models.config import STRIDE
 
 # An episode ends once the goal held for SUCCESS_HOLD_STEPS steps, and what follows its last action is not stored.
 POSITIVE_FRAMES = SUCCESS_HOLD_STEPS - 1
-# Every tenth episode of a folder is held out, so the split of a growing folder is stable.
+# Of every ten episodes of a folder with the same outcome, one is held out.
 HELD_OUT_EVERY = 10
 
 
@@ -124,10 +124,16 @@ def open_video_data(
 
 
 def _held_out(success: Sequence[bool]) -> list[bool]:
-    """Every tenth episode, successes counted before failures: both are needed to calibrate with."""
-    ordered = np.argsort(~np.array(success, bool), kind="stable")
-    chosen = np.zeros(len(success), bool)
-    chosen[ordered[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY]] = True
+    """Every tenth success and every tenth failure, or the second where there are two to nine.
+
+    Both outcomes are needed to calibrate with. Counted apart, and from the front, what was learned from is not held out
+    when the folder has grown.
+    """
+    outcomes = np.array(success, bool)
+    chosen = np.zeros(len(outcomes), bool)
+    for outcome in (True, False):
+        same = np.flatnonzero(outcomes == outcome)
+        chosen[same[HELD_OUT_EVERY - 1 :: HELD_OUT_EVERY] if len(same) >= HELD_OUT_EVERY else same[1:2]] = True
     return chosen.tolist()
 
 

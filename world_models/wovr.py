@@ -31,7 +31,7 @@ from simtoreal.policies.reinforcement_config import ReinforcementConfig
 from simtoreal.policies.reinforcement_run import reinforce
 from simtoreal.policies.trainer import train
 from simtoreal.world_models.checkpoint import load_world_model
-from simtoreal.world_models.cotrain_anchor import anchor_on
+from simtoreal.world_models.cotrain_anchor import anchor_on, demonstrated_seeds
 from simtoreal.world_models.cotrain_config import MeasurementConfig, WovrConfig
 from simtoreal.world_models.cotrain_measurement import MEASUREMENTS, Measurements, World, require_same_embodiment
 from simtoreal.world_models.cotrain_report import write_report
@@ -109,6 +109,11 @@ class Wovr:
             require_same_embodiment(self.loaded, world_model)
         self.measurements = Measurements(measurement, real, self.output, device, seed, config.imagined_envs)
         self.measurements.require_unseen(self.policy)
+        self.measurements.require_apart(demonstrated_seeds(self.demonstrations), "the demonstrations began in")
+        own = config.imitation_rollouts + config.rollouts + config.refreshes * config.refresh_rollouts
+        self.measurements.require_apart(
+            range(config.first_seed, config.first_seed + own), "rollouts are going to begin in (wovr.first_seed)"
+        )
         self._data: tuple[int, VideoData] | None = None
 
     def adopt(self, source: Path, stages: Sequence[str]) -> None:
@@ -262,7 +267,8 @@ class Wovr:
             env = WorldModelVectorEnv(loaded, count, data, places=starts.places, task=self.real.task)
             result = reinforce(
                 policy, self.reinforcement, env, run, iterations=target, previous=policy if turn else None,
-                starts=starts, anchor=anchor_on(self.demonstrations, config.anchor_batch, self.seed),
+                starts=starts,
+                anchor=anchor_on(self.demonstrations, config.anchor_batch, self.seed, filter=config.imitation_filter),
                 learner=lambda policy, config, anchor: ImaginedReinforcement(policy, config, starts, anchor),
                 seeds=data.seeds, device=self.device,
                 on_iteration=self._say,
@@ -308,7 +314,7 @@ class Wovr:
         name, starts = f"rank_model_{turn}", self.config.ranked_starts
 
         def work() -> dict[str, Any]:
-            found, taken = self.measurements.ranked(name, policy, model, self.reinforcement.exploration, starts)
+            found, taken = self.measurements.ranked(name, policy, model, self.reinforcement, starts)
             if found["same_start"] is not None:
                 self.notify(
                     f"of a success and a failure from the same start, the model tells which is which in "

@@ -51,8 +51,8 @@ class Config:
     """Episodes to learn from (a mask of the dataset). Those of ``valid`` are held out whatever the mask. Failures are
     learnt from only with ``all``, ``failure``, a mask you set yourself, or --weighting."""
     hold_out: bool = True
-    """Hold the episodes of ``valid`` (every tenth success) out. Without, all of a mask such as ``success`` or ``all`` is
-    learnt from: for demonstrations that are few, or balanced over ways to do a task."""
+    """Hold the episodes of ``valid`` (every tenth success) out. Without, all of a mask such as ``success`` is learnt
+    from: for demonstrations that are few, or balanced over ways to do a task."""
     filter: str | None = None
     """Learn only from the steps that this filter keeps; ``simtoreal data filter`` makes one."""
     weighting: Literal["uniform", "return", "advantage", "top"] = "uniform"

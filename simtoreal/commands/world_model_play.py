@@ -51,7 +51,7 @@ def main(config: Config) -> None:
 
     from simtoreal.world_models.checkpoint import load_world_model
     from simtoreal.world_models.clips import altered_actions, imagine_clips, real_clips
-    from simtoreal.world_models.evaluate import unseen_episodes
+    from simtoreal.world_models.learned_episodes import unseen
     from simtoreal.world_models.side_by_side import write_side_by_side
     from simtoreal.world_models.video_data import open_video_data
 
@@ -59,8 +59,8 @@ def main(config: Config) -> None:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     loaded = load_world_model(config.model, device)
     data = open_video_data(config.data, embodiment=loaded.embodiment)
-    unseen = unseen_episodes(loaded, data)
-    order = np.concatenate([np.flatnonzero(unseen), np.flatnonzero(~unseen)])
+    fresh = unseen(loaded.training.get("data") or {}, data.names, data.seeds)
+    order = np.concatenate([np.flatnonzero(fresh), np.flatnonzero(~fresh)])
     chosen = order[: config.episodes]
     columns = {"real": real_clips(loaded.model, data, chosen)}
     columns["imagined"] = imagine_clips(loaded.model, data, chosen, seed=config.seed)
@@ -72,6 +72,6 @@ def main(config: Config) -> None:
         for row in range(len(chosen))
     ]
     path = write_side_by_side(config.output, episodes, loaded.embodiment.control_hz)
-    learned = int((~unseen[chosen]).sum())
+    learned = int((~fresh[chosen]).sum())
     note = f" (the model learned from {learned} of them)" if learned else ""
     console.print(f"{len(chosen)} episodes{note}, columns {', '.join(columns)} -> {path}", soft_wrap=True)

@@ -1,0 +1,58 @@
+"""Which episodes a world model learned from, over all trainings that made it: whoever judges it must not use these."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def describe_episodes(
+    names: Sequence[str], seeds: Sequence[int], learned: np.ndarray, before: Mapping[str, Any] | None = None
+) -> dict[str, list[Any]]:
+    """Describe the data of a training, with those of the model that it began with.
+
+    Args:
+        names: folder and number of every episode.
+        seeds: their initial conditions.
+        learned: ``(E,)`` bool: episodes that were learned from; the others are held out.
+        before: the same description of the model that the training began with.
+
+    Returns:
+        ``episodes``, ``seeds`` and ``held_out``: names of those that no training learned from.
+    """
+    known: dict[str, tuple[str, int, bool]] = {}
+    for name, seed, used in (*_described(before or {}), *zip(names, seeds, learned, strict=True)):
+        place = str(Path(name).resolve())
+        _, _, already = known.get(place, ("", 0, False))
+        known[place] = (name, int(seed), bool(used) or already)
+    return {
+        "episodes": [name for name, _, _ in known.values()],
+        "seeds": [seed for _, seed, _ in known.values()],
+        "held_out": [name for name, _, used in known.values() if not used],
+    }
+
+
+def learned_seeds(described: Mapping[str, Any]) -> set[int]:
+    """Initial conditions of the episodes that were learned from."""
+    return {seed for _, seed, used in _described(described) if used}
+
+
+def unseen(described: Mapping[str, Any], names: Sequence[str], seeds: Sequence[int]) -> np.ndarray:
+    """Return ``(E,)`` bool: episodes that were not learned from, by name and by initial condition."""
+    entries = [(str(Path(name).resolve()), seed, used) for name, seed, used in _described(described)]
+    kept = {place for place, _, used in entries if not used}
+    learned, avoided = {place for place, _, used in entries if used}, learned_seeds(described)
+    places = [str(Path(name).resolve()) for name in names]
+    return np.array(
+        [place in kept or not (place in learned or seed in avoided) for place, seed in zip(places, seeds, strict=True)]
+    )
+
+
+def _described(content: Mapping[str, Any]) -> list[tuple[str, int, bool]]:
+    """Name, seed and whether it was learned from, of every episode of a description."""
+    held_out = set(content.get("held_out", ()))
+    pairs = zip(content.get("episodes", ()), content.get("seeds", ()), strict=False)
+    return [(name, seed, name not in held_out) for name, seed in pairs]
