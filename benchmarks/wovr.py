@@ -313,7 +313,7 @@ def _gaps(name: str, results: dict[str, Any]) -> str:
             parts.append(f"{point['policy']} in {point['world_model']}: {real}, {imagined}")
         elif point["policy"] == "imitation":
             parts.append(f"{point['policy']}: {real}")
-    for ranking in results["rankings"]:
+    for ranking in results.get("rankings", []):
         if ranking["same_start"] is not None:
             share, correlation = 100 * ranking["same_start"], ranking["advantage_correlation"]
             parts.append(
