@@ -22,6 +22,7 @@ from simtoreal.envs.errors import CheckpointError, ConfigError, DatasetError, Em
 from simtoreal.envs.panda import panda_embodiment
 from simtoreal.policies import checkpoint as folders
 from simtoreal.policies.training_log import read_metrics
+from simtoreal.world_models import world_model
 from simtoreal.world_models.checkpoint import load_world_model
 from simtoreal.world_models.classifier import SuccessClassifier, calibrate_threshold, shows_success
 from simtoreal.world_models.config import (
@@ -341,6 +342,17 @@ def test_resuming_equals_not_being_interrupted(interrupted_at, data, tmp_path, m
     mine, theirs = (load_world_model(one.run).model.state_dict() for one in (whole, resumed))
     assert all(torch.equal(mine[name], theirs[name]) for name in mine)
     assert resumed.metrics == whole.metrics
+
+
+def test_pictures_do_not_depend_on_how_many_are_decoded_together(trained, data, monkeypatch):
+    model = load_world_model(trained.run).model
+    latents = model.encode(torch.from_numpy(data.images[:7]))
+    whole = model.decode(latents)
+    monkeypatch.setattr(world_model, "CPU_PICTURES", 4)
+    parts = model.decode(latents)
+    assert parts.shape == whole.shape == (7, *data.images.shape[1:])
+    assert (parts.int() - whole.int()).abs().max() <= 1
+    assert model.decode(latents[:0]).shape == (0, *data.images.shape[1:])
 
 
 def test_other_settings_cannot_continue_a_run(data, tmp_path):
