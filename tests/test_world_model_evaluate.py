@@ -363,6 +363,9 @@ def test_what_does_not_fit_is_refused(folder, run, loaded, data, tmp_path):
     policy = tiny_policy(other, tmp_path / "policy", 0)
     with pytest.raises(EmbodimentMismatchError, match="render_profile"):
         evaluate_policies(loaded, [policy], tmp_path / "policies", conditions=2, device="cpu")
+    learned = int(np.array(data.seeds)[~data.held_out][0])
+    with pytest.raises(ConfigError, match=r"1 of the 1 initial conditions .* that the world model .* learned from"):
+        evaluate_policies(loaded, [policy], tmp_path / "policies", conditions=1, first_seed=learned, device="cpu")
     few = dataclasses.replace(
         data, starts=data.starts[:5], ends=data.ends[:5], names=data.names[:5], seeds=data.seeds[:5]
     )

@@ -20,6 +20,7 @@ from simtoreal.evaluation.statistics import paired_test
 from simtoreal.evaluation.validity import policy_validity
 from simtoreal.world_models.checkpoint import LoadedWorldModel
 from simtoreal.world_models.hallucination import first_frames, places_by_seed
+from simtoreal.world_models.learned_episodes import learned_seeds
 from simtoreal.world_models.vector_env import WorldModelVectorEnv
 
 # Episodes run together.
@@ -58,13 +59,18 @@ def evaluate_policies(
         :func:`~simtoreal.evaluation.validity.policy_validity`.
 
     Raises:
-        ConfigError: the model is of several tasks and none is named, or a policy was trained on the conditions.
+        ConfigError: the model is of several tasks and none is named, or it or a policy was trained on the conditions.
         EmbodimentMismatchError: a policy is of another embodiment or render profile than the model.
     """
     if task is None and not loaded.task:
         raise ConfigError(f"{loaded.folder} was trained on several tasks; say which one to evaluate policies on")
     chosen = load_task(task) if task is not None else parse_task(loaded.task, source=str(loaded.folder))
     seeds = range(first_seed, first_seed + conditions)
+    if common := learned_seeds(loaded.training.get("data") or {}) & set(seeds):
+        raise ConfigError(
+            f"{len(common)} of the {conditions} initial conditions from {first_seed} on are among the episodes that "
+            f"the world model {loaded.folder} learned from; choose others with --first-condition"
+        )
     actors = []
     for path in policies:
         policy, actor = load_actor(path, device=device)
