@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from simtoreal.world_models.latent_video import LatentVideo, weighted_error
+from simtoreal.world_models.latent_video import LatentVideo, join_float16, weighted_error
 from simtoreal.world_models.video_data import VideoData
 from simtoreal.world_models.world_model import WorldModel
 
@@ -69,7 +69,7 @@ def imagine_episodes(
     lengths = (data.ends - data.starts)[episodes] - 1
     ends = np.cumsum(lengths)
     return ImaginedFrames(
-        latents=torch.cat([latents[episode] for episode in episodes]),
+        latents=join_float16([latents[episode] for episode in episodes]),
         proprio=torch.cat([proprio[episode] for episode in episodes]),
         frames=np.concatenate([np.arange(data.starts[e] + 1, data.ends[e]) for e in episodes]),
         error=np.concatenate([errors[episode] for episode in episodes]),

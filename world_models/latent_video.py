@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,12 @@ from torch import Tensor
 from simtoreal.envs.errors import DatasetError
 from simtoreal.world_models.state import PROPRIO_STEPS, Imagination
 from simtoreal.world_models.video_data import VideoData
+
+
+def join_float16(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the first axis, also under autocast to bfloat16, which on CPUs refuses to do it with float16."""
+    with torch.autocast(parts[0].device.type, enabled=False):
+        return torch.cat(list(parts))
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def evaluate_policies(
     Args:
         loaded: the world model.
         policies: run or checkpoint folders, of the model's embodiment.
-        output: folder; every policy gets ``<number>_<type>/simulation`` and ``.../imagined`` in it.
+        output: folder; every policy gets ``<number>_<folder's name>/simulation`` and ``.../imagined`` in it.
         task: default: the task of the model's data.
         conditions: initial conditions, the same for all policies and both worlds.
         first_seed: of the conditions.
@@ -85,7 +85,7 @@ def evaluate_policies(
         env.close()
     places, rows, outcomes = places_by_seed(seeds), [], []
     for number, (path, policy, actor) in enumerate(actors):
-        label = f"{number}_{policy.config.type.replace('/', '_')}"
+        label = f"{number}_{Path(path).resolve().name}"
         shared = {
             "task": chosen.name, "label": label, "policy": str(path), "checkpoint": checkpoint_digest(policy.folder),
             "horizon": chosen.horizon, "first_seed": first_seed, "model": str(loaded.folder),

@@ -14,7 +14,7 @@ from simtoreal.policies.config import TrainerConfig
 from simtoreal.world_models.classifier import calibrate_threshold, shows_success
 from simtoreal.world_models.config import STRIDE
 from simtoreal.world_models.imagined_frames import ImaginedFrames, imagine_episodes
-from simtoreal.world_models.latent_video import LatentVideo, weighted_error
+from simtoreal.world_models.latent_video import LatentVideo, join_float16, weighted_error
 from simtoreal.world_models.pixel_weights import PixelWeights
 from simtoreal.world_models.tokenizer import cell_weights
 from simtoreal.world_models.video_data import VideoData
@@ -53,7 +53,7 @@ class EncodedData:
         proprio = model.scale_proprio(torch.from_numpy(data.proprio).to(self.device))
         moves = torch.from_numpy(data.actions).to(self.device), torch.from_numpy(data.targets).to(self.device)
         commands = model.scale_commands(*moves)
-        return LatentVideo(data, torch.cat(latents), proprio, commands, torch.cat(cells), model.memory)
+        return LatentVideo(data, join_float16(latents), proprio, commands, join_float16(cells), model.memory)
 
     def images(self, frames: np.ndarray) -> Tensor:
         """``(len(frames), V, H, W, 3)`` uint8 on the device."""
@@ -213,7 +213,7 @@ class ClassifierStage(Stage):
         chosen = evenly_chosen(np.flatnonzero(~data.held_out), config.generated_episodes)
         generated = imagine_episodes(self.model, data, video, chosen)
         use = _usable_generated(generated, data, config.close_error)
-        self.latents = torch.cat([video.latents, generated.latents[torch.from_numpy(use)]])
+        self.latents = join_float16([video.latents, generated.latents[torch.from_numpy(use)]])
         self.proprio = torch.cat([video.proprio, generated.proprio[torch.from_numpy(use)]])
         real_frames = generated.frames[use]
         self.labels = torch.cat([labels, labels[torch.from_numpy(real_frames)]])
