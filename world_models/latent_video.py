@@ -15,7 +15,7 @@ from simtoreal.world_models.video_data import VideoData
 
 
 def join_float16(parts: Sequence[Tensor]) -> Tensor:
-    """Concatenate along the first axis, also under autocast to bfloat16, which on CPUs refuses to do it with float16."""
+    """Concatenate along the first axis, also under autocast to bfloat16: on CPUs that refuses to do it with float16."""
     with torch.autocast(parts[0].device.type, enabled=False):
         return torch.cat(list(parts))
 
