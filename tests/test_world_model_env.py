@@ -225,7 +225,7 @@ def test_announced_actions_are_imagined_in_one_pass(env, loaded, data, monkeypat
     for step in range(4):
         targets = integrate_action(targets, actions[:, step], env.embodiment)
         told.append(targets)
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.autocast(**env._autocast):
         state = env._state
         _, latents, _ = original(state, env._commands(actions, np.stack(told, 1)), None)
         expected = np.stack([env._decode(latents[:, step])[:, 0] for step in range(4)])
