@@ -24,7 +24,6 @@ import os
 from pathlib import Path
 
 from cotraining_study import (
-    FIRST_EPISODE,
     Outcomes,
     arm,
     compare,
@@ -49,6 +48,8 @@ GAP = "standard"
 IMITATIONS = ("real_only", "cotraining")
 BETAS = {"beta_0": 0.0, "beta_0.05": 0.05, "beta_0.2": 0.2}
 OURS, BASELINE = "beta_0.2", "cotraining"
+# The settings were chosen on the demonstrations of training seed 0 and on the initial conditions from 5_000_000 on.
+FIRST_EPISODE = 6_000_000
 # Simulated demonstrations come from another range of initial conditions than real ones.
 SIMULATED_SEED = 50
 
@@ -92,7 +93,7 @@ def profiles() -> dict[str, Profile]:
         ),
         reinforcement=shipped["reinforcement"],
         episodes=200,
-        seeds=(0,),
+        seeds=(1, 2),
     )
     small = DiffusionConfig(unet_widths=(16,), condition_width=32, inference_steps=2, noise_samples=2)
     return {
@@ -106,7 +107,7 @@ def profiles() -> dict[str, Profile]:
             ),
             reinforcement=dataclasses.replace(shipped["reinforcement"], rollouts=256),
             episodes=400,
-            seeds=(0, 1, 2),
+            seeds=(1, 2, 3),
         ),
         # Shows in minutes that every arm runs; nothing is learned.
         "smoke": Profile(
