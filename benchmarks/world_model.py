@@ -88,7 +88,7 @@ PROFILES = {
     "cpu": Profile(
         preset="cpu", episodes=240, fresh=80, weak_steps=(100, 200, 400), weak_rollouts=60, demonstrations=60,
         policy_steps=(50, 100, 200, 400, 800, 1600),
-        judge_steps=1000, conditions=200, batch=64, judged=60,
+        judge_steps=3000, conditions=200, batch=64, judged=60,
     ),
     "gpu": Profile(
         preset="gpu", episodes=900, fresh=100, weak_steps=(100, 200, 400), weak_rollouts=200, demonstrations=100,

@@ -1,7 +1,7 @@
 """Does a policy get better inside a world model that it helps to train (WoVR), and what is each part of that worth?
 
     python benchmarks/wovr.py                      # profile cpu: two tasks, resumable
-    python benchmarks/wovr.py --tasks push &       # a second process does another task
+    python benchmarks/wovr.py --tasks push &       # a second process does another task: results/wovr_push.json
     python benchmarks/wovr.py --profile gpu        # one GPU: three training seeds, 400 episodes
     python benchmarks/wovr.py --twin               # afterwards: base and full on the twin over ROS 2, in real time
     python benchmarks/wovr.py --summarize          # only write benchmarks/results/wovr.json from what is finished
@@ -30,7 +30,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -248,10 +248,10 @@ def evaluation_of(name: str, folder: Path, profile: Profile) -> Path:
     return folder / name / "measurements" / policy.get(name, f"policy_{last}") / "real"
 
 
-def summarize(profile: Profile, output: Path, label: str) -> None:
-    """Write the benchmark's JSON from the finished arms."""
+def summarize(profile: Profile, output: Path, result: str, tasks: Iterable[str]) -> None:
+    """Write the benchmark's JSON from the finished arms of some tasks."""
     arms, notes, comparisons, seconds = [], [], {}, 0.0
-    for task in profile.demonstrations:
+    for task in tasks:
         folders = {seed: output / f"{task}-{seed}" for seed in profile.seeds}
         found: dict[str, Outcomes] = {
             name: read_outcomes({seed: evaluation_of(name, folder, profile) for seed, folder in folders.items()})
@@ -294,7 +294,7 @@ def summarize(profile: Profile, output: Path, label: str) -> None:
     # The smaller gain of the tasks is the claim.
     task = min(comparisons, key=lambda one: comparisons[one]["difference"])
     store(
-        "wovr" if label == "cpu" else f"wovr_{label}",
+        result,
         "Does a policy get better inside a world model that it helps to train?",
         f"{task}: real success after co-training", comparisons[task], "base", arms, seconds=seconds,
         seeds=[*profile.seeds, FIRST_EPISODE, TWIN_FIRST_EPISODE], notes=notes,
@@ -330,7 +330,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", choices=known, default="cpu")
     parser.add_argument("--output", type=Path, default=None, help="work folder, resumable")
-    parser.add_argument("--tasks", nargs="*", help="only these")
+    parser.add_argument("--tasks", nargs="*", help="only these, with a result of their own")
     parser.add_argument("--arms", nargs="*", help="only these; 'full' first, the others begin with its stages")
     parser.add_argument("--device", default=None)
     parser.add_argument("--twin", action="store_true", help="only deploy the policies of 'full' and its base")
@@ -355,7 +355,11 @@ def main() -> None:
     if options.profile == "smoke":
         print("the profile smoke measures nothing; no result is written")
         return
-    summarize(profile, output, options.profile)
+    result = "wovr" if options.profile == "cpu" else f"wovr_{options.profile}"
+    chosen = options.tasks or list(profile.demonstrations)
+    if len(chosen) < len(profile.demonstrations):
+        result = "_".join([result, *chosen])
+    summarize(profile, output, result, chosen)
 
 
 if __name__ == "__main__":
