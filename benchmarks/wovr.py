@@ -101,7 +101,7 @@ def profiles() -> dict[str, Profile]:
     shipped, smoke = preset("wovr"), preset("wovr_smoke")
     model, trainer = gpu_world_model()
     cpu = Profile(
-        demonstrations={"pick_place": 15, "push": 30},
+        demonstrations={"pick_place": 15, "push": 15},
         imitation=TrainerConfig(steps=1200, batch_size=32),
         # Half as wide as the default, so that a processor core trains and uses it in minutes.
         policy=DiffusionConfig(vision=VisionConfig(widths=(16, 32, 32)), noise_samples=2),
