@@ -87,7 +87,7 @@ class Profile:
 PROFILES = {
     "cpu": Profile(
         preset="cpu", episodes=240, fresh=80, weak_steps=(100, 200, 400), weak_rollouts=60, demonstrations=60,
-        policy_steps=(50, 100, 200, 400, 800, 1600),
+        policy_steps=(100, 200, 300, 400, 500, 600, 800, 1600),
         judge_steps=3000, conditions=200, batch=64, judged=60,
     ),
     "gpu": Profile(
