@@ -68,10 +68,10 @@ lint: $(READY)
 	  ln -s $(CURDIR)/$$folder build/types/simtoreal/$$folder; done
 	@$(BIN)/mypy
 
-## make benchmark  run the benchmarks and write docs/results.md (a day on two cores, resumable; run make demo first)
+## make benchmark  run the benchmarks and write docs/results.md (a day on two cores, resumable; run make demo and simtoreal demo --full first)
 BENCHMARKS := vector_env rendering image_env window_sampler train_step collection expert control_loop pick_place \
   recorder_kills recorder_latency teleop_latency compatibility_reach2d compatibility_pick_place compatibility_move \
-  diversity trajectory_weighting move world_model wovr rlco rlir
+  diversity trajectory_weighting move world_model wovr rlco rlir demo_full
 benchmark: $(READY)
 	@for name in $(BENCHMARKS); do echo "== $$name"; LP_NUM_THREADS=1 $(BIN)/python benchmarks/$$name.py; done
 	@$(BIN)/python benchmarks/render_results.py

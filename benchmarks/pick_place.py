@@ -25,13 +25,15 @@ EPISODES = 100
 SIMULATION_SEED, TWIN_SEED = 400_000, 500_000
 
 
-def _run(arguments: list[str], folder: Path) -> dict[str, Any]:
+def run(arguments: list[str], folder: Path) -> dict[str, Any]:
+    """Run a command of simtoreal into a folder, and return its results; a finished one is not repeated."""
     subprocess.run([sys.executable, "-m", "simtoreal", *arguments, "--output", str(folder)], check=True)
     content: dict[str, Any] = json.loads((folder / "results.json").read_text())
     return content
 
 
-def _arm(name: str, results: dict[str, Any]) -> dict[str, Any]:
+def arm(name: str, results: dict[str, Any]) -> dict[str, Any]:
+    """Row of the table: a success rate with its interval."""
     return {"name": name, "value": results["success_rate"], "n": results["n"], "interval": results["interval"]}
 
 
@@ -48,14 +50,14 @@ def main() -> None:
             folder = options.output / f"{policy}_{gap}"
             command = ["evaluate", "--policy", str(options.demo / stage), "--episodes", str(EPISODES)]
             command += ["--seed", str(SIMULATION_SEED), "--randomization", gap, "--videos", "0"]
-            arms.append(_arm(f"{policy}, simulation, gap {gap}", _run(command, folder)))
+            arms.append(arm(f"{policy}, simulation, gap {gap}", run(command, folder)))
             folders[policy, gap] = folder
-    twin = _run(
+    twin = run(
         ["deploy", "--policy", str(options.demo / "policy"), "--episodes", str(EPISODES), "--seed", str(TWIN_SEED),
          "--gap", "standard", "--videos", "1", "--no-record"],
         options.output / "twin_standard",
     )  # fmt: skip
-    arms.append(_arm("diffusion, twin over ROS 2, gap standard", twin))
+    arms.append(arm("diffusion, twin over ROS 2, gap standard", twin))
     ours, baseline = (load_evaluation(folders[policy, "none"]).outcomes for policy in ("diffusion", "bc"))
     test = paired_test(ours, baseline)
     headline = {

@@ -1,0 +1,68 @@
+"""What does the full demo take on this machine, and what is each of its steps worth on fresh initial conditions?
+
+    simtoreal demo --full                            # demonstrations, filter, policy, co-training, the twin
+    python benchmarks/demo_full.py                   # minutes; resumable
+
+The policy before co-training, after imitating what really succeeded, and after reinforcement in imagination, on the
+same initial conditions of the simulation, which neither the demo nor any setting has seen. The twin's episodes and all
+times are those of the demo itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+from cotraining_study import compare
+from interleaved import write_benchmark
+from pick_place import arm, run
+
+from simtoreal.evaluation.results import load_evaluation
+
+EPISODES, FRESH_SEED = 200, 9_000_000
+POLICIES = {"before": "policy", "imitation of successes": "cotrain/imitation", "and imagination": "cotrain/policy"}
+
+
+def main() -> None:
+    """Run and store the measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--demo", type=Path, default=Path("outputs/demo_full"), help="folder of a finished full demo")
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_demo_full"))
+    options = parser.parse_args()
+    begin = time.perf_counter()
+    demo = json.loads((options.demo / "results.json").read_text())
+    arms, outcomes = [], {}
+    for name, policy in POLICIES.items():
+        folder = options.output / policy.replace("/", "_")
+        command = ["evaluate", "--policy", str(options.demo / policy), "--task", demo["task"], "--videos", "0"]
+        results = run([*command, "--episodes", str(EPISODES), "--seed", str(FRESH_SEED)], folder)
+        arms.append(arm(f"simulation, fresh conditions: {name}", results))
+        outcomes[name] = load_evaluation(folder).outcomes
+    arms += [arm(f"twin over ROS 2: {moment}", demo[f"robot_{moment}"]) for moment in ("before", "after")]
+    first, imitation, last = ({0: one} for one in outcomes.values())
+    headline = {
+        "metric": f"{demo['task']}: success after the full demo", "baseline_name": "its policy before co-training",
+        **compare(last, first),
+    }  # fmt: skip
+    versus = compare(last, imitation)
+    low, high = versus["interval"]
+    stages = ", ".join(f"{name} {seconds:.0f}" for name, seconds in demo["stages"].items())
+    write_benchmark(
+        "demo_full",
+        "What does `simtoreal demo --full` take, and what is each of its steps worth on fresh initial conditions?",
+        headline,
+        arms,
+        seconds=time.perf_counter() - begin,
+        seeds=[*demo["provenance"]["seeds"], FRESH_SEED],
+        notes=(
+            f"Profile {demo['profile']}: {demo['seconds'] / 60:.1f} min at commit {demo['provenance']['commit'][:12]} "
+            f"(seconds: {stages}). Imagination against imitation alone: {100 * versus['difference']:+.1f} points "
+            f"[{100 * low:+.1f}, {100 * high:+.1f}], p = {versus['p_value']:.2g}. One training seed."
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()
