@@ -22,6 +22,7 @@ from toy_reaching import small_vision
 
 import simtoreal.configs
 from simtoreal import cli
+from simtoreal.commands import cotrain
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.expert import ScriptedExpert
 from simtoreal.data_collection.rollouts import record_rollouts
@@ -404,6 +405,23 @@ def test_what_does_not_fit_is_refused_before_anything_is_done(finished, data, po
     flags = ["cotrain", "--config", "wovr", "--output", str(output), "--demonstrations", str(data)]
     with pytest.raises(ConfigError, match="--policy is missing"):
         cli.run(flags)
+
+
+def test_a_policy_that_got_worse_is_not_recommended(tmp_path):
+    (tmp_path / "imitation").mkdir()
+    config = cotrain.Config(output=tmp_path, demonstrations=(Path("data"),), policy=Path("base"))
+    points = [("base", 96), ("imitation", 98), ("policy_0", 77)]
+    results = {
+        "comparison": {"difference_interval": [-0.18, -0.02]},
+        "measurements": [
+            {"policy": name, "real": {"success_rate": count / 200, "successes": count, "n": 200}}
+            for name, count in points
+        ],
+    }
+    text = cotrain.advice(results, config)
+    assert f"'imitation': {tmp_path / 'imitation'} (49 %" in text
+    assert cotrain.advice({**results, "comparison": {"difference_interval": [-0.08, 0.02]}}, config) == ""
+    assert cotrain.advice({**results, "comparison": None}, config) == ""
 
 
 @pytest.mark.parametrize("name", ["wovr", "wovr_smoke", "rlco"])

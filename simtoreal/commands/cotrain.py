@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -111,6 +112,31 @@ def main(config: Config) -> None:
         f"{config.output / results['policy']}",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+
+    if text := advice(results, config):
+        console.print(text, highlight=False, soft_wrap=True)
+
+
+def advice(results: Mapping[str, Any], config: Config) -> str:
+    """Say which policy to use when the last one is really worse than the first one; nothing otherwise.
+
+    Args:
+        results: content of the run's ``results.json``.
+        config: of the run.
+    """
+    from simtoreal.evaluation.statistics import format_rate
+
+    pair = results["comparison"]
+    if pair is None or pair["difference_interval"][1] >= 0:
+        return ""
+    best = max(results["measurements"], key=lambda point: float(point["real"]["success_rate"]))
+    imitation = config.output / "imitation"
+    place = f": {imitation}" if best["policy"] == "imitation" and imitation.is_dir() else ""
+    return (
+        f"This run made the policy worse. The best one that was measured is '{best['policy']}'{place} "
+        f"({format_rate(best['real']['successes'], best['real']['n'])}). How imagined and real success parted, and "
+        "what to do about it: docs/world-models.md, 'Reading the hallucination'"
+    )
 
 
 def _cotraining(config: Config, console: Console) -> Any:
