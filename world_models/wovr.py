@@ -230,6 +230,12 @@ class Wovr:
                 self.config.world_model, dataclasses.replace(trainer, seed=trainer.seed + self.seed + turn),
                 self._episodes(turn), run, initial=initial, resume=True, device=self.device, progress=self.progress,
             )  # fmt: skip
+            found = {name: f"{value:.0f}" for name, value in result.metrics.items()}
+            self.notify(
+                f"of real episodes that were held out, it calls {found['classifier_false_positives']} of "
+                f"{found['classifier_failures']} failures a success, and misses "
+                f"{found['classifier_false_negatives']} of {found['classifier_successes']} successes"
+            )
             return {"metrics": result.metrics, "training_seconds": result.seconds}
 
         new = "training a world model" if initial is None else "training the world model on"
