@@ -408,7 +408,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_done(finished, data, po
 
 
 def test_a_policy_that_got_worse_is_not_recommended(tmp_path):
-    (tmp_path / "imitation").mkdir()
     config = cotrain.Config(output=tmp_path, demonstrations=(Path("data"),), policy=Path("base"))
     points = [("base", 96), ("imitation", 98), ("policy_0", 77)]
     results = {
@@ -419,7 +418,7 @@ def test_a_policy_that_got_worse_is_not_recommended(tmp_path):
         ],
     }
     text = cotrain.advice(results, config)
-    assert f"'imitation': {tmp_path / 'imitation'} (49 %" in text
+    assert f"'imitation' in {tmp_path / 'imitation'} (49 %" in text
     assert cotrain.advice({**results, "comparison": {"difference_interval": [-0.08, 0.02]}}, config) == ""
     assert cotrain.advice({**results, "comparison": None}, config) == ""
 

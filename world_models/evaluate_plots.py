@@ -55,7 +55,8 @@ def validity_plot(policies: Mapping[str, Any]) -> Figure:
         color = COLORS[index % len(COLORS)]
         ax.plot([left, right], [y, y], color=color, linewidth=1.2)
         ax.plot([x, x], [low, high], color=color, linewidth=1.2)
-        ax.plot([x], [y], "o", color=color, markersize=6, label=row["label"])
+        # Beyond the colours there are, another shape.
+        ax.plot([x], [y], "os^"[index // len(COLORS) % 3], color=color, markersize=6, label=row["label"])
     ax.set_xlim(-2, 102)
     ax.set_ylim(-2, 102)
     ax.set_xlabel("success in the simulator [%]", fontsize=9, color=TEXT_COLOR)

@@ -231,8 +231,9 @@ class Wovr:
                 self._episodes(turn), run, initial=initial, resume=True, device=self.device, progress=self.progress,
             )  # fmt: skip
             found = {name: f"{value:.0f}" for name, value in result.metrics.items()}
+            which = "that it learned from" if result.metrics["classifier_judged_on_training"] else "that were held out"
             self.notify(
-                f"of real episodes that were held out, it calls {found['classifier_false_positives']} of "
+                f"of real episodes {which}, it calls {found['classifier_false_positives']} of "
                 f"{found['classifier_failures']} failures a success, and misses "
                 f"{found['classifier_false_negatives']} of {found['classifier_successes']} successes"
             )

@@ -130,12 +130,12 @@ def advice(results: Mapping[str, Any], config: Config) -> str:
     if pair is None or pair["difference_interval"][1] >= 0:
         return ""
     best = max(results["measurements"], key=lambda point: float(point["real"]["success_rate"]))
-    imitation = config.output / "imitation"
-    place = f": {imitation}" if best["policy"] == "imitation" and imitation.is_dir() else ""
+    place = {"base": config.policy, "imitation": config.output / "imitation"}.get(best["policy"])
+    rate = format_rate(best["real"]["successes"], best["real"]["n"])
     return (
-        f"This run made the policy worse. The best one that was measured is '{best['policy']}'{place} "
-        f"({format_rate(best['real']['successes'], best['real']['n'])}). How imagined and real success parted, and "
-        "what to do about it: docs/world-models.md, 'Reading the hallucination'"
+        f"This run made the policy worse. The best one measured is '{best['policy']}' in {place or config.output} "
+        f"({rate}). How imagined and real success parted, and what to do about it: docs/world-models.md, 'Reading the "
+        "hallucination'"
     )
 
 
