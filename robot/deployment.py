@@ -263,24 +263,39 @@ def control_results(
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn SIGTERM into ``KeyboardInterrupt`` like Ctrl-C; restores the handlers afterwards."""
+    """Turn the first SIGINT (Ctrl-C) or SIGTERM into ``KeyboardInterrupt`` and ignore all that follow.
+
+    A second Ctrl-C would otherwise skip the controlled stop, wherever it arrives: while the first is still on its way
+    up, or when the interpreter is already ending. Without an interruption the handlers are restored; after one the
+    process stays deaf, because it is about to end.
+    """
+    interrupted = False
 
     def interrupt(number: int, frame: Any) -> None:
+        nonlocal interrupted
+        interrupted = True
+        for each in previous:
+            signal.signal(each, signal.SIG_IGN)
         raise KeyboardInterrupt
 
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.getsignal(number) for number in numbers}
+    for number in numbers:
+        signal.signal(number, interrupt)
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        if not interrupted:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def deaf_to_signals() -> Iterator[Callable[[], None]]:
-    """Yield a function after whose call further signals are ignored until the context ends.
+    """Yield a function after whose call signals are ignored until the context ends.
 
-    Called first when a deployment is left, so that a second Ctrl-C does not skip the controlled stop.
+    Called first when a deployment is left, so that a Ctrl-C just after its last episode does not skip the controlled
+    stop either.
     """
     previous: dict[int, Any] = {}
 
