@@ -1,6 +1,6 @@
 """Do policies keep the ways to do a task that their demonstrations show? D3IL's avoid and align, from state.
 
-    python benchmarks/diversity.py            # resumable; about an hour and a half on one core
+    python benchmarks/diversity.py            # resumable; a bit more than an hour per training seed on one core
     python benchmarks/diversity.py --tasks avoid --policies bc_l2 unet --seeds 1
 
 Behaviour cloning with the absolute and the squared error, and diffusion with both denoisers, learn from the same
@@ -39,11 +39,11 @@ DRAWS = 1000
 # otherwise.
 TASKS: dict[str, dict[str, Any]] = {
     "avoid": {
-        "episodes": 240, "contexts": 20, "rollouts": 24, "keys": ("proprio",), "execute_steps": 16, "steps": 8000,
+        "episodes": 240, "contexts": 20, "rollouts": 24, "keys": ("proprio",), "execute_steps": 16, "steps": 24000,
     },
     "align": {
         "episodes": 200, "contexts": 60, "rollouts": 8, "keys": ("proprio", "object_state"), "execute_steps": 8,
-        "steps": 3000,
+        "steps": 9000,
     },
 }  # fmt: skip
 POLICIES = {
