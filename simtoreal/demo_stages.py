@@ -121,13 +121,8 @@ FULL_PROFILES = {
             *("--config", "{presets}/policies/diffusion_cpu.yaml", "--steps", "1500"),
             *("--trainer.batch-size", "32", "--diffusion.vision.widths", "16", "32", "32"),
         ),
-        # A careful operator takes three seconds and a half, and who imitates one about as long. Time is short: one stay
-        # in imagination, in a model of as many episodes as its training can use.
-        cotrain_flags=(
-            *("--config", "{presets}/cotrain/wovr.yaml", "--reinforcement.max-chunks", "16"),
-            *("--wovr.imitation-rollouts", "200", "--wovr.imitation.steps", "1500", "--wovr.rollouts", "600"),
-            *("--wovr.refreshes", "0", "--wovr.world-model-trainer.dynamics.steps", "2000"),
-        ),
+        # Time is short: one stay in imagination.
+        cotrain_flags=("--config", "{presets}/cotrain/wovr.yaml", "--wovr.refreshes", "0"),
         robot_episodes=25,
     ),
     # The small policy: imagination needs thousands of its rollouts.
