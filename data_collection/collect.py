@@ -31,6 +31,10 @@ from simtoreal.envs.scene_motion import SceneMotion
 _PATIENCE_TRIES, _HOPELESS_RATE = 64, 0.05
 
 
+# Pixels. Beyond, a frame of a few simulations no longer fits into memory.
+LARGEST_IMAGE = 2048
+
+
 @dataclass(frozen=True, kw_only=True)
 class CollectionPlan:
     """What to collect. All but ``workers`` and ``num_envs`` decides which episodes result.
@@ -73,6 +77,10 @@ class CollectionPlan:
             raise ConfigError("a collection ends after a number of episodes or of steps: give one of the two.")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; expected at least 0.")
+        if self.image_size > LARGEST_IMAGE:
+            raise ConfigError(f"image_size is {self.image_size}; expected at most {LARGEST_IMAGE}.")
+        if not self.cameras or len(set(self.cameras)) < len(self.cameras):
+            raise ConfigError(f"cameras are {', '.join(self.cameras) or 'none'}; expected one or more distinct names.")
 
     @property
     def first_seed(self) -> int:

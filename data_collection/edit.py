@@ -131,6 +131,8 @@ def merge(sources: Sequence[str | Path], output: str | Path) -> Derivation:
     """
     if not sources:
         raise ConfigError("merge needs at least one dataset.")
+    if len({Path(source).resolve() for source in sources}) < len(sources):
+        raise ConfigError("merge was given the same dataset twice; its episodes would count twice.")
     datasets = [Dataset.open(source) for source in sources]
     first = datasets[0]
     for other in datasets[1:]:

@@ -14,6 +14,10 @@ from typing import Any
 from simtoreal.envs.errors import SimtorealError
 
 DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What another place or other permissions would cure.
+UNUSABLE_ERRNOS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG,
+)  # fmt: skip
 
 
 def fsync_folder(folder: Path) -> None:
@@ -29,7 +33,11 @@ def fsync_folder(folder: Path) -> None:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it replaces ``path`` durably, on error it is removed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        error.filename = str(path)  # what the user knows
+        raise
     os.close(descriptor)
     temporary = Path(name)
     try:
@@ -68,9 +76,18 @@ def explained_disk_errors(path: Path, kind: type[SimtorealError], safe: str) -> 
     try:
         yield
     except OSError as error:
-        full = error.errno in DISK_FULL_ERRNOS
-        reason = "the disk is full (or a quota or file-size limit was reached)" if full else "writing failed"
-        raise kind(f"{path}: {reason}: {error}. {safe}") from error
+        if error.errno in UNUSABLE_ERRNOS:
+            raise kind(describe_disk_error(error, path)) from error
+        raise kind(f"{describe_disk_error(error, path)} {safe}") from error
+
+
+def describe_disk_error(error: OSError, path: Path | str) -> str:
+    """Return what is wrong with ``path`` for the user, in whole sentences."""
+    if error.errno in DISK_FULL_ERRNOS:
+        return f"{path}: the disk is full (or a quota or file-size limit was reached): {error}."
+    if error.errno in UNUSABLE_ERRNOS:
+        return f"{path}: cannot be written ({error.strerror}). Choose another place, or change what is in the way."
+    return f"{path}: writing failed: {error}."
 
 
 def write_json(path: Path, content: Any) -> None:

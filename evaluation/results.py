@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from simtoreal.envs.errors import SimtorealError
+from simtoreal.data_collection.dataset import META
+from simtoreal.envs.errors import ConfigError, SimtorealError
 from simtoreal.envs.files import append_whole, explained_disk_errors
 from simtoreal.envs.rollout import EpisodeResult
 from simtoreal.evaluation.statistics import graded_posterior, posterior_interval
@@ -30,6 +31,34 @@ RESULTS_FILE = "results.json"
 
 class EvaluationError(SimtorealError):
     """An evaluation folder is missing, damaged, or does not fit what is asked of it."""
+
+
+def require_own_folder(folder: Path, entry: str) -> None:
+    """Refuse to write into a dataset, or over the results of another command. Call it before anything that takes long.
+
+    Args:
+        folder: output folder of a command, which may not exist yet.
+        entry: of this command's ``results.json``; no other command's has it.
+
+    Raises:
+        ConfigError: the folder is no folder, cannot be written to, or holds something else.
+    """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"{existing} is a file, and {folder} is to be a folder; choose another one")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise ConfigError(f"{existing} cannot be written to; choose another folder, or change its permissions")
+    if (folder / META).is_file():
+        raise ConfigError(f"{folder} is a dataset; choose another folder for the results")
+    path = folder / RESULTS_FILE
+    if not path.is_file():
+        return
+    try:
+        own = entry in json.loads(path.read_text())
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}); choose another folder") from error
+    if not own:
+        raise ConfigError(f"{folder} holds the results of another command; choose another folder")
 
 
 def failure_tag(result: EpisodeResult) -> str:

@@ -198,6 +198,18 @@ def complete_checkpoints(run: Path) -> list[Path]:
     return sorted((path for path in parent.glob("[0-9]*") if path.is_dir()), key=lambda path: int(path.name))
 
 
+def checkpoints_to_continue(run: Path, resume: bool) -> list[Path]:
+    """Return the checkpoints that a training in ``run`` continues from, oldest first; none if it begins.
+
+    Raises:
+        ConfigError: there are some, and they are not to be continued.
+    """
+    found = complete_checkpoints(run)
+    if found and not resume:
+        raise ConfigError(f"{run} already holds a training; add --resume to continue it, or choose another folder")
+    return found
+
+
 def clear_leftovers(run: Path) -> None:
     """Remove temporary folders of a run that was killed while it wrote a checkpoint."""
     for path in (run / CHECKPOINTS).glob(".*.tmp"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -124,6 +124,29 @@ def scale_actions(actions: np.ndarray, statistics: Statistics | None) -> np.ndar
         centre, half = (statistics.high + statistics.low) / 2, (statistics.high - statistics.low) / 2
         actions = (actions - centre) / half
     return np.clip(actions, -1.0, 1.0).astype(np.float32)
+
+
+def require_same_task(base: Dataset, tasks: Iterable[str], name: str) -> None:
+    """Refuse to compare demonstrations of different tasks.
+
+    Args:
+        base: base data.
+        tasks: names of the tasks of what is compared with them.
+        name: of what is compared, for the message.
+
+    Raises:
+        DatasetError: the base data are of several tasks, or not of these.
+    """
+    known = set(base.tasks)
+    if len(known) != 1:
+        raise DatasetError(
+            f"{base.path}: holds several tasks ({', '.join(sorted(known))}); what fits can be told for one task only. "
+            "Give base data of one task."
+        )
+    if other := set(tasks) - known:
+        raise DatasetError(
+            f"{name}: is of task {', '.join(sorted(other))}, and the base data {base.path} of {', '.join(known)}"
+        )
 
 
 def base_episodes(dataset: Dataset) -> list[EpisodeInfo]:

@@ -38,6 +38,22 @@ class Processes:
             torch.distributed.barrier()
 
 
+def choose_device(name: str | None) -> torch.device:
+    """Return a torch device (``cpu``, ``cuda``, ``cuda:1``); None picks a GPU if there is one.
+
+    Raises:
+        ConfigError: the device does not exist.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(f"device '{name}' is not a torch device (cpu, cuda, cuda:1): {error}") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device '{name}' was asked for, but torch {torch.__version__} finds no GPU here; use cpu")
+    return chosen
+
+
 @contextmanager
 def joined_processes(device: str | None = None) -> Iterator[Processes]:
     """Join the processes started by ``torchrun`` (gloo on CPUs, nccl on GPUs), or be the only one.
@@ -49,13 +65,7 @@ def joined_processes(device: str | None = None) -> Iterator[Processes]:
         ConfigError: the device does not exist.
     """
     world, local = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device '{name}' is not a torch device (cpu, cuda, cuda:1): {error}") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device '{name}' was asked for, but torch {torch.__version__} finds no GPU here; use cpu")
+    chosen = choose_device(device)
     if world == 1:
         yield Processes(0, 1, chosen)
         return

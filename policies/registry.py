@@ -13,11 +13,12 @@ if TYPE_CHECKING:
 
 ENTRY_POINT_GROUP = "simtoreal.policies"
 
-# A family (``robomimic``) serves every type that begins with its name and a slash (``robomimic/bc_rnn``).
+# An announced family (``acme``) serves every type that begins with its name and a slash (``acme/transformer``).
 BUILTIN = {
     "bc": "simtoreal.policies.bc:BCPolicy",
     "diffusion": "simtoreal.policies.diffusion:DiffusionPolicy",
-    "robomimic": "simtoreal.policies.robomimic:RobomimicPolicy",
+    "robomimic/bc": "simtoreal.policies.robomimic:RobomimicBCPolicy",
+    "robomimic/bc_rnn": "simtoreal.policies.robomimic:RobomimicPolicy",
 }
 
 

@@ -68,6 +68,18 @@ class RobomimicConfig(PolicyConfig):
         return self.type == "robomimic/bc_rnn"
 
 
+@dataclass(frozen=True, kw_only=True)
+class RobomimicBCConfig(RobomimicConfig):
+    """The same for ``robomimic/bc``, which knows no chunks."""
+
+    type: Literal["robomimic/bc"] = "robomimic/bc"
+    """Regression of one action."""
+    horizon: int = 1
+    """Actions predicted at once; always 1."""
+    execute_steps: int = 1
+    """Always 1."""
+
+
 def import_robomimic() -> None:
     """Import robomimic, working around what breaks it in a current environment.
 
@@ -154,6 +166,12 @@ class RobomimicPolicy(Policy):
             self._shared.repeats = actions.shape[1]
         prepared: dict[str, Any] = self._algo.process_batch_for_training({"obs": inputs, "actions": actions})
         return prepared
+
+
+class RobomimicBCPolicy(RobomimicPolicy):
+    """``robomimic/bc``, with settings that fit it."""
+
+    config_type: ClassVar[type[PolicyConfig]] = RobomimicBCConfig
 
 
 class _EncodeOnce(nn.Module):

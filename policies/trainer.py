@@ -163,11 +163,7 @@ class Training:
         self.progress = progress and processes.first
         self.fingerprint = data.fingerprint()
         self.step, self.seconds, self.validation_error = 0, 0.0, None
-        found = checkpoints.complete_checkpoints(output)
-        if found and not resume:
-            raise ConfigError(
-                f"{output} already holds a training; add --resume to continue it, or choose another folder"
-            )
+        found = checkpoints.checkpoints_to_continue(output, resume)
         device = processes.device
         self.precision = choose_precision(config.precision, device)
         seed_everything(config.seed, 0)

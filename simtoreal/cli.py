@@ -152,7 +152,7 @@ def _read_flags(verb: str, module: Any, arguments: list[str]) -> Any:
         for field in dataclasses.fields(module.Config):
             object.__setattr__(defaults, field.name, given.get(field.name, _field_default(field, tyro.MISSING)))
         options["default"] = defaults
-    return tyro.cli(
+    config = tyro.cli(
         module.Config,
         prog=f"simtoreal {verb}",
         description=module.__doc__,
@@ -160,6 +160,8 @@ def _read_flags(verb: str, module: Any, arguments: list[str]) -> Any:
         config=(tyro.conf.AvoidSubcommands,),
         **options,
     )
+    _require_finite(config, "")
+    return config
 
 
 def _field_default(field: dataclasses.Field[Any], required: Any) -> Any:
@@ -193,6 +195,38 @@ def run(arguments: Sequence[str]) -> None:
     module.main(_read_flags(verb, module, rest))
 
 
+def _explain(error: Exception) -> str:
+    """Return the message for the user; an error that nobody foresaw is raised again, with its traceback."""
+    from simtoreal.envs.errors import SimtorealError
+    from simtoreal.envs.files import DISK_FULL_ERRNOS, UNUSABLE_ERRNOS, describe_disk_error
+
+    if isinstance(error, SimtorealError):
+        return f"{type(error).__name__}: {error}"
+    if isinstance(error, OSError) and error.filename and error.errno in (*DISK_FULL_ERRNOS, *UNUSABLE_ERRNOS):
+        return describe_disk_error(error, os.fsdecode(error.filename))
+    raise error
+
+
+def _require_finite(value: Any, name: str) -> None:
+    """Refuse NaN and infinity anywhere in the flags: no flag means anything by them, and ``nan <= 0`` is false."""
+    import math
+
+    from simtoreal.envs.errors import ConfigError
+
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected a finite number")
+    if dataclasses.is_dataclass(value):
+        inner = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
+    elif isinstance(value, dict):
+        inner = list(value.items())
+    elif isinstance(value, (tuple, list)):
+        inner = [("", item) for item in value]
+    else:
+        return
+    for key, item in inner:
+        _require_finite(item, ".".join(filter(None, (name, str(key)))))
+
+
 def main() -> None:
     """Console entry point: exit status 0 on success, 2 on a user's error, 130 when interrupted."""
     try:
@@ -206,9 +240,5 @@ def main() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(EXIT_FAILURE) from None
     except Exception as error:
-        from simtoreal.envs.errors import SimtorealError
-
-        if not isinstance(error, SimtorealError):
-            raise
-        print(f"simtoreal: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"simtoreal: {_explain(error)}", file=sys.stderr)
         raise SystemExit(EXIT_FAILURE) from None

@@ -50,6 +50,9 @@ def main(config: Config) -> None:
         raise DatasetError("episodes/000001.hdf5 is truncated")
     if config.task == "interrupted":
         raise KeyboardInterrupt
+    if config.output is not None:
+        from simtoreal.envs.files import write_json
+        write_json(config.output / "results.json", {})
 '''
 
 
@@ -171,6 +174,26 @@ def test_interrupt_has_its_own_status(probe, monkeypatch, capsys):
     assert exit_status(monkeypatch, "probe", "--task", "interrupted") == 130
 
 
+def test_a_place_that_cannot_be_written_to_is_explained(probe, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("")
+    for place in (tmp_path / "file", tmp_path / "file" / "below"):
+        status = exit_status(monkeypatch, "probe", "--task", "push", "--output", str(place))
+        message = capsys.readouterr().err
+        assert status == 2
+        assert "cannot be written" in message
+        assert str(tmp_path / "file") in message
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_flags_must_be_finite(probe, monkeypatch, capsys, tmp_path, value):
+    assert exit_status(monkeypatch, "probe", "--task", "push", "--optimiser.learning-rate", value) == 2
+    assert f"--optimiser.learning-rate is {value}; expected a finite number" in capsys.readouterr().err
+    preset = tmp_path / "preset.yaml"
+    preset.write_text(f"optimiser: {{learning_rate: {value.replace('nan', '.nan').replace('inf', '.inf')}}}\n")
+    assert exit_status(monkeypatch, "probe", "--task", "push", "--config", str(preset)) == 2
+    assert "finite" in capsys.readouterr().err
+
+
 def test_unknown_verb_names_the_closest(probe, monkeypatch, capsys):
     assert exit_status(monkeypatch, "prob") == 2
     assert "Did you mean 'probe'?" in capsys.readouterr().err
@@ -262,7 +285,9 @@ def test_list_shows_what_other_commands_accept(capsys):
     cli.run(["list", "robots"])
     assert "panda_ros2" in capsys.readouterr().out
     cli.run(["list", "policies"])
-    assert "diffusion" in capsys.readouterr().out
+    listed = capsys.readouterr().out
+    assert "diffusion" in listed
+    assert "robomimic/bc_rnn" in listed
 
 
 def test_view_writes_a_picture_of_initial_conditions(tmp_path, capsys):

@@ -89,6 +89,12 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
     collect(make_plan(tmp_path, episodes=2, workers=1), setup=point_world.setup)
     with pytest.raises(ConfigError, match="seed: 0 != 1"):
         collect(make_plan(tmp_path, episodes=2, seed=1), setup=point_world.setup)
+    with pytest.raises(ConfigError, match="expected one or more distinct names"):
+        make_plan(tmp_path, cameras=("front", "front"))
+    with pytest.raises(ConfigError, match="cameras are none"):
+        make_plan(tmp_path, cameras=())
+    with pytest.raises(ConfigError, match="expected at most 2048"):
+        make_plan(tmp_path, image_size=100_000)
     with pytest.raises(ConfigError, match="episodes is 0"):
         make_plan(tmp_path, episodes=0)
 

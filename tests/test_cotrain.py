@@ -24,6 +24,7 @@ import simtoreal.configs
 from simtoreal import cli
 from simtoreal.commands import cotrain
 from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.edit import merge
 from simtoreal.data_collection.expert import ScriptedExpert
 from simtoreal.data_collection.rollouts import record_rollouts
 from simtoreal.demo_report import measured_folders
@@ -421,6 +422,18 @@ def test_a_policy_that_got_worse_is_not_recommended(tmp_path):
     assert f"'imitation' in {tmp_path / 'imitation'} (49 %" in text
     assert cotrain.advice({**results, "comparison": {"difference_interval": [-0.08, 0.02]}}, config) == ""
     assert cotrain.advice({**results, "comparison": None}, config) == ""
+
+
+def test_the_policy_must_be_of_the_task_that_is_demonstrated(data, policy, tmp_path):
+    other = tmp_path / "other"
+    merge([data], other)
+    meta = json.loads((other / "meta.json").read_text())
+    meta["tasks"] = {"weld": {**meta["tasks"]["reach"], "name": "weld"}}
+    (other / "meta.json").write_text(json.dumps(meta))
+    command = ["cotrain", "--config", "wovr_smoke", "--policy", str(policy), "--output", str(tmp_path / "out")]
+    with pytest.raises(ConfigError, match="learned task 'reach', and the demonstrations .* show 'weld'"):
+        cli.run([*command, "--demonstrations", str(other)])
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["wovr", "wovr_smoke", "rlco"])

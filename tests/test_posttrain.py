@@ -22,7 +22,7 @@ from simtoreal.policies.inverse_dynamics_data import open_frame_pairs
 from simtoreal.policies.trainer import train
 from simtoreal.world_models.checkpoint import load_world_model
 from simtoreal.world_models.clips import real_clips
-from simtoreal.world_models.inverse_reward import InverseReward
+from simtoreal.world_models.inverse_reward import InverseReward, require_whole_pairs
 from simtoreal.world_models.learned_episodes import unseen
 from simtoreal.world_models.posttrain import posttrain
 from simtoreal.world_models.posttrain_config import PosttrainConfig
@@ -131,7 +131,7 @@ def test_the_reward_is_highest_for_the_commanded_action(runs, data, inverse):
     # One of six dimensions is off by one standard deviation; the sign of the gripper is wrong.
     assert values.tolist() == pytest.approx([1.0, 0.8 * np.exp(-1 / 6) + 0.2, 0.8], abs=1e-5)
     with pytest.raises(ConfigError, match="multiple of 4"):
-        reward.require_steps(6)
+        require_whole_pairs(reward.model, 6)
 
 
 def test_gradients_flow_from_the_reward_into_the_pictures(runs, data, inverse):
@@ -152,9 +152,6 @@ class Bright:
 
     def __init__(self, reward: InverseReward) -> None:
         self.model, self.deviation = reward.model, reward.deviation
-
-    def require_steps(self, steps: int) -> None:
-        pass
 
     def __call__(self, images: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
         return images[:, 1:].mean((1, 2, 3, 4, 5)) / 255
@@ -248,6 +245,9 @@ def test_hacking_is_noticed():
     everybody = judge_change(before, moved(scores(0.5, 0.4, 0.01)))
     assert not everybody["reward_hacking"]
     assert everybody["verdict"] == "better by held_out_reward, tcp_error_m"
+    few = {name: value[:4] for name, value in before.items()}
+    raised = {name: value + 0.1 for name, value in few.items()}
+    assert {row["verdict"] for row in judge_change(few, raised)["measures"].values()} == {"not distinguishable"}
     nothing = judge_change(before, moved(before))
     assert not nothing["reward_hacking"]
     assert "no judge" in nothing["verdict"]

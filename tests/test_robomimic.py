@@ -20,7 +20,7 @@ from simtoreal.envs.rollout import rollout
 from simtoreal.policies.actor import PolicyActor
 from simtoreal.policies.checkpoint import load_policy
 from simtoreal.policies.config import TrainerConfig
-from simtoreal.policies.robomimic import RobomimicConfig, RobomimicPolicy
+from simtoreal.policies.robomimic import RobomimicBCConfig, RobomimicConfig, RobomimicPolicy
 from simtoreal.policies.trainer import train
 from simtoreal.policies.training_data import TrainingData, open_training_data, to_tensors
 
@@ -42,7 +42,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_config(kind: str, **changes: object) -> RobomimicConfig:
     chunk = {"horizon": 4, "execute_steps": 1} if "rnn" in kind else {"horizon": 1, "execute_steps": 1}
     content = {"type": f"robomimic/{kind}", "image_keys": (), "hidden": 48, "layers": (64, 64), **chunk}
-    return RobomimicConfig(**{**content, **changes})
+    return (RobomimicBCConfig if kind == "bc" else RobomimicConfig)(**{**content, **changes})
 
 
 def make_policy(config: RobomimicConfig, data: TrainingData, seed: int = 0) -> RobomimicPolicy:
@@ -121,6 +121,21 @@ def test_settings_that_robomimic_cannot_do_are_refused() -> None:
         make_config("bc_rnn", observation_steps=2)
     with pytest.raises(ValueError, match="horizon is 8"):
         make_config("bc", horizon=8)
+
+
+def test_both_types_have_settings_that_fit_them() -> None:
+    from simtoreal import cli
+    from simtoreal.commands import train as command
+
+    for name, chunk in (("robomimic/bc", (1, 1)), ("robomimic/bc_rnn", (10, 5))):
+        read = command.policy_config(
+            cli._read_flags("train", command, ["--data", "d", "--output", "o", "--policy", name])
+        )
+        assert (read.type, read.horizon, read.execute_steps) == (name, *chunk)
+    with pytest.raises(ConfigError, match="unknown policy type 'robomimic'. Did you mean 'robomimic/bc'"):
+        command.policy_config(
+            cli._read_flags("train", command, ["--data", "d", "--output", "o", "--policy", "robomimic"])
+        )
 
 
 def test_settings_on_the_command_line_may_be_lists(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 import toy_reaching as toy
 
+from simtoreal import cli
 from simtoreal.envs.errors import ConfigError, DatasetError, SimtorealError
 from simtoreal.policies import trainer as trainer_module
 from simtoreal.policies.averaging import WeightAverage, average_decay
@@ -351,6 +352,29 @@ def test_the_command_trains_on_a_collected_dataset(dataset, tmp_path, capsys):
     env = make_vector_env("reach", 2, image_size=32)
     results = rollout(env, PolicyActor(loaded.policy), [1, 2, 3])
     assert [result.seed for result in results] == [1, 2, 3]
+
+
+def test_the_command_writes_over_nothing_else(dataset, tmp_path):
+    from simtoreal.commands.train import Config, main
+
+    before = sorted(dataset.rglob("*"))
+    with pytest.raises(ConfigError, match="is a dataset; choose another folder"):
+        main(Config(data=dataset, output=dataset, policy="bc"))
+    assert sorted(dataset.rglob("*")) == before
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "results.json").write_text('{"success_rate": 1}')
+    with pytest.raises(ConfigError, match="results of another command"):
+        main(Config(data=dataset, output=tmp_path / "evaluation", policy="bc"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file"):
+        main(Config(data=dataset, output=tmp_path / "file" / "run", policy="bc"))
+
+
+def test_shipped_presets_are_known_by_name(dataset, tmp_path):
+    from simtoreal.commands import train as command
+
+    read = cli._read_flags("train", command, ["--config", "bc_cpu", "--data", str(dataset), "--output", "run"])
+    assert read.policy == "bc"
 
 
 def test_data_without_the_cameras_of_the_policy_are_refused(dataset):

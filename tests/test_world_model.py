@@ -23,7 +23,7 @@ from simtoreal.envs.panda import panda_embodiment
 from simtoreal.policies import checkpoint as folders
 from simtoreal.policies.training_log import read_metrics
 from simtoreal.world_models import world_model
-from simtoreal.world_models.checkpoint import load_world_model
+from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model
 from simtoreal.world_models.classifier import SuccessClassifier, calibrate_threshold, shows_success
 from simtoreal.world_models.config import (
     ClassifierConfig,
@@ -33,7 +33,7 @@ from simtoreal.world_models.config import (
     WorldModelConfig,
 )
 from simtoreal.world_models.latent_video import Window
-from simtoreal.world_models.learned_episodes import describe_episodes, learned_seeds, unseen
+from simtoreal.world_models.learned_episodes import describe_episodes, fresh_episodes, learned_seeds, unseen
 from simtoreal.world_models.pixel_weights import PixelWeights
 from simtoreal.world_models.stages import evenly_chosen
 from simtoreal.world_models.state import Imagination
@@ -129,6 +129,20 @@ def test_what_any_training_learned_from_stays_known(tmp_path, monkeypatch):
     assert unseen(second, ["a/0", "a/1", "b/0", "c/0", "d/0", "d/1"], [0, 1, 7, 9, 7, 8]).tolist() == [
         False, True, False, True, False, True,
     ]  # fmt: skip
+
+
+def test_the_same_seed_of_another_task_is_another_condition(folder):
+    data = open_video_data([folder])
+    described = describe_episodes(
+        [f"elsewhere/{row}" for row in range(len(data.seeds))], data.seeds, data.success | True
+    )
+
+    def model(task: str) -> LoadedWorldModel:
+        fields = {field.name: None for field in dataclasses.fields(LoadedWorldModel)}
+        return LoadedWorldModel(**{**fields, "task": {"name": task}, "training": {"data": described}})
+
+    assert not fresh_episodes(model(data.task["name"]), data).any()
+    assert fresh_episodes(model("weld"), data).all()
 
 
 def test_moving_scenes_are_left_out_and_counted(folder, tmp_path):

@@ -19,14 +19,14 @@ from simtoreal.envs.errors import DatasetError
 from simtoreal.envs.files import write_json
 from simtoreal.envs.provenance import provenance
 from simtoreal.evaluation.evaluate import FIRST_SEED
-from simtoreal.evaluation.results import RESULTS_FILE
+from simtoreal.evaluation.results import RESULTS_FILE, require_own_folder
 from simtoreal.policies.inverse_dynamics import InverseDynamics, load_inverse_dynamics
 from simtoreal.world_models import measure
 from simtoreal.world_models.action_following import action_following, require_judge, train_judge
 from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model
 from simtoreal.world_models.clips import Clips, altered_actions, imagine_clips, real_clips, reconstruct
-from simtoreal.world_models.learned_episodes import unseen
-from simtoreal.world_models.policy_evaluation import evaluate_policies
+from simtoreal.world_models.learned_episodes import fresh_episodes
+from simtoreal.world_models.policy_evaluation import evaluate_policies, load_policies
 from simtoreal.world_models.positions import (
     PositionProbe,
     Positions,
@@ -69,7 +69,7 @@ def choose_episodes(loaded: LoadedWorldModel, data: VideoData, limit: int) -> tu
     Raises:
         DatasetError: there are too few episodes that the model did not learn from.
     """
-    fresh = np.flatnonzero(unseen(loaded.training.get("data") or {}, data.names, data.seeds))
+    fresh = np.flatnonzero(fresh_episodes(loaded, data))
     # If nothing was learned from, half of it is needed for the probe.
     most = min(limit, len(fresh), len(data.ends) // 2)
     judged = fresh[len(fresh) - most :]
@@ -169,6 +169,10 @@ def evaluate_world_model(
     loaded = load_world_model(model, chosen)
     data = open_video_data(paths, embodiment=loaded.embodiment)
     judged, learned = choose_episodes(loaded, data, episodes)
+    # What would stop the evaluation in the end is said before the judges are trained.
+    require_own_folder(output, "positions")
+    if policies:
+        load_policies(loaded, policies, range(first_seed, first_seed + conditions), chosen)
     judges = prepare_judges(
         data, learned, output, judge=judge, steps=judge_steps, device=device, progress=progress, say=say
     )

@@ -24,6 +24,19 @@ SMALLEST_DEVIATION = 0.01
 BATCH = 128
 
 
+def require_whole_pairs(model: InverseDynamics, steps: int) -> None:
+    """Refuse videos that are not cut into whole pairs of frames.
+
+    Raises:
+        ConfigError: ``steps`` is not a multiple of the steps between frames.
+    """
+    if steps % model.gap:
+        raise ConfigError(
+            f"--posttrain.steps is {steps}; the inverse-dynamics model compares frames {model.gap} steps apart, so a "
+            f"multiple of {model.gap} is needed"
+        )
+
+
 class InverseReward:
     """Rewards videos.
 
@@ -46,18 +59,6 @@ class InverseReward:
         if model.gripper is not None:
             moving[model.gripper] = False
         self.moving = moving
-
-    def require_steps(self, steps: int) -> None:
-        """Refuse videos that are not cut into whole pairs.
-
-        Raises:
-            ConfigError: ``steps`` is not a multiple of the steps between frames.
-        """
-        if steps % self.model.gap:
-            raise ConfigError(
-                f"steps is {steps}; the inverse-dynamics model compares frames {self.model.gap} steps apart, so a "
-                f"multiple of {self.model.gap} is needed"
-            )
 
     def of_pairs(self, read: Tensor, wanted: Tensor) -> Tensor:
         """Return the reward ``(P,)`` of actions read from videos ``(P, A)`` against those commanded ``(P, A)``."""

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from simtoreal.world_models.checkpoint import LoadedWorldModel
+    from simtoreal.world_models.video_data import VideoData
 
 
 def describe_episodes(
@@ -38,6 +42,14 @@ def describe_episodes(
 def learned_seeds(described: Mapping[str, Any]) -> set[int]:
     """Initial conditions of the episodes that were learned from."""
     return {seed for _, seed, used in _described(described) if used}
+
+
+def fresh_episodes(loaded: LoadedWorldModel, data: VideoData) -> np.ndarray:
+    """Return ``(E,)`` bool: episodes of ``data`` that the model did not learn from."""
+    tasks = [content.get("name") for content in (loaded.task, data.task) if content]
+    # Equal seeds of different tasks are different initial conditions.
+    seeds = [-1] * len(data.seeds) if len(set(tasks)) == 2 else data.seeds
+    return unseen(loaded.training.get("data") or {}, data.names, seeds)
 
 
 def unseen(described: Mapping[str, Any], names: Sequence[str], seeds: Sequence[int]) -> np.ndarray:

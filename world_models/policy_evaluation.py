@@ -18,6 +18,8 @@ from simtoreal.evaluation.policies import checkpoint_digest, load_actor, trainin
 from simtoreal.evaluation.results import read_episodes
 from simtoreal.evaluation.statistics import paired_test
 from simtoreal.evaluation.validity import policy_validity
+from simtoreal.policies.actor import PolicyActor
+from simtoreal.policies.checkpoint import LoadedPolicy
 from simtoreal.world_models.checkpoint import LoadedWorldModel
 from simtoreal.world_models.hallucination import first_frames, places_by_seed
 from simtoreal.world_models.learned_episodes import learned_seeds
@@ -25,6 +27,30 @@ from simtoreal.world_models.vector_env import WorldModelVectorEnv
 
 # Episodes run together.
 SLOTS = 32
+
+
+def load_policies(
+    loaded: LoadedWorldModel, policies: Sequence[Path], seeds: range, device: str
+) -> list[tuple[Path, LoadedPolicy, PolicyActor]]:
+    """Load policies to be evaluated in a world model and in the simulator.
+
+    Raises:
+        CheckpointError: a policy cannot be loaded.
+        ConfigError: the model or a policy was trained on some of the initial conditions ``seeds``.
+        EmbodimentMismatchError: a policy is of another embodiment or render profile than the model.
+    """
+    if common := learned_seeds(loaded.training.get("data") or {}) & set(seeds):
+        raise ConfigError(
+            f"{len(common)} of the {len(seeds)} initial conditions from {seeds.start} on are among the episodes that "
+            f"the world model {loaded.folder} learned from; choose others with --first-condition"
+        )
+    actors = []
+    for path in policies:
+        policy, actor = load_actor(path, device=device)
+        policy.embodiment.require_equal(loaded.embodiment, f"policy {path}", f"the world model {loaded.folder}")
+        check_unseen(seeds, training_seeds(policy))
+        actors.append((path, policy, actor))
+    return actors
 
 
 def evaluate_policies(
@@ -66,17 +92,7 @@ def evaluate_policies(
         raise ConfigError(f"{loaded.folder} was trained on several tasks; say which one to evaluate policies on")
     chosen = load_task(task) if task is not None else parse_task(loaded.task, source=str(loaded.folder))
     seeds = range(first_seed, first_seed + conditions)
-    if common := learned_seeds(loaded.training.get("data") or {}) & set(seeds):
-        raise ConfigError(
-            f"{len(common)} of the {conditions} initial conditions from {first_seed} on are among the episodes that "
-            f"the world model {loaded.folder} learned from; choose others with --first-condition"
-        )
-    actors = []
-    for path in policies:
-        policy, actor = load_actor(path, device=device)
-        policy.embodiment.require_equal(loaded.embodiment, f"policy {path}", f"the world model {loaded.folder}")
-        check_unseen(seeds, training_seeds(policy))
-        actors.append((path, policy, actor))
+    actors = load_policies(loaded, policies, seeds, device)
     slots = min(SLOTS, conditions)
     env = make_vector_env(chosen, slots, embodiment=loaded.embodiment, observe="image")
     try:

@@ -32,7 +32,7 @@ from simtoreal.policies.policy_gradient import clipped_surrogate
 from simtoreal.policies.trainer import MOMENTS, choose_precision, make_optimizer, seed_everything
 from simtoreal.policies.training_log import TrainingLog
 from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model, save_world_model
-from simtoreal.world_models.inverse_reward import InverseReward
+from simtoreal.world_models.inverse_reward import InverseReward, require_whole_pairs
 from simtoreal.world_models.latent_video import LatentVideo
 from simtoreal.world_models.learned_episodes import describe_episodes
 from simtoreal.world_models.posttrain_config import PosttrainConfig
@@ -114,18 +114,14 @@ class _Posttraining:
         progress: bool,
     ) -> None:
         loaded.embodiment.require_equal(data.embodiment, f"world model {loaded.folder}", "the data")
-        reward.require_steps(config.steps)
+        require_whole_pairs(reward.model, config.steps)
         self.initial, self.config, self.data, self.reward = loaded, config, data, reward
         self.episodes = episodes
         self.output, self.progress = output, progress
         self.model: WorldModel = loaded.model
         self.device = self.model.device
         self.precision = choose_precision(config.precision, self.device)
-        found = folders.complete_checkpoints(output)
-        if found and not resume:
-            raise ConfigError(
-                f"{output} already holds a training; add --resume to continue it, or choose another folder"
-            )
+        found = folders.checkpoints_to_continue(output, resume)
         self.dynamics = self.model.dynamics.requires_grad_(True)
         self.reference = copy.deepcopy(self.model.dynamics).requires_grad_(False)
         self.walk = video_walk(self.dynamics, config.noise_scale)

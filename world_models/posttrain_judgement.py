@@ -23,6 +23,8 @@ from simtoreal.world_models.positions import decode_positions
 # Measure -> whether more of it is better.
 BETTER = {"training_reward": True, "held_out_reward": True, "psnr_db": True}
 HELD_OUT = "held_out_reward"
+# A bootstrap of fewer episodes calls two equal signs a certain difference.
+FEWEST_EPISODES = 10
 
 
 def score_clips(real: Clips, videos: Clips, judges: Judges, rewards: dict[str, InverseReward]) -> dict[str, np.ndarray]:
@@ -90,7 +92,7 @@ def judge_change(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) ->
 
 
 def _verdict(change: dict[str, Any], more_is_better: bool) -> str:
-    if not change["interval"]:
+    if not change["interval"] or change["n"] < FEWEST_EPISODES:
         return "not distinguishable"
     low, high = change["interval"] if more_is_better else [-value for value in reversed(change["interval"])]
     return "better" if low > 0 else "worse" if high < 0 else "not distinguishable"

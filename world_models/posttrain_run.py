@@ -14,14 +14,14 @@ from simtoreal.envs.files import write_json
 from simtoreal.envs.provenance import provenance
 from simtoreal.evaluation.bootstrap import mean_with_interval
 from simtoreal.evaluation.policies import checkpoint_digest
-from simtoreal.evaluation.results import RESULTS_FILE
+from simtoreal.evaluation.results import RESULTS_FILE, require_own_folder
 from simtoreal.policies import checkpoint as folders
 from simtoreal.policies.inverse_dynamics import load_inverse_dynamics
 from simtoreal.world_models.action_following import require_judge
 from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model
 from simtoreal.world_models.clips import Clips, imagine_clips, real_clips
 from simtoreal.world_models.evaluate import Say, choose_episodes, prepare_judges
-from simtoreal.world_models.inverse_reward import InverseReward
+from simtoreal.world_models.inverse_reward import InverseReward, require_whole_pairs
 from simtoreal.world_models.learned_episodes import learned_seeds
 from simtoreal.world_models.posttrain import posttrain
 from simtoreal.world_models.posttrain_config import PosttrainConfig
@@ -74,6 +74,10 @@ def run_posttraining(
     judged, learned = choose_episodes(loaded, data, episodes)
     rewarding, described = load_inverse_dynamics(inverse, chosen)
     require_judge(rewarding, data, inverse)
+    # What would stop the training in the end is said before the judges are trained.
+    require_own_folder(output, "reward_deviation")
+    folders.checkpoints_to_continue(output, resume)
+    require_whole_pairs(rewarding, config.steps)
     if judge is not None:
         _require_other(judge, described.folder)
     judges = prepare_judges(

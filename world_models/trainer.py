@@ -22,6 +22,7 @@ from simtoreal.envs.provenance import provenance
 from simtoreal.evaluation.policies import checkpoint_digest
 from simtoreal.policies import checkpoint as folders
 from simtoreal.policies.averaging import WeightAverage
+from simtoreal.policies.distributed import choose_device
 from simtoreal.policies.trainer import MOMENTS, choose_precision, learning_rate, make_optimizer, seed_everything
 from simtoreal.policies.training_log import TrainingLog
 from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model, save_world_model
@@ -88,8 +89,8 @@ def train_world_model(
         EmbodimentMismatchError: ``initial`` is of another embodiment than the data.
         SimtorealError: the loss stopped being finite.
     """
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return _Training(model_config, config, data, Path(output), initial, resume, torch.device(chosen), progress).run()
+    chosen = choose_device(device)
+    return _Training(model_config, config, data, Path(output), initial, resume, chosen, progress).run()
 
 
 class _Training:
@@ -108,11 +109,7 @@ class _Training:
         ClassifierStage.require_both_classes(data)
         self.precision = choose_precision(config.precision, device)
         self.seconds, self.step, self.metrics = 0.0, 0, {}
-        found = folders.complete_checkpoints(output)
-        if found and not resume:
-            raise ConfigError(
-                f"{output} already holds a training; add --resume to continue it, or choose another folder"
-            )
+        found = folders.checkpoints_to_continue(output, resume)
         self.initial = load_world_model(initial) if initial is not None else None
         if self.initial is not None:
             self.initial.embodiment.require_equal(data.embodiment, f"world model {initial}", "the data")

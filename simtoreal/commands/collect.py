@@ -64,6 +64,8 @@ def main(config: Config) -> None:
     console = Console()
     if config.style not in STYLES:
         raise ConfigError(f"--style '{config.style}' does not exist. {closest(config.style, STYLES)}")
+    if config.workers < 0:
+        raise ConfigError(f"--workers is {config.workers}; expected 0 (one per core) or more")
     style = STYLES[config.style]
     if config.noise is not None:
         style = dataclasses.replace(style, noise=config.noise)

@@ -142,12 +142,22 @@ def advice(results: Mapping[str, Any], config: Config) -> str:
 def _cotraining(config: Config, console: Console) -> Any:
     from simtoreal.data_collection.dataset import Dataset
     from simtoreal.envs.task_file import load_task, parse_task
+    from simtoreal.policies.checkpoint import load_policy
+    from simtoreal.policies.distributed import choose_device
     from simtoreal.world_models.rlco import Rlco
     from simtoreal.world_models.wovr import Wovr
 
+    choose_device(config.device)
     dataset = Dataset.open(config.demonstrations[0])
     source = str(config.demonstrations[0])
     task = load_task(config.task) if config.task else parse_task(dataset.task, source=source)
+    if config.policy is not None and config.task is None:
+        learned = load_policy(config.policy).task
+        if learned and learned["name"] != task.name:
+            raise ConfigError(
+                f"policy {config.policy} learned task '{learned['name']}', and the demonstrations {source} show "
+                f"'{task.name}'. Give those of its task, or say with --task which one is meant."
+            )
     real = _world(task, dataset.embodiment, config.real, config.num_envs)
     shared: dict[str, Any] = {
         "demonstrations": config.demonstrations, "output": config.output, "real": real, "policy": config.policy,

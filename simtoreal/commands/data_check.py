@@ -35,7 +35,10 @@ def main(config: Config) -> None:
     from simtoreal.data_collection.check import check
     from simtoreal.envs.files import write_json
     from simtoreal.envs.provenance import provenance
+    from simtoreal.evaluation.results import require_own_folder
 
+    if config.output is not None:
+        require_own_folder(config.output, "check")
     console = Console()
     result = check(config.dataset)
     if config.output is not None:

@@ -64,7 +64,6 @@ def main(config: Config) -> None:
     """
     import dataclasses
 
-    import torch
     from rich.console import Console
 
     from simtoreal.data_collection.compatibility import Thresholds
@@ -74,11 +73,14 @@ def main(config: Config) -> None:
     from simtoreal.envs.provenance import provenance
     from simtoreal.policies.compatibility_features import make_features
     from simtoreal.policies.compatibility_filter import filter_dataset
+    from simtoreal.policies.compatibility_scorer import require_same_task
     from simtoreal.policies.compatibility_store import open_scorer
+    from simtoreal.policies.distributed import choose_device
 
     check_name(config.output_name)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(choose_device(config.device))
     base, dataset = Dataset.open(config.against), Dataset.open(config.dataset)
+    require_same_task(base, dataset.tasks, str(config.dataset))
     features = make_features(base, config.keys, config.encoder, device)
     console = Console()
     with console.status("training the scorer, or reading it"):

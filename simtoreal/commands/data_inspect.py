@@ -39,7 +39,9 @@ def main(config: Config) -> None:
     from simtoreal.data_collection.inspection import inspect
     from simtoreal.envs.files import write_json
     from simtoreal.envs.provenance import provenance
+    from simtoreal.evaluation.results import require_own_folder
 
+    require_own_folder(config.output, "inspect")
     console = Console()
     with console.status("reading episodes") as status:
         inspection = inspect(

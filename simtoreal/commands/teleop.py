@@ -160,7 +160,7 @@ def open_collection(config: Config, leaving: Callable[[], None] = lambda: None) 
     embodiment = panda_embodiment(config.image_size)
     task = dataclasses.replace(written, horizon=max(1, round(config.seconds * embodiment.control_hz)))
     motion = load_motion(config.motion)
-    reference, coaches, missing = _coaches(config, embodiment)
+    reference, coaches, missing = _coaches(config, embodiment, written.name)
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with contextlib.ExitStack() as stack:
@@ -220,7 +220,7 @@ def _movable(backend: _Backend, motion: Any) -> bool:
     return True
 
 
-def _coaches(config: Config, embodiment: Embodiment) -> tuple[Any, dict[bool, Any], dict[bool, str]]:
+def _coaches(config: Config, embodiment: Embodiment, task: str) -> tuple[Any, dict[bool, Any], dict[bool, str]]:
     """Return the reference dataset, its coaches for a scene at rest (False) and in motion (True), and why one lacks."""
     if config.coach is None:
         return None, {}, {}
@@ -230,8 +230,10 @@ def _coaches(config: Config, embodiment: Embodiment) -> tuple[Any, dict[bool, An
     from simtoreal.data_collection.dataset import Dataset
     from simtoreal.envs.errors import DatasetError
     from simtoreal.policies.compatibility_coach import CompatibilityCoach
+    from simtoreal.policies.compatibility_scorer import require_same_task
 
     reference = Dataset.open(config.coach, embodiment=embodiment)
+    require_same_task(reference, [task], "--task")
     # On the robot there is no scene truth to compare.
     keys = ("proprio",) if config.backend == "ros" and config.encoder is None else ()
     coaches: dict[bool, Any] = {}

@@ -10,6 +10,8 @@ import tyro
 
 from simtoreal.policies.config import BCConfig, DiffusionConfig, PolicyConfig, TrainerConfig
 
+PRESETS = "policies"
+
 
 def _read_settings(words: list[str]) -> dict[str, Any]:
     """Read names and values in turn; values as in a yaml file: numbers, text, lists such as ``[1024, 1024]``."""
@@ -101,11 +103,13 @@ def main(config: Config) -> None:
     from simtoreal.envs.errors import ConfigError
     from simtoreal.envs.files import write_json
     from simtoreal.envs.provenance import provenance
+    from simtoreal.evaluation.results import require_own_folder
     from simtoreal.policies.observation_keys import adapt_keys, observation_shapes
     from simtoreal.policies.trainer import train
     from simtoreal.policies.training_data import open_training_data
     from simtoreal.policies.weighting import Weighting, effective_share
 
+    require_own_folder(config.output, "train")
     console = Console()
     first = os.environ.get("RANK", "0") == "0"
     asked, trainer = policy_config(config), trainer_config(config)

@@ -51,7 +51,7 @@ def main(config: Config) -> None:
 
     from simtoreal.world_models.checkpoint import load_world_model
     from simtoreal.world_models.clips import altered_actions, imagine_clips, real_clips
-    from simtoreal.world_models.learned_episodes import unseen
+    from simtoreal.world_models.learned_episodes import fresh_episodes
     from simtoreal.world_models.side_by_side import write_side_by_side
     from simtoreal.world_models.video_data import open_video_data
 
@@ -59,7 +59,7 @@ def main(config: Config) -> None:
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     loaded = load_world_model(config.model, device)
     data = open_video_data(config.data, embodiment=loaded.embodiment)
-    fresh = unseen(loaded.training.get("data") or {}, data.names, data.seeds)
+    fresh = fresh_episodes(loaded, data)
     order = np.concatenate([np.flatnonzero(fresh), np.flatnonzero(~fresh)])
     chosen = order[: config.episodes]
     columns = {"real": real_clips(loaded.model, data, chosen)}

@@ -75,7 +75,8 @@ def main(config: Config) -> None:
         millimetres = name.endswith("_error_m")
         scale, digits, unit = (1000, 1, "mm") if millimetres else (1, 3, "")
         before, after, change = (number(row[key], scale, digits, unit) for key in ("before", "after", "change"))
-        say(f"  {name.removesuffix('_m')}: {before} -> {after}; change {change}: {row['verdict']}")
+        known = row["change"]["n"]
+        say(f"  {name.removesuffix('_m')}: {before} -> {after}; change {change} (n={known}): {row['verdict']}")
     say(
         f"post-trained {config.model} with '{config.posttrain.method}': {results['steps']} steps, "
         f"{results['frame_passes']:,} frame passes, {results['seconds']:.0f} s; {results['verdict']} -> "

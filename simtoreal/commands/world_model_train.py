@@ -51,9 +51,11 @@ def main(config: Config) -> None:
 
     from simtoreal.envs.files import write_json
     from simtoreal.envs.provenance import provenance
+    from simtoreal.evaluation.results import require_own_folder
     from simtoreal.world_models.trainer import train_world_model
     from simtoreal.world_models.video_data import open_video_data
 
+    require_own_folder(config.output, "world_model")
     console = Console()
     trainer = config.trainer if config.seed is None else dataclasses.replace(config.trainer, seed=config.seed)
     data = open_video_data(config.data, moving=config.moving)

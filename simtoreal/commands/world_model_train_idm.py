@@ -45,11 +45,13 @@ def main(config: Config) -> None:
 
     from simtoreal.envs.files import write_json
     from simtoreal.envs.provenance import provenance
+    from simtoreal.evaluation.results import require_own_folder
     from simtoreal.policies.inverse_dynamics import InverseDynamics, load_inverse_dynamics
     from simtoreal.policies.inverse_dynamics_data import open_frame_pairs
     from simtoreal.policies.trainer import train
     from simtoreal.world_models.action_following import read_actions
 
+    require_own_folder(config.output, "inverse_dynamics")
     console = Console()
     trainer = config.trainer if config.seed is None else dataclasses.replace(config.trainer, seed=config.seed)
     data, model = open_frame_pairs(config.data, config.model)
