@@ -187,12 +187,10 @@ class Embodiment:
                     for line in walk(f"{prefix}.{key}" if prefix else key, mine.get(key), theirs.get(key))
                 ]
             sequences = isinstance(mine, list | tuple) and isinstance(theirs, list | tuple)
-            if sequences and mine and isinstance(mine[0], dict) and len(mine) == len(theirs):
-                return [
-                    line
-                    for index, (a, b) in enumerate(zip(mine, theirs, strict=True))
-                    for line in walk(f"{prefix}[{index}]", a, b)
-                ]
+            if sequences and (mine or theirs) and all(isinstance(item, dict) for item in (*mine, *theirs)):
+                a, b = ({camera["name"]: camera for camera in side} for side in (mine, theirs))
+                order = [f"{prefix}: {', '.join(a) or 'none'} != {', '.join(b) or 'none'}"] if [*a] != [*b] else []
+                return order + [line for name in a if name in b for line in walk(f"{prefix}.{name}", a[name], b[name])]
             if sequences:
                 mine, theirs = list(mine), list(theirs)
             return [] if mine == theirs else [f"{prefix}: {mine} != {theirs}"]

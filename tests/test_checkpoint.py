@@ -72,7 +72,7 @@ def test_another_embodiment_is_refused_field_by_field(folder):
     with pytest.raises(EmbodimentMismatchError) as caught:
         load_policy(folder).embodiment.require_equal(other, "checkpoint", "environment")
     text = str(caught.value)
-    for line in ("control_hz: 20.0 != 30.0", "cameras[0].height: 24 != 32", "cameras[0].width: 24 != 32"):
+    for line in ("control_hz: 20.0 != 30.0", "cameras.front.height: 24 != 32", "cameras.front.width: 24 != 32"):
         assert line in text
     assert "3 fields differ" in text
 

@@ -179,7 +179,7 @@ def test_policy_for_other_cameras_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EmbodimentMismatchError) as caught:
         evaluate(env, actor, SEEDS, tmp_path / "out", SETTINGS)
     env.close()
-    for line in ("the policy", "the environment", "cameras[0].height: 64 != 96", "cameras[1].width: 64 != 96"):
+    for line in ("the policy", "the environment", "cameras.front.height: 64 != 96", "cameras.wrist.width: 64 != 96"):
         assert line in str(caught.value)
     assert not read_episodes(tmp_path / "out")
 

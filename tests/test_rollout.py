@@ -57,9 +57,13 @@ def test_embodiment_round_trip_and_field_by_field_difference():
     mine, theirs = panda_embodiment(64), panda_embodiment(96, render_profile="high")
     assert Embodiment.from_dict(json.loads(json.dumps(mine.to_dict()))) == mine
     assert mine.differences(mine) == []
-    with pytest.raises(EmbodimentMismatchError, match=r"cameras\[0\].height: 64 != 96") as error:
+    with pytest.raises(EmbodimentMismatchError, match=r"cameras.front.height: 64 != 96") as error:
         mine.require_equal(theirs, "checkpoint", "dataset")
     assert "render_profile: fast != high" in str(error.value)
+    assert mine.differences(panda_embodiment(32, cameras=("front",))) == [
+        "cameras: front, wrist != front", "cameras.front.height: 64 != 32", "cameras.front.width: 64 != 32",
+    ]  # fmt: skip
+    assert panda_embodiment(cameras=()).differences(mine) == ["cameras: none != front, wrist"]
 
 
 class _Scripted:
