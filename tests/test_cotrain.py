@@ -431,7 +431,7 @@ def test_the_policy_must_be_of_the_task_that_is_demonstrated(data, policy, tmp_p
     meta["tasks"] = {"weld": {**meta["tasks"]["reach"], "name": "weld"}}
     (other / "meta.json").write_text(json.dumps(meta))
     command = ["cotrain", "--config", "wovr_smoke", "--policy", str(policy), "--output", str(tmp_path / "out")]
-    with pytest.raises(ConfigError, match="learned task 'reach', and the demonstrations .* show 'weld'"):
+    with pytest.raises(ConfigError, match=r"learned task 'reach', and the demonstrations .* show 'weld'"):
         cli.run([*command, "--demonstrations", str(other)])
     assert not (tmp_path / "out").exists()
 

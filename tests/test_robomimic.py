@@ -132,7 +132,7 @@ def test_both_types_have_settings_that_fit_them() -> None:
             cli._read_flags("train", command, ["--data", "d", "--output", "o", "--policy", name])
         )
         assert (read.type, read.horizon, read.execute_steps) == (name, *chunk)
-    with pytest.raises(ConfigError, match="unknown policy type 'robomimic'. Did you mean 'robomimic/bc'"):
+    with pytest.raises(ConfigError, match=r"unknown policy type 'robomimic'. Did you mean 'robomimic/bc'"):
         command.policy_config(
             cli._read_flags("train", command, ["--data", "d", "--output", "o", "--policy", "robomimic"])
         )
