@@ -155,7 +155,8 @@ class Reinforcement:
         if not torch.isfinite(loss) or not torch.isfinite(total):
             raise SimtorealError(
                 f"reinforcement diverged in iteration {self.iteration}: loss {loss.item()}, gradient norm "
-                f"{total.item()}. The last checkpoint is intact. Lower learning_rate, or raise exploration.noise_scale."
+                f"{total.item()}. Earlier checkpoints are intact. Lower learning_rate, or raise "
+                "exploration.noise_scale."
             )
         warmth = min(1.0, (self.updates + 1) / config.warmup_updates)
         for group in self.optimizer.param_groups:

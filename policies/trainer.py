@@ -262,7 +262,7 @@ class Training:
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"])):
             raise SimtorealError(
                 f"training diverged at step {self.step}: loss {metrics['loss']}, gradient norm "
-                f"{metrics['gradient_norm']}. The last checkpoint is intact. Lower trainer.learning_rate, "
+                f"{metrics['gradient_norm']}. Earlier checkpoints are intact. Lower trainer.learning_rate, "
                 "or set trainer.precision to fp32."
             )
         return metrics

@@ -52,7 +52,7 @@ class TrainingLog:
             self._board = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1)
         self._bar = _progress_bar() if progress else None
         self._task = None
-        self._seen = {"loss": "-", "error": "-", "rate": "-"}
+        self._seen = {"loss": "-", "error": "", "rate": "-"}
         if self._bar is not None:
             self._bar.start()
             self._task = self._bar.add_task("train", total=last_step, completed=first_step, **self._seen)
@@ -77,7 +77,7 @@ class TrainingLog:
         if "loss" in metrics:
             self._seen["loss"] = f"{metrics['loss']:.4f}"
         if "validation_error" in metrics:
-            self._seen["error"] = f"{metrics['validation_error']:.4f}"
+            self._seen["error"] = f"action error {metrics['validation_error']:.4f}  "
         if "samples_per_s" in metrics:
             self._seen["rate"] = f"{metrics['samples_per_s']:.0f}"
 
@@ -99,7 +99,7 @@ class TrainingLog:
                 raise
 
     def _disk_errors(self) -> AbstractContextManager[None]:
-        safe = "The last checkpoint is intact; free space and run the same command again with --resume."
+        safe = "Earlier checkpoints are intact; free space and run the same command again with --resume."
         return explained_disk_errors(self._path, SimtorealError, safe)
 
 
@@ -121,7 +121,7 @@ def _progress_bar() -> Any:
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("loss {task.fields[loss]}  action error {task.fields[error]}  {task.fields[rate]} samples/s"),
+        TextColumn("loss {task.fields[loss]}  {task.fields[error]}{task.fields[rate]} samples/s"),
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),

@@ -277,7 +277,7 @@ class _Posttraining:
         if not (math.isfinite(found["loss"]) and math.isfinite(found["gradient_norm"])):
             raise SimtorealError(
                 f"post-training diverged at step {self.step}: loss {found['loss']}, gradient norm "
-                f"{found['gradient_norm']}. The last checkpoint is intact. Lower --posttrain.learning-rate."
+                f"{found['gradient_norm']}. Earlier checkpoints are intact. Lower --posttrain.learning-rate."
             )
         return {**found, "seconds": self.seconds, "frame_passes": self.step * self._passes()}
 

@@ -224,8 +224,8 @@ class _Training:
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["gradient_norm"])):
             raise SimtorealError(
                 f"training of the {stage.name} diverged at step {self.step}: loss {metrics['loss']}, gradient norm "
-                f"{metrics['gradient_norm']}. The last checkpoint is intact. Lower trainer.{stage.name}.learning_rate, "
-                "or set trainer.precision to fp32."
+                f"{metrics['gradient_norm']}. Earlier checkpoints are intact. Lower "
+                f"trainer.{stage.name}.learning_rate, or set trainer.precision to fp32."
             )
         return metrics
 
