@@ -119,6 +119,9 @@ def profiles() -> dict[str, Profile]:
             policy=DiffusionConfig(),
             wovr=dataclasses.replace(
                 cpu.wovr,
+                imitation_rollouts=300,
+                rollouts=1000,
+                refresh_rollouts=300,
                 iterations=100,
                 imagined_envs=256,
                 world_model=model,

@@ -29,9 +29,7 @@ from simtoreal.envs.scene_motion import SceneMotion
 
 # Give up on an expert that evidently cannot do the task: after this many tries, below this rate.
 _PATIENCE_TRIES, _HOPELESS_RATE = 64, 0.05
-
-
-# Pixels. Beyond, a frame of a few simulations no longer fits into memory.
+# Pixels; larger pictures of all simulations of a process do not fit into memory.
 LARGEST_IMAGE = 2048
 
 

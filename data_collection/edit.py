@@ -125,7 +125,7 @@ def merge(sources: Sequence[str | Path], output: str | Path) -> Derivation:
     source that is the base data of a filter need not have it.
 
     Raises:
-        ConfigError: nothing to merge.
+        ConfigError: nothing to merge, or a dataset twice.
         DatasetError: a source is damaged, two hold different specifications of a task, or ``output`` is not empty.
         EmbodimentMismatchError: the sources were made with different embodiments.
     """

@@ -133,6 +133,9 @@ class Embodiment:
     def __post_init__(self) -> None:
         if self.render_profile not in RENDER_PROFILES:
             raise ValueError(f"render profile '{self.render_profile}' is not one of {RENDER_PROFILES}")
+        names = [camera.name for camera in self.cameras]
+        if len(set(names)) < len(names):
+            raise ValueError(f"cameras are {', '.join(names)}; expected distinct names")
         sizes = {len(self.workspace_low_m), len(self.workspace_high_m)}
         if sizes != {3} and (sizes != {0} or self.action.mode != "env"):
             raise ValueError("workspace_low_m and workspace_high_m must hold x, y, z (or nothing in the mode 'env')")
@@ -188,7 +191,7 @@ class Embodiment:
                 ]
             sequences = isinstance(mine, list | tuple) and isinstance(theirs, list | tuple)
             if sequences and (mine or theirs) and all(isinstance(item, dict) for item in (*mine, *theirs)):
-                a, b = ({camera["name"]: camera for camera in side} for side in (mine, theirs))
+                a, b = ({item["name"]: item for item in side} for side in (mine, theirs))
                 order = [f"{prefix}: {', '.join(a) or 'none'} != {', '.join(b) or 'none'}"] if [*a] != [*b] else []
                 return order + [line for name in a if name in b for line in walk(f"{prefix}.{name}", a[name], b[name])]
             if sequences:

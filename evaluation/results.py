@@ -33,12 +33,12 @@ class EvaluationError(SimtorealError):
     """An evaluation folder is missing, damaged, or does not fit what is asked of it."""
 
 
-def require_own_folder(folder: Path, entry: str) -> None:
+def require_own_folder(folder: Path, kind: str) -> None:
     """Refuse to write into a dataset, or over the results of another command. Call it before anything that takes long.
 
     Args:
         folder: output folder of a command, which may not exist yet.
-        entry: of this command's ``results.json``; no other command's has it.
+        kind: of this command's ``results.json``: its entry ``kind``, or the only one beside the provenance.
 
     Raises:
         ConfigError: the folder is no folder, cannot be written to, or holds something else.
@@ -54,10 +54,10 @@ def require_own_folder(folder: Path, entry: str) -> None:
     if not path.is_file():
         return
     try:
-        own = entry in json.loads(path.read_text())
+        content = dict(json.loads(path.read_text()))
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path} is damaged ({error}); choose another folder") from error
-    if not own:
+    if content.get("kind") != kind and set(content) != {kind, "provenance"}:
         raise ConfigError(f"{folder} holds the results of another command; choose another folder")
 
 

@@ -137,7 +137,7 @@ def require_same_task(base: Dataset, tasks: Iterable[str], name: str) -> None:
     Raises:
         DatasetError: the base data are of several tasks, or not of these.
     """
-    known = set(base.tasks)
+    known = {episode.task for episode in base.episodes}
     if len(known) != 1:
         raise DatasetError(
             f"{base.path}: holds several tasks ({', '.join(sorted(known))}); what fits can be told for one task only. "

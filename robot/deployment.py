@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,8 @@ LOG_LINES_SHOWN = 8
 # An episode in which the twin skipped more is not what the policy would have met in real time.
 TOLERATED_SKIP_S = 0.05
 _PR_SET_PDEATHSIG = 1
+# Another Ctrl-C within this time is impatience; one after it, the wish to end what seems not to have heard.
+SIGNAL_GAP_S = 2.0
 
 
 def join_graph(robot: Literal["twin", "ros"]) -> None:
@@ -263,20 +266,21 @@ def control_results(
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Turn the first SIGINT (Ctrl-C) or SIGTERM into ``KeyboardInterrupt`` and ignore all that follow.
+    """Turn SIGINT (Ctrl-C) and SIGTERM into ``KeyboardInterrupt``, but not again and again.
 
-    A second Ctrl-C would otherwise skip the controlled stop, wherever it arrives: while the first is still on its way
-    up, or when the interpreter is already ending. Without an interruption the handlers are restored; after one the
-    process stays deaf, because it is about to end.
+    A second Ctrl-C would otherwise skip the controlled stop: while the first is still on its way up to
+    :func:`deaf_to_signals`, or when the interpreter is already ending. One that comes later than a moment is heard
+    again, since an exception may get lost (in ``__del__``, for instance). Without an interruption the handlers are
+    restored; after one the process is about to end, and deaf.
     """
-    interrupted = False
+    heard: float | None = None
 
     def interrupt(number: int, frame: Any) -> None:
-        nonlocal interrupted
-        interrupted = True
-        for each in previous:
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt
+        nonlocal heard
+        now = time.monotonic()
+        if heard is None or now - heard > SIGNAL_GAP_S:
+            heard = now
+            raise KeyboardInterrupt
 
     numbers = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.getsignal(number) for number in numbers}
@@ -285,9 +289,8 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     finally:
-        if not interrupted:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler if heard is None else signal.SIG_IGN)
 
 
 @contextlib.contextmanager

@@ -203,7 +203,10 @@ def _explain(error: Exception) -> str:
     if isinstance(error, SimtorealError):
         return f"{type(error).__name__}: {error}"
     if isinstance(error, OSError) and error.filename and error.errno in (*DISK_FULL_ERRNOS, *UNUSABLE_ERRNOS):
-        return describe_disk_error(error, os.fsdecode(error.filename))
+        place = os.fsdecode(error.filename)
+        if error.errno in DISK_FULL_ERRNOS:
+            return describe_disk_error(error, place)
+        return f"{place}: cannot be used ({error.strerror}). Choose another place, or change what is in the way."
     raise error
 
 

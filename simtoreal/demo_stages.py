@@ -137,6 +137,8 @@ FULL_PROFILES = {
         ),
         cotrain_flags=(
             *("--config", "{presets}/cotrain/wovr.yaml", "--wovr.imagined-envs", "256"),
+            *("--wovr.imitation-rollouts", "300", "--wovr.rollouts", "1000", "--wovr.refresh-rollouts", "300"),
+            *("--wovr.world-model-trainer.dynamics.steps", "3000"),
             *("--wovr.iterations", "100", "--reinforcement.rollouts", "256", "--measurement.episodes", "400"),
             *("--wovr.imitation.steps", "4000", "--wovr.imitation.batch-size", "128"),
         ),

@@ -164,6 +164,9 @@ def _call(command: Sequence[str]) -> int:
                 child.wait(timeout=20)
             except subprocess.TimeoutExpired:
                 child.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    child.wait(timeout=20)
+                child.kill()
             raise
         except BaseException:
             child.terminate()

@@ -47,14 +47,15 @@ def plane_dataset(
     start: tuple[float, float] = (0, 0),
     extra: dict[str, Any] | None = None,
     step: float = 0.1,
+    task: str = "plane",
 ) -> Dataset:
     """One episode per entry of ``styles``, with goals up and right of the start."""
-    with DatasetWriter(path, EMBODIMENT, {"plane": {"name": "plane"}}) as writer:
+    with DatasetWriter(path, EMBODIMENT, {task: {"name": task}}) as writer:
         for number, style in enumerate(styles):
             rng = np.random.default_rng([seed, number])
             goal = np.asarray(start) + rng.uniform(0.6, 1.0, 2)
             info = EpisodeInfo(
-                task="plane", seed=1000 * seed + number, success=True, operator=style, source="expert",
+                task=task, seed=1000 * seed + number, success=True, operator=style, source="expert",
                 embodiment=embodiment_digest(EMBODIMENT), extra=extra or {},
             )  # fmt: skip
             writer.add(demonstration(goal, style, rng, start, step), info)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 
@@ -63,6 +64,7 @@ def probe(tmp_path, monkeypatch):
     folder.mkdir()
     for name in ("probe", "data_probe"):
         (folder / f"{name}.py").write_text(PROBE)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "COMMANDS", folder)
     monkeypatch.setattr(simtoreal.commands, "__path__", [str(folder)])
     for name in ("simtoreal.commands.probe", "simtoreal.commands.data_probe"):
@@ -74,10 +76,13 @@ def probe(tmp_path, monkeypatch):
 
 def exit_status(monkeypatch, *arguments: str) -> int:
     monkeypatch.setattr(sys, "argv", ["simtoreal", *arguments])
+    handler = signal.getsignal(signal.SIGINT)
     try:
         cli.main()
     except SystemExit as stop:
         return int(stop.code or 0)
+    finally:
+        signal.signal(signal.SIGINT, handler)  # an interrupted command is about to end and stays deaf
     return 0
 
 
@@ -180,7 +185,7 @@ def test_a_place_that_cannot_be_written_to_is_explained(probe, tmp_path, monkeyp
         status = exit_status(monkeypatch, "probe", "--task", "push", "--output", str(place))
         message = capsys.readouterr().err
         assert status == 2
-        assert "cannot be written" in message
+        assert "cannot be used" in message
         assert str(tmp_path / "file") in message
 
 

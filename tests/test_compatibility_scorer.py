@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 
 import numpy as np
@@ -362,20 +361,17 @@ def test_filter_command_and_training_on_its_result(tmp_path, base, mixed, capsys
 
 def test_other_tasks_are_refused_before_anything_is_trained(tmp_path, base, mixed):
     other, joined = tmp_path / "other", tmp_path / "joined"
-    merge([mixed.path], other)
-    meta = json.loads((other / "meta.json").read_text())
-    (task,) = meta["tasks"]
-    meta["tasks"] = {"weld": {**meta["tasks"][task], "name": "weld"}}
-    (other / "meta.json").write_text(json.dumps(meta))
-    filtering = ["data", "filter", str(other), "--against"]
-    with pytest.raises(DatasetError, match=f"is of task weld, and the base data .* of {task}"):
-        cli.run([*filtering, str(base.path)])
+    plane_dataset(other, ["up_right"] * 2, task="weld")
     merge([base.path, other], joined)
-    with pytest.raises(DatasetError, match=f"holds several tasks .{task}, weld"):
+    filtering = ["data", "filter", str(mixed.path), "--against"]
+    with pytest.raises(DatasetError, match=r"is of task plane, and the base data .* of weld"):
+        cli.run([*filtering, str(other)])
+    with pytest.raises(DatasetError, match=r"holds several tasks \(plane, weld"):
         cli.run([*filtering, str(joined)])
     with pytest.raises(ConfigError, match="device 'gpu' is not a torch device"):
         cli.run([*filtering, str(base.path), "--device", "gpu"])
     assert not (joined / "scorers").exists()
+    assert not (other / "scorers").exists()
 
 
 def test_new_data_filtered_first_and_merged_with_their_base_afterwards(tmp_path, base, mixed, capsys):

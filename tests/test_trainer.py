@@ -370,7 +370,7 @@ def test_the_command_writes_over_nothing_else(dataset, tmp_path):
         main(Config(data=dataset, output=tmp_path / "file" / "run", policy="bc"))
 
 
-def test_shipped_presets_are_known_by_name(dataset, tmp_path):
+def test_shipped_presets_are_known_by_name(dataset):
     from simtoreal.commands import train as command
 
     read = cli._read_flags("train", command, ["--config", "bc_cpu", "--data", str(dataset), "--output", "run"])

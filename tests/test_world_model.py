@@ -137,12 +137,15 @@ def test_the_same_seed_of_another_task_is_another_condition(folder):
         [f"elsewhere/{row}" for row in range(len(data.seeds))], data.seeds, data.success | True
     )
 
-    def model(task: str) -> LoadedWorldModel:
+    def model(task: str, initial: str | None = None) -> LoadedWorldModel:
         fields = {field.name: None for field in dataclasses.fields(LoadedWorldModel)}
-        return LoadedWorldModel(**{**fields, "task": {"name": task}, "training": {"data": described}})
+        return LoadedWorldModel(
+            **{**fields, "task": {"name": task}, "training": {"data": described, "initial": initial}}
+        )
 
     assert not fresh_episodes(model(data.task["name"]), data).any()
     assert fresh_episodes(model("weld"), data).all()
+    assert not fresh_episodes(model("weld", initial="of any task"), data).any()
 
 
 def test_moving_scenes_are_left_out_and_counted(folder, tmp_path):

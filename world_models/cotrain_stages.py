@@ -16,6 +16,7 @@ from typing import Any
 
 from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.files import write_json
+from simtoreal.evaluation.results import require_own_folder
 
 RECORDS, SETTINGS = "stages", "settings.json"
 # Worlds and purposes that are counted apart.
@@ -136,6 +137,7 @@ def _require_same(path: Path, settings: dict[str, Any]) -> None:
     if not path.exists():
         if (path.parent / RECORDS).exists():
             raise ConfigError(f"{path.parent} holds a co-training without {SETTINGS}; choose another --output")
+        require_own_folder(path.parent, "cotrain")
         write_json(path, settings)
         return
     try:

@@ -20,13 +20,14 @@ from simtoreal.envs.files import write_json
 from simtoreal.envs.provenance import provenance
 from simtoreal.evaluation.evaluate import FIRST_SEED
 from simtoreal.evaluation.results import RESULTS_FILE, require_own_folder
+from simtoreal.policies.distributed import choose_device
 from simtoreal.policies.inverse_dynamics import InverseDynamics, load_inverse_dynamics
 from simtoreal.world_models import measure
 from simtoreal.world_models.action_following import action_following, require_judge, train_judge
 from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model
 from simtoreal.world_models.clips import Clips, altered_actions, imagine_clips, real_clips, reconstruct
 from simtoreal.world_models.learned_episodes import fresh_episodes
-from simtoreal.world_models.policy_evaluation import evaluate_policies, load_policies
+from simtoreal.world_models.policy_evaluation import evaluate_policies, evaluated_task, load_policies
 from simtoreal.world_models.positions import (
     PositionProbe,
     Positions,
@@ -40,6 +41,8 @@ from simtoreal.world_models.side_by_side import write_side_by_side
 from simtoreal.world_models.video_data import VideoData, open_video_data
 from simtoreal.world_models.violations import learn_evidence
 
+# Of results.json.
+KIND = "world_model_evaluation"
 # Fewer episodes give intervals that say nothing; fewer to learn from give a probe that sees nothing.
 FEWEST_JUDGED, FEWEST_LEARNED = 2, 4
 # A violation is reported as a warning from this rate above that of real videos on.
@@ -163,15 +166,15 @@ def evaluate_world_model(
         DatasetError: too few episodes.
         EmbodimentMismatchError: model, data, judge or a policy are of different embodiments or render profiles.
     """
-    import torch
 
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = str(choose_device(device))
     loaded = load_world_model(model, chosen)
     data = open_video_data(paths, embodiment=loaded.embodiment)
     judged, learned = choose_episodes(loaded, data, episodes)
     # What would stop the evaluation in the end is said before the judges are trained.
-    require_own_folder(output, "positions")
+    require_own_folder(output, KIND)
     if policies:
+        evaluated_task(loaded, task)
         load_policies(loaded, policies, range(first_seed, first_seed + conditions), chosen)
     judges = prepare_judges(
         data, learned, output, judge=judge, steps=judge_steps, device=device, progress=progress, say=say
@@ -192,7 +195,7 @@ def evaluate_world_model(
             device=chosen,
         )  # fmt: skip
     results = {
-        "kind": "world_model_evaluation", "model": str(loaded.folder), "data": [str(path) for path in paths],
+        "kind": KIND, "model": str(loaded.folder), "data": [str(path) for path in paths],
         "step": loaded.training.get("step"), "control_hz": loaded.embodiment.control_hz,
         **results, "provenance": provenance([seed]),
     }  # fmt: skip

@@ -46,9 +46,10 @@ def learned_seeds(described: Mapping[str, Any]) -> set[int]:
 
 def fresh_episodes(loaded: LoadedWorldModel, data: VideoData) -> np.ndarray:
     """Return ``(E,)`` bool: episodes of ``data`` that the model did not learn from."""
-    tasks = [content.get("name") for content in (loaded.task, data.task) if content]
-    # Equal seeds of different tasks are different initial conditions.
-    seeds = [-1] * len(data.seeds) if len(set(tasks)) == 2 else data.seeds
+    tasks = {content.get("name") for content in (loaded.task, data.task) if content}
+    # Equal seeds of different tasks are different initial conditions. The task of an earlier training is not known.
+    apart = len(tasks) == 2 and not loaded.training.get("initial")
+    seeds = [-1] * len(data.seeds) if apart else data.seeds
     return unseen(loaded.training.get("data") or {}, data.names, seeds)
 
 

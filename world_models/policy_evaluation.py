@@ -29,6 +29,17 @@ from simtoreal.world_models.vector_env import WorldModelVectorEnv
 SLOTS = 32
 
 
+def evaluated_task(loaded: LoadedWorldModel, task: str | TaskSpec | None) -> TaskSpec:
+    """Return the task named, or that of the model's data.
+
+    Raises:
+        ConfigError: the model is of several tasks and none is named.
+    """
+    if task is None and not loaded.task:
+        raise ConfigError(f"{loaded.folder} was trained on several tasks; say which one to evaluate policies on")
+    return load_task(task) if task is not None else parse_task(loaded.task, source=str(loaded.folder))
+
+
 def load_policies(
     loaded: LoadedWorldModel, policies: Sequence[Path], seeds: range, device: str
 ) -> list[tuple[Path, LoadedPolicy, PolicyActor]]:
@@ -88,9 +99,7 @@ def evaluate_policies(
         ConfigError: the model is of several tasks and none is named, or it or a policy was trained on the conditions.
         EmbodimentMismatchError: a policy is of another embodiment or render profile than the model.
     """
-    if task is None and not loaded.task:
-        raise ConfigError(f"{loaded.folder} was trained on several tasks; say which one to evaluate policies on")
-    chosen = load_task(task) if task is not None else parse_task(loaded.task, source=str(loaded.folder))
+    chosen = evaluated_task(loaded, task)
     seeds = range(first_seed, first_seed + conditions)
     actors = load_policies(loaded, policies, seeds, device)
     slots = min(SLOTS, conditions)

@@ -64,8 +64,9 @@ def judge_change(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) ->
 
     Returns:
         ``measures``: name -> ``before``, ``after``, ``change`` (each ``mean``, ``interval``, ``n``; paired bootstrap
-        over episodes) and ``verdict`` (``better``, ``worse`` or ``not distinguishable``); ``reward_hacking``: the
-        rewarding model is pleased more and nobody else is; ``verdict``: one sentence.
+        over episodes) and ``verdict`` (``better``, ``worse`` or ``not distinguishable``, the latter always with fewer
+        than :data:`FEWEST_EPISODES`); ``reward_hacking``: the rewarding model is pleased more and nobody else is;
+        ``verdict``: one sentence.
     """
     measures: dict[str, Any] = {}
     for name in before:
@@ -80,7 +81,10 @@ def judge_change(before: dict[str, np.ndarray], after: dict[str, np.ndarray]) ->
     better = [name for name in independent if measures[name]["verdict"] == "better"]
     worse = [name for name in independent if measures[name]["verdict"] == "worse"]
     hacking = pleased and HELD_OUT not in better and not [name for name in better if name.endswith("_error_m")]
-    if hacking:
+    known = measures["training_reward"]["change"]["n"]
+    if known < FEWEST_EPISODES:
+        text = f"{known} episodes are too few to tell; {FEWEST_EPISODES} at least are needed"
+    elif hacking:
         text = "only the inverse-dynamics model that gave the reward finds the videos better: reward hacking"
     elif not better:
         text = "no judge that had no say in the training finds the videos better"
@@ -96,10 +100,3 @@ def _verdict(change: dict[str, Any], more_is_better: bool) -> str:
         return "not distinguishable"
     low, high = change["interval"] if more_is_better else [-value for value in reversed(change["interval"])]
     return "better" if low > 0 else "worse" if high < 0 else "not distinguishable"
-
-
-def make_rewards(
-    training: InverseReward, judges: Judges, real: Clips, gripper_weight: float
-) -> dict[str, InverseReward]:
-    """Return the reward of the training, and the same with the held-out model in the place of the one that gave it."""
-    return {"training_reward": training, HELD_OUT: InverseReward(judges.actions, real, gripper_weight)}

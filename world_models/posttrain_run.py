@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.files import write_json
@@ -16,6 +15,7 @@ from simtoreal.evaluation.bootstrap import mean_with_interval
 from simtoreal.evaluation.policies import checkpoint_digest
 from simtoreal.evaluation.results import RESULTS_FILE, require_own_folder
 from simtoreal.policies import checkpoint as folders
+from simtoreal.policies.distributed import choose_device
 from simtoreal.policies.inverse_dynamics import load_inverse_dynamics
 from simtoreal.world_models.action_following import require_judge
 from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model
@@ -27,6 +27,9 @@ from simtoreal.world_models.posttrain import posttrain
 from simtoreal.world_models.posttrain_config import PosttrainConfig
 from simtoreal.world_models.posttrain_judgement import HELD_OUT, judge_change, score_clips
 from simtoreal.world_models.video_data import VideoData, open_video_data
+
+# Of results.json.
+KIND = "world_model_posttraining"
 
 
 def run_posttraining(
@@ -68,14 +71,14 @@ def run_posttraining(
         DatasetError: too few episodes that the model did not learn from.
         EmbodimentMismatchError: the models and data are of different embodiments or render profiles.
     """
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = str(choose_device(device))
     loaded = load_world_model(model, chosen)
     data = open_video_data(paths, embodiment=loaded.embodiment)
     judged, learned = choose_episodes(loaded, data, episodes)
     rewarding, described = load_inverse_dynamics(inverse, chosen)
     require_judge(rewarding, data, inverse)
     # What would stop the training in the end is said before the judges are trained.
-    require_own_folder(output, "reward_deviation")
+    require_own_folder(output, KIND)
     folders.checkpoints_to_continue(output, resume)
     require_whole_pairs(rewarding, config.steps)
     if judge is not None:
@@ -94,7 +97,7 @@ def run_posttraining(
     result = posttrain(loaded, config, data, learned, reward, output, resume=resume, progress=progress)
     after = score_clips(real, _imagine(loaded, data, judged, config.seed), judges, rewards)
     results = {
-        "kind": "world_model_posttraining", "model": str(model), "inverse_dynamics": str(inverse),
+        "kind": KIND, "model": str(model), "inverse_dynamics": str(inverse),
         "data": [str(path) for path in paths], "config": folders.plain_config(config),
         "run": str(result.run), "steps": result.steps, "frame_passes": result.frame_passes, "seconds": result.seconds,
         "episodes": {"judged": len(judged), "learned": int(learned.sum())},

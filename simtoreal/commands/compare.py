@@ -39,7 +39,10 @@ def main(config: Config) -> None:
     from simtoreal.envs.files import write_json
     from simtoreal.envs.provenance import provenance
     from simtoreal.evaluation.compare import NOT_DISTINGUISHABLE, compare, load_arms
+    from simtoreal.evaluation.results import require_own_folder
 
+    if config.output is not None:
+        require_own_folder(config.output, "comparison")
     arms = load_arms(config.folders, config.labels)
     result = compare(arms, paired=not config.unpaired, alpha=config.alpha)
     console = Console()

@@ -80,7 +80,7 @@ def main(config: Config) -> None:
     check_name(config.output_name)
     device = str(choose_device(config.device))
     base, dataset = Dataset.open(config.against), Dataset.open(config.dataset)
-    require_same_task(base, dataset.tasks, str(config.dataset))
+    require_same_task(base, {episode.task for episode in dataset.episodes}, str(config.dataset))
     features = make_features(base, config.keys, config.encoder, device)
     console = Console()
     with console.status("training the scorer, or reading it"):

@@ -31,7 +31,7 @@ class Config:
         if self.episodes < 1:
             raise ConfigError(f"--episodes is {self.episodes}, expected at least 1")
         suffix = ".rrd" if self.rerun else ".mp4"
-        if self.output is not None and self.output.suffix != suffix:
+        if self.output is not None and self.output.suffix.lower() != suffix:
             raise ConfigError(f"--output is {self.output}, expected a name that ends in {suffix}")
 
 

@@ -233,7 +233,7 @@ def _coaches(config: Config, embodiment: Embodiment, task: str) -> tuple[Any, di
     from simtoreal.policies.compatibility_scorer import require_same_task
 
     reference = Dataset.open(config.coach, embodiment=embodiment)
-    require_same_task(reference, [task], "--task")
+    require_same_task(reference, [task], "the session")
     # On the robot there is no scene truth to compare.
     keys = ("proprio",) if config.backend == "ros" and config.encoder is None else ()
     coaches: dict[bool, Any] = {}

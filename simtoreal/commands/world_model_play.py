@@ -46,9 +46,9 @@ def main(config: Config) -> None:
         EmbodimentMismatchError: model and data are of different embodiments or render profiles.
     """
     import numpy as np
-    import torch
     from rich.console import Console
 
+    from simtoreal.policies.distributed import choose_device
     from simtoreal.world_models.checkpoint import load_world_model
     from simtoreal.world_models.clips import altered_actions, imagine_clips, real_clips
     from simtoreal.world_models.learned_episodes import fresh_episodes
@@ -56,8 +56,7 @@ def main(config: Config) -> None:
     from simtoreal.world_models.video_data import open_video_data
 
     console = Console()
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    loaded = load_world_model(config.model, device)
+    loaded = load_world_model(config.model, choose_device(None if config.device == "auto" else config.device))
     data = open_video_data(config.data, embodiment=loaded.embodiment)
     fresh = fresh_episodes(loaded, data)
     order = np.concatenate([np.flatnonzero(fresh), np.flatnonzero(~fresh)])
