@@ -13,7 +13,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from interleaved import write_benchmark
+from interleaved import read_no_flags, write_benchmark
 
 TASK, EPISODES, ROUNDS = "pick_place", 200, 5
 
@@ -58,4 +58,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    read_no_flags(__doc__)
     main()

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from interleaved import write_benchmark
+from interleaved import read_no_flags, write_benchmark
 
 if TYPE_CHECKING:
     from simtoreal.robot.topics import RobotConfig
@@ -231,4 +231,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_until_killed() if sys.argv[1:] == [KILLED] else main()
+    if sys.argv[1:] == [KILLED]:
+        run_until_killed()
+    else:
+        read_no_flags(__doc__)
+        main()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 
-from interleaved import write_benchmark
+from interleaved import read_no_flags, write_benchmark
 
 from simtoreal.data_collection.expert import ScriptedExpert
 from simtoreal.envs import list_tasks, make_vector_env, rollout
@@ -52,4 +52,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    read_no_flags(__doc__)
     main()

@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 from default_rendering import default_scene
-from interleaved import speed_arms, speed_headline, time_rounds, write_benchmark
+from interleaved import read_no_flags, speed_arms, speed_headline, time_rounds, write_benchmark
 
 from simtoreal.envs import make_vector_env
 
@@ -62,4 +62,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    read_no_flags(__doc__)
     main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,11 @@ from simtoreal.envs.files import write_json
 from simtoreal.envs.provenance import provenance
 
 RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def read_no_flags(description: str | None) -> None:
+    """Answer ``--help`` with what a benchmark does, and refuse flags where there are none."""
+    argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 
 def time_rounds(arms: Mapping[str, Callable[[], Any]], rounds: int = 9) -> dict[str, list[float]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from interleaved import write_benchmark
+from interleaved import read_no_flags, write_benchmark
 
 from simtoreal.data_collection.journal import Journal
 from simtoreal.envs.files import append_whole
@@ -121,4 +121,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    read_no_flags(__doc__)
     main()

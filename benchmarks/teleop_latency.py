@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from interleaved import write_benchmark
+from interleaved import read_no_flags, write_benchmark
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
@@ -105,6 +105,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    read_no_flags(__doc__)
     os.environ.setdefault("MUJOCO_GL", "egl")
     os.environ.setdefault("LP_NUM_THREADS", "1")
     main()

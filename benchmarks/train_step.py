@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from interleaved import speed_arms, speed_headline, time_rounds, write_benchmark
+from interleaved import read_no_flags, speed_arms, speed_headline, time_rounds, write_benchmark
 
 from simtoreal.data_collection.windows import WindowSampler
 from simtoreal.envs.panda import panda_embodiment
@@ -109,4 +109,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    read_no_flags(__doc__)
     main()

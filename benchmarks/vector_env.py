@@ -14,7 +14,7 @@ import gymnasium as gym
 import mujoco
 import numpy as np
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
-from interleaved import speed_arms, speed_headline, time_rounds, write_benchmark
+from interleaved import read_no_flags, speed_arms, speed_headline, time_rounds, write_benchmark
 
 from simtoreal.envs import make_env, make_vector_env
 
@@ -93,4 +93,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    read_no_flags(__doc__)
     main()
