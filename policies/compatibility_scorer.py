@@ -138,12 +138,12 @@ def require_same_task(base: Dataset, tasks: Iterable[str], name: str) -> None:
         DatasetError: the base data are of several tasks, or not of these.
     """
     known = {episode.task for episode in base.episodes}
-    if len(known) != 1:
+    if len(known) > 1:
         raise DatasetError(
             f"{base.path}: holds several tasks ({', '.join(sorted(known))}); what fits can be told for one task only. "
             "Give base data of one task."
         )
-    if other := set(tasks) - known:
+    if known and (other := set(tasks) - known):  # no episodes at all are refused by what learns from them
         raise DatasetError(
             f"{name}: is of task {', '.join(sorted(other))}, and the base data {base.path} of {', '.join(known)}"
         )

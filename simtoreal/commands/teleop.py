@@ -80,6 +80,13 @@ class Config:
             raise ConfigError("--encoder belongs to --coach: give the dataset to be compatible with")
         if not self.operator.strip():
             raise ConfigError("--operator is empty; give a name")
+        # Who names a robot must not move a simulation and believe it is the robot.
+        if self.backend == "sim" and (self.robot != "twin" or self.gap != "none" or self.topics != "panda_ros2"):
+            raise ConfigError("--robot, --gap and --topics belong to --backend ros; this would open the simulation")
+        if self.backend == "ros" and self.randomization != "none":
+            raise ConfigError("--randomization belongs to --backend sim; the twin differs by --gap")
+        if self.robot == "ros" and self.gap != "none":
+            raise ConfigError("--gap belongs to --robot twin; a real robot differs by itself")
 
 
 @dataclass(frozen=True, kw_only=True)
