@@ -35,7 +35,7 @@ from simtoreal.data_collection.teleop_session import Board
 from simtoreal.data_collection.teleop_take import TakeStore
 from simtoreal.data_collection.writer import DatasetWriter
 from simtoreal.envs import load_task, panda_embodiment
-from simtoreal.envs.errors import DatasetError, DiskError, RobotError
+from simtoreal.envs.errors import ConfigError, DatasetError, DiskError, RobotError
 from simtoreal.envs.tabletop import TabletopEnv
 from simtoreal.policies.compatibility_coach import CompatibilityCoach
 
@@ -324,6 +324,21 @@ def test_takes_that_nobody_judges_say_so(tmp_path: Path):
     opened.run()
     assert ("recording", "not judged: no base") in notes
     assert ("review", "goal not reached; not judged: no base") in notes
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"robot": "ros"}, "belong to --backend ros"),
+        ({"gap": "hard"}, "belong to --backend ros"),
+        ({"topics": "my_robot.yaml"}, "belong to --backend ros"),
+        ({"backend": "ros", "randomization": "hard"}, "--randomization belongs to --backend sim"),
+        ({"backend": "ros", "robot": "ros", "gap": "hard"}, "--gap belongs to --robot twin"),
+    ],
+)
+def test_who_names_a_robot_does_not_get_a_simulation(flags: dict[str, Any], expected: str):
+    with pytest.raises(ConfigError, match=expected):
+        teleop.Config(**flags)
 
 
 def test_base_data_of_one_mode_only_leave_the_other_unjudged(
