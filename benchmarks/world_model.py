@@ -3,6 +3,7 @@
     python benchmarks/world_model.py                     # --profile cpu: under an hour on two cores; resumable
     python benchmarks/world_model.py --profile gpu       # one GPU, about 25 minutes
     python benchmarks/world_model.py --profile smoke     # a minute: everything runs, nothing is learned, nothing stored
+    python benchmarks/world_model.py --speed             # minutes: only the speed; on a GPU of both presets
 
 Demonstrations of a disturbed expert (failures included) and rollouts of weak policies train the model; fresh
 demonstrations judge it open loop, to the end of every episode. Policies of different quality, the same one with more
@@ -51,6 +52,8 @@ WEAK_SEED, WEAK_ROLLOUTS_SEED = 2_700_000, 2_800_000
 OURS, EAGER = "batched", "eager, one episode after the other"
 # Actions that a policy announces and executes at once.
 EXECUTED = 8
+# Device -> preset -> episodes imagined together, where only the speed is measured.
+SPEED_BATCHES = {"cpu": {"cpu": (64,)}, "cuda": {"cpu": (64, 512, 2048), "gpu": (64, 512)}}
 PRESETS = Path(__file__).resolve().parent.parent / "configs" / "world_models"
 
 
@@ -141,11 +144,11 @@ def collect_weak(profile: Profile, output: Path) -> list[Path]:
     return folders
 
 
-def model_settings(profile: Profile, smoke: bool) -> tuple[WorldModelConfig, WorldModelTrainerConfig]:
+def model_settings(preset: str, smoke: bool) -> tuple[WorldModelConfig, WorldModelTrainerConfig]:
     """Settings of the shipped preset."""
-    content = read_yaml(PRESETS / f"{profile.preset}.yaml")
-    model = build_config(WorldModelConfig, content["model"], source=profile.preset)
-    trainer = build_config(WorldModelTrainerConfig, content["trainer"], source=profile.preset)
+    content = read_yaml(PRESETS / f"{preset}.yaml")
+    model = build_config(WorldModelConfig, content["model"], source=preset)
+    trainer = build_config(WorldModelTrainerConfig, content["trainer"], source=preset)
     if smoke:
         moment = StageConfig(steps=2, batch_size=4)
         trainer = dataclasses.replace(trainer, tokenizer=moment, dynamics=moment, classifier=moment)
@@ -187,6 +190,32 @@ def measure_speed(loaded: LoadedWorldModel, data: VideoData, batch: int, rounds:
     return {"headline": headline, "arms": speed_arms(seconds, units)}
 
 
+def compare_speeds(output: Path) -> None:
+    """Measure the speed on this device and store it; speed does not depend on what a model learned."""
+    begin = time.perf_counter()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = open_video_data([collect(output / "data", PROFILES["smoke"].episodes, FRESH_SEED, disturbed=True)])
+    arms, headlines, sizes = [], {}, []
+    for preset, batches in SPEED_BATCHES[device].items():
+        result = train_world_model(*model_settings(preset, True), data, output / preset, resume=True)
+        loaded = load_world_model(output / preset, device)
+        sizes.append(f"{preset} {loaded.model.config.dynamics.kind}, {result.parameters / 1e6:.2f} M parameters")
+        for batch in batches:
+            speed = measure_speed(loaded, data, batch, 7, 32)
+            headlines[preset, batch] = speed["headline"]
+            arms += [{**row, "name": f"preset {preset}, batch {batch}, {row['name']}"} for row in speed["arms"]]
+    for row in arms:
+        print(f"{row['name']}: {row['value']:.0f}/s", flush=True)
+    name = torch.cuda.get_device_name(0) if device == "cuda" else "CPU"
+    path = write_benchmark(
+        f"world_model_speed_{device}", "How many pictures per second does the world model imagine and decode?",
+        headlines["cpu", SPEED_BATCHES[device]["cpu"][-1]], arms, seconds=time.perf_counter() - begin, seeds=[FRESH_SEED],
+        notes=f"On one {name}, bfloat16; {'; '.join(sizes)}. Two 64-pixel cameras, chunks of eight actions, 32 steps, "
+        "pictures copied to main memory. Barely trained weights: speed does not depend on them.",
+    )  # fmt: skip
+    print(f"stored in {path}")
+
+
 def train_policies(lengths: Sequence[int], data: Path, output: Path, seed: int) -> list[Path]:
     """The same policy, trained for longer and longer."""
     runs = []
@@ -205,7 +234,11 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, default=None, help="folder; default: outputs/benchmark_world_model_PROFILE"
     )
+    parser.add_argument("--speed", action="store_true", help="only the speed, on this device")
     options = parser.parse_args()
+    if options.speed:
+        compare_speeds(options.output or Path("outputs/benchmark_world_model_speed"))
+        return
     profile, smoke = PROFILES[options.profile], options.profile == "smoke"
     output = options.output or Path("outputs") / f"benchmark_world_model_{options.profile}"
     begin = time.perf_counter()
@@ -213,7 +246,7 @@ def main() -> None:
     trained_on += collect_weak(profile, output)
     fresh = collect(output / "fresh", profile.fresh, FRESH_SEED, disturbed=True)
     demonstrations = collect(output / "demonstrations", profile.demonstrations, POLICY_SEED, disturbed=False)
-    model_config, trainer = model_settings(profile, smoke)
+    model_config, trainer = model_settings(profile.preset, smoke)
     result = train_world_model(
         model_config, trainer, open_video_data(trained_on), output / "model", resume=True, progress=True
     )

@@ -48,7 +48,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, core count and load of this machine."""
+    """Processor, core count and load of this machine, and its GPU if torch is in use and computes on one."""
     model = platform.processor() or platform.machine()
     cpu_info = Path("/proc/cpuinfo")
     if cpu_info.exists():
@@ -56,7 +56,12 @@ def machine() -> dict[str, Any]:
             if line.startswith("model name"):
                 model = line.split(":", 1)[1].strip()
                 break
-    return {"cpu": model, "cores": os.cpu_count(), "load": os.getloadavg()[0], "system": platform.platform()}
+    found = {"cpu": model, "cores": os.cpu_count(), "load": os.getloadavg()[0], "system": platform.platform()}
+    # Not imported here: what does not compute with torch should not wait for it.
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name(0)
+    return found
 
 
 def provenance(seeds: Sequence[int] = ()) -> dict[str, Any]:
