@@ -20,7 +20,7 @@ def fit_linear(before: Tensor, now: Tensor, command: Tensor, after: Tensor) -> T
     """Return the ridge regression ``(2 P + C' + 1, P)`` of the change of proprio; arguments ``(N, ...)``, scaled."""
     inputs = _inputs(before, now, command).double()
     gram = inputs.T @ inputs / len(inputs)
-    shrink = torch.full((len(gram),), RIDGE, dtype=gram.dtype)
+    shrink = torch.full((len(gram),), RIDGE, dtype=gram.dtype, device=gram.device)
     # The constant is not shrunk.
     shrink[-1] = 0.0
     shrink *= gram.diagonal().mean()
