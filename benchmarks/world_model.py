@@ -209,7 +209,8 @@ def compare_speeds(output: Path) -> None:
     name = torch.cuda.get_device_name(0) if device == "cuda" else "CPU"
     path = write_benchmark(
         f"world_model_speed_{device}", "How many pictures per second does the world model imagine and decode?",
-        headlines["cpu", SPEED_BATCHES[device]["cpu"][-1]], arms, seconds=time.perf_counter() - begin, seeds=[FRESH_SEED],
+        headlines["cpu", SPEED_BATCHES[device]["cpu"][-1]], arms, seconds=time.perf_counter() - begin,
+        seeds=[FRESH_SEED],
         notes=f"On one {name}, bfloat16; {'; '.join(sizes)}. Two 64-pixel cameras, chunks of eight actions, 32 steps, "
         "pictures copied to main memory. Barely trained weights: speed does not depend on them.",
     )  # fmt: skip

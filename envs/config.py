@@ -16,6 +16,35 @@ from simtoreal.envs.errors import ConfigError, closest
 T = TypeVar("T")
 
 
+class _OneValuePerKey(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which yaml would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"key '{key.value}' is given twice, in lines {seen[key.value]} and {line}"
+                    )
+                seen[key.value] = line
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the plain values in yaml text.
+
+    Raises:
+        yaml.YAMLError: not valid, or a key is given twice in a mapping.
+    """
+    loader = _OneValuePerKey(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()  # type: ignore[no-untyped-call]
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping stored in a yaml file (an empty file is an empty mapping).
 
@@ -23,7 +52,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ConfigError: the file is missing, is not yaml, or does not hold a mapping.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        content = parse_yaml(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     except yaml.YAMLError as error:

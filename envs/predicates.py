@@ -147,6 +147,10 @@ class _Tcp:
     articulated = False
 
 
+# Far more than a goal needs, and far less than exhausts the stack when nested.
+MAX_CHARACTERS = 2000
+
+
 def parse_predicate(
     text: str, objects: Sequence[ObjectSpec], where: str = "predicate", *, poses_only: bool = False
 ) -> Predicate:
@@ -161,6 +165,8 @@ def parse_predicate(
     Raises:
         TaskError: syntax error, unknown predicate or object (with the closest valid name), wrong arguments.
     """
+    if len(text) > MAX_CHARACTERS:
+        raise TaskError(f"{where}: a predicate of {len(text)} characters; expected at most {MAX_CHARACTERS}")
     try:
         tree = ast.parse(text.strip(), mode="eval")
     except SyntaxError as error:

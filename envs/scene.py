@@ -8,12 +8,10 @@ import mujoco
 
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.panda import OBJECT_BIT, ROBOT_BIT, add_panda
-from simtoreal.envs.scene_layout import DRAWER_HANDLE_X_M, DRAWER_TRAVEL_M
+from simtoreal.envs.scene_layout import DRAWER_HANDLE_X_M, DRAWER_TRAVEL_M, TABLE_CENTER_M, TABLE_HALF_M
 from simtoreal.envs.task import COLORS, ObjectSpec, TaskSpec
 
 TIMESTEP_S = 0.005
-TABLE_CENTER_M = (0.45, 0.0)
-TABLE_HALF_M = (0.4, 0.55)
 # Looks of the table among which domain randomisation chooses; the first is the default.
 TABLE_LOOKS = (
     ((0.36, 0.37, 0.41), (0.41, 0.42, 0.46)),

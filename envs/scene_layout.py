@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+# Middle and half lengths of the table, whose top is at height 0.
+TABLE_CENTER_M = (0.45, 0.0)
+TABLE_HALF_M = (0.4, 0.55)
 DRAWER_TRAVEL_M = 0.16
 # Middle of the handle along the drawer's axis, measured from the cabinet's front towards the robot.
 DRAWER_HANDLE_X_M = -0.055

@@ -60,6 +60,15 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray], EzPickle):
         self._pictures: PictureRenderer | None = None
 
     @property
+    def images_wanted(self) -> bool:
+        """See docs/interface.md."""
+        return self.vector.images_wanted
+
+    @images_wanted.setter
+    def images_wanted(self, wanted: bool) -> None:
+        self.vector.images_wanted = wanted
+
+    @property
     def data(self) -> mujoco.MjData:
         """A copy of the simulation's MjData."""
         return self.vector.batch.get_data(0)

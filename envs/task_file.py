@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import math
+import re
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
@@ -12,8 +14,9 @@ from typing import Any
 
 import yaml
 
+from simtoreal.envs.config import parse_yaml
 from simtoreal.envs.errors import TaskError, closest
-from simtoreal.envs.scene_layout import DRAWER_TRAVEL_M
+from simtoreal.envs.scene_layout import DRAWER_TRAVEL_M, TABLE_CENTER_M, TABLE_HALF_M
 from simtoreal.envs.task import COLORS, SHAPE_DIMENSIONS, SKILLS, InitialSpec, ObjectSpec, SkillStep, TaskSpec
 
 # Names that the scene itself uses; an object of the same name would be taken for a part of the robot.
@@ -21,6 +24,12 @@ RESERVED_NAMES = frozenset(
     {"world", "table", "tcp", "base", "gripper_down", "hand", "left_finger", "right_finger"}
     | {f"link{index}" for index in range(8)}
 )
+
+# What a simulation with steps of 5 ms, and a gripper, can deal with.
+SIZE_M, MASS_KG, FRICTION = (0.0005, 0.5), (0.001, 20.0), (0.01, 10.0)
+HIGHEST_M = 1.0
+# The name is part of Gymnasium ids and of file names.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
 
 def _is_finite(value: Any) -> bool:
@@ -302,9 +311,58 @@ def load_task(task: str | Path | TaskSpec) -> TaskSpec:
 
 
 def parse_task_text(text: str, source: str) -> TaskSpec:
-    """Parse yaml text into a specification; see :func:`parse_task`."""
+    """Parse the yaml text of a task that is to be simulated; see :func:`parse_task`.
+
+    Raises:
+        TaskError: also for a key that is given twice, and for a scene that cannot be simulated.
+    """
     try:
-        content = yaml.safe_load(text)
+        content = parse_yaml(text)
     except yaml.YAMLError as error:
         raise TaskError(f"{source}: not valid yaml: {error}") from error
-    return parse_task(content, source)
+    task = parse_task(content, source)
+    _require_possible(task)
+    return task
+
+
+def _require_possible(task: TaskSpec) -> None:
+    """Refuse what the simulation could not do; a stored dataset, which may be of another world, is not held to it."""
+
+    def within(key: str, values: Iterable[float], low: float, high: float, unit: str) -> None:
+        for value in values:
+            if not low <= value <= high:
+                raise TaskError(f"{task.source}: key '{key}' is {value:g}; expected {low:g} to {high:g}{unit}")
+
+    if not _NAME.fullmatch(task.name):
+        raise TaskError(f"{task.source}: key 'name' is '{task.name}'; expected letters, digits, and _ . - inside")
+    for item in task.objects:
+        within(f"objects.{item.name}.size_m", item.size_m, *SIZE_M, " m")
+        within(f"objects.{item.name}.mass_kg", [item.mass_kg], *MASS_KG, " kg")
+        within(f"objects.{item.name}.friction", [item.friction], *FRICTION, "")
+        initial = task.initial[item.name]
+        for axis, values in enumerate((initial.x_m, initial.y_m)):
+            middle, half = TABLE_CENTER_M[axis], TABLE_HALF_M[axis]
+            within(f"initial.{item.name}.{'xy'[axis]}_m", values, middle - half, middle + half, " m, the table")
+        lowest = item.half_height_m
+        what = f" m, the origin of a {item.shape} of this size on the table or above it"
+        within(f"initial.{item.name}.z_m", initial.z_m or (), lowest, HIGHEST_M, what)
+    _require_apart(task)
+
+
+def _require_apart(task: TaskSpec) -> None:
+    """Refuse two objects without a hole that overlap on the table wherever they are put."""
+    solid = [
+        item
+        for item in task.objects
+        if item.shape in ("box", "cylinder", "sphere", "plate") and task.initial[item.name].z_m is None
+    ]
+    for first, second in itertools.combinations(solid, 2):
+        mine, other = task.initial[first.name], task.initial[second.name]
+        furthest = math.hypot(
+            *(max(a[1] - b[0], b[1] - a[0]) for a, b in ((mine.x_m, other.x_m), (mine.y_m, other.y_m)))
+        )
+        if furthest < 0.5 * (first.half_extent_m + second.half_extent_m):
+            raise TaskError(
+                f"{task.source}: key 'initial': '{first.name}' and '{second.name}' are put inside each other, at most "
+                f"{furthest:g} m apart. Move one, or give it a height with z_m."
+            )

@@ -32,7 +32,7 @@ def policy_class(name: str) -> type[Policy]:
     """Import and return the class of a policy type.
 
     Raises:
-        ConfigError: there is no such type.
+        ConfigError: there is no such type, or what is announced as one is no :class:`Policy`.
         MissingDependencyError: its module cannot be imported.
     """
     known = policy_types()
@@ -41,6 +41,13 @@ def policy_class(name: str) -> type[Policy]:
         raise ConfigError(f"unknown policy type '{name}'. {closest(name, known)}")
     module, _, attribute = target.partition(":")
     try:
-        return getattr(importlib.import_module(module), attribute)  # type: ignore[no-any-return]
-    except (ImportError, AttributeError) as error:
-        raise MissingDependencyError(f"policy type '{name}' ({target}) cannot be imported: {error}") from error
+        found = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # Somebody else's module may fail in any way.
+        raise MissingDependencyError(
+            f"policy type '{name}' ({target}) cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+    from simtoreal.policies.base import Policy
+
+    if not (isinstance(found, type) and issubclass(found, Policy)):
+        raise ConfigError(f"policy type '{name}' ({target}) is no subclass of simtoreal.policies.base.Policy")
+    return found

@@ -354,21 +354,9 @@ def _check_options(
         raise ConfigError(f"observe '{observe}' is unknown. {closest(observe, ('image', 'state'))}")
     if observe_truth and operator is not None:
         raise ConfigError("observe_truth needs the twin: a real robot has no scene truth")
-    if embodiment.name != config.robot:
-        raise ConfigError(f"the robot yaml describes '{config.robot}', the embodiment is '{embodiment.name}'")
-    if len(config.joint_names) != len(embodiment.home_joint_positions_rad):
-        raise ConfigError(
-            f"the robot yaml names {len(config.joint_names)} joints, the embodiment has "
-            f"{len(embodiment.home_joint_positions_rad)}"
-        )
+    config.require_fits(embodiment, "the robot yaml")
     if embodiment.action.mode not in ("ee_delta", "ee_abs"):
         raise ConfigError(f"action mode '{embodiment.action.mode}' has no end-effector target")
-    for camera in embodiment.cameras:
-        if camera.name not in config.cameras:
-            raise ConfigError(
-                f"the robot yaml has no camera '{camera.name}' that the embodiment needs. "
-                f"{closest(camera.name, config.cameras)}"
-            )
 
 
 def task_instruction(task: TaskSpec, seed: int) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib.resources
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from simtoreal.envs.config import load_config
+from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError, closest, require
 from simtoreal.robot.gate_limits import MotionLimits
 
@@ -191,6 +193,43 @@ class RobotConfig:
             raise ValueError(f"joint_names and finger_joint_names need distinct names, found {list(names)}")
         if not abs(self.finger_open - self.finger_closed) > 0:
             raise ValueError(f"finger_open and finger_closed are {self.finger_open} and {self.finger_closed}")
+        taken: dict[str, str] = {}
+        for key, topic in self._topics():
+            if topic.name in taken:
+                raise ValueError(f"{taken[topic.name]} and {key} are both '{topic.name}'; topics need distinct names")
+            taken[topic.name] = key
+
+    def _topics(self) -> Iterator[tuple[str, Topic]]:
+        for name in TOPIC_TYPES:
+            yield f"topics.{name}", getattr(self.topics, name)
+        for name, camera in self.cameras.items():
+            yield f"cameras.{name}.image", camera.image
+            if camera.camera_info is not None:
+                yield f"cameras.{name}.camera_info", camera.camera_info
+
+    def require_fits(self, embodiment: Embodiment, source: str | Path) -> None:
+        """Refuse an embodiment that this robot is not.
+
+        Args:
+            embodiment: what is going to act or be recorded.
+            source: the robot yaml, for messages.
+
+        Raises:
+            ConfigError: another robot, another number of joints, or a camera is missing.
+        """
+        if embodiment.name != self.robot:
+            raise ConfigError(f"{source} describes '{self.robot}', the embodiment is '{embodiment.name}'")
+        needed = len(embodiment.home_joint_positions_rad)
+        if len(self.joint_names) != needed:
+            raise ConfigError(
+                f"{source}: key 'joint_names' has {len(self.joint_names)} joints, '{embodiment.name}' has {needed}"
+            )
+        for camera in embodiment.cameras:
+            if camera.name not in self.cameras:
+                raise ConfigError(
+                    f"{source}: key 'cameras' has no camera '{camera.name}', which the embodiment needs. "
+                    f"{closest(camera.name, self.cameras)}"
+                )
 
 
 def load_robot_config(name: str | Path = "panda_ros2") -> RobotConfig:

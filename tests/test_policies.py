@@ -283,12 +283,19 @@ def test_third_parties_register_through_an_entry_point(tmp_path, monkeypatch):
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: third-party\nVersion: 1.0\n")
     lines = "theirs = third_party_policy:Theirs\nbroken = no_such_module:Policy\n"
+    lines += "raises = third_party_raises:Policy\nother = third_party_policy:Other\n"
     (info / "entry_points.txt").write_text(f"[simtoreal.policies]\n{lines}")
-    (tmp_path / "third_party_policy.py").write_text("class Theirs:\n    pass\n")
+    text = "from simtoreal.policies.bc import BCPolicy\nclass Theirs(BCPolicy):\n    pass\nclass Other:\n    pass\n"
+    (tmp_path / "third_party_policy.py").write_text(text)
+    (tmp_path / "third_party_raises.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     assert policy_class("theirs").__name__ == "Theirs"
     with pytest.raises(MissingDependencyError, match="no_such_module"):
         policy_class("broken")
+    with pytest.raises(MissingDependencyError, match=r"'raises' .* cannot be imported: ZeroDivisionError"):
+        policy_class("raises")
+    with pytest.raises(ConfigError, match=r"'other' \(third_party_policy:Other\) is no subclass of .*Policy"):
+        policy_class("other")
 
 
 @pytest.mark.parametrize(

@@ -412,6 +412,16 @@ def test_contradictions_are_refused(config, robot) -> None:
     other = dataclasses.replace(config, cameras={"frond": config.cameras["front"], "wrist": config.cameras["wrist"]})
     with pytest.raises(ConfigError, match=r"no camera 'front'.*Did you mean 'frond'"):
         Ros2Env(task, **options | {"config": other})
+    other = dataclasses.replace(config, joint_names=config.joint_names[:6])
+    with pytest.raises(ConfigError, match=r"mine\.yaml: key 'joint_names' has 6 joints, 'panda' has 7"):
+        other.require_fits(EMBODIMENT, "mine.yaml")
+    with pytest.raises(ValueError, match=r"topics\.target_pose and topics\.estop are both '/target_pose'"):
+        dataclasses.replace(
+            config,
+            topics=dataclasses.replace(
+                config.topics, estop=dataclasses.replace(config.topics.estop, name="/target_pose")
+            ),
+        )
 
 
 @pytest.mark.parametrize("encoding", ["rgb8", "bgr8", "rgba8", "bgra8", "png"])

@@ -82,6 +82,18 @@ def test_partial_reset_leaves_the_others_alone():
     assert info["init_id"].tolist() == [5, 99, 7]
 
 
+def test_images_that_nobody_wants_stay_as_they_were():
+    env = gym.make("simtoreal/Reach-v0", image_size=32)
+    first = env.reset(seed=0)[0]
+    env.unwrapped.images_wanted = False
+    action = np.full(7, 0.5, np.float32)
+    after = env.step(action)[0]
+    assert np.array_equal(after["front_image"], first["front_image"])
+    assert not np.array_equal(after["proprio"], first["proprio"])
+    env.unwrapped.images_wanted = True
+    assert not np.array_equal(env.step(action)[0]["front_image"], first["front_image"])
+
+
 def test_ended_simulations_wait_for_their_reset():
     env = make_vector_env("reach", 2, observe="state")
     env.reset(seed=0)

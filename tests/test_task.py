@@ -96,6 +96,30 @@ def test_files_that_are_not_text_are_named(tmp_path):
         load_task(path)
 
 
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda c: c["initial"]["cube"].update(x_m=[1.4, 1.5]), r"'initial\.cube\.x_m' is 1\.4; expected 0\.05 to"),
+        (lambda c: c["initial"]["cube"].update(z_m=[-0.1, 0.1]), r"'initial\.cube\.z_m' is -0\.1; expected 0\.02 to"),
+        (lambda c: c["initial"].update(cube=c["initial"]["plate"] | {"x_m": [0.5, 0.5], "y_m": [0, 0]},
+                                       plate={"x_m": [0.5, 0.51], "y_m": [0, 0]}), "'cube' and 'plate' are put inside"),
+        (lambda c: c["objects"]["cube"].update(size_m=[9, 9, 9]), r"'objects\.cube\.size_m' is 9; expected 0\.0005"),
+        (lambda c: c["objects"]["cube"].update(mass_kg=1e-30), r"'objects\.cube\.mass_kg' is 1e-30; expected 0\.001"),
+        (lambda c: c.update(name="../mine"), r"key 'name' is '\.\./mine'; expected letters"),
+        (lambda c: c.update(goal="not " * 3000 + "lifted(cube, 0.1)"), "goal: a predicate of 12017 characters"),
+    ],
+)  # fmt: skip
+def test_scenes_that_cannot_be_simulated_are_refused(content, edit, message):
+    edit(content)
+    with pytest.raises(TaskError, match=rf"mine\.yaml.*{message}"):
+        parse_task_text(yaml.safe_dump(content), "mine.yaml")
+
+
+def test_a_key_given_twice_is_named():
+    with pytest.raises(TaskError, match=r"mine\.yaml: .*key 'x_m' is given twice, in lines 3 and 4"):
+        parse_task_text("initial:\n  cube:\n    x_m: [0, 1]\n    x_m: [0, 2]\n", "mine.yaml")
+
+
 def test_contradictory_distances_are_reported(content):
     content["min_distances"] = [["cube", "plate", 3.0]]
     task = parse_task_text(yaml.safe_dump(content), "mine.yaml")

@@ -79,7 +79,9 @@ def test_diffusion_learns_to_look(tmp_path):
     batch = to_tensors(data.valid.batch(indices), torch.device("cpu"))
     predicted = loaded.predict(batch["observation"], [""] * 100, torch.Generator().manual_seed(0))
     mask = batch["action_mask"]
-    assert float((predicted - batch["actions"]).abs().mean(-1)[mask].mean()) == pytest.approx(result.validation_error, rel=1e-3)
+    assert float((predicted - batch["actions"]).abs().mean(-1)[mask].mean()) == pytest.approx(
+        result.validation_error, rel=1e-3
+    )
 
 
 # --- continuing ------------------------------------------------------------------------------------------------------

@@ -139,6 +139,7 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
             embodiment = inference.description.embodiment
         else:
             embodiment = panda_embodiment(config.image_size)
+        robot.require_fits(embodiment, config.topics)
         task_name = config.task or _trained_task(inference, config)
         task = load_task(Path(task_name) if task_name.endswith((".yaml", ".yml")) else task_name)
         settings = _settings(config, task, inference)

@@ -165,6 +165,11 @@ def open_collection(config: Config, leaving: Callable[[], None] = lambda: None) 
 
     written = load_task(Path(config.task) if config.task.endswith((".yaml", ".yml")) else config.task)
     embodiment = panda_embodiment(config.image_size)
+    if config.backend == "ros":
+        from simtoreal.robot.topics import load_robot_config
+
+        # Before there is a dataset, a twin or a gate.
+        load_robot_config(config.topics).require_fits(embodiment, config.topics)
     task = dataclasses.replace(written, horizon=max(1, round(config.seconds * embodiment.control_hz)))
     motion = load_motion(config.motion)
     reference, coaches, missing = _coaches(config, embodiment, written.name)
