@@ -16,14 +16,21 @@ from simtoreal.envs.randomization import RANDOMIZATIONS, Randomization
 GAPS = ("none", "standard", "hard")
 # Separates the latency draw from all others made with the same seed.
 _LATENCY_STREAM = 0x1A7E
+# Well below the age at which a robot's joint states count as stale (0.1 s in the shipped yaml).
+SLOWEST_JOINT_STATES_S = 0.03
 
 
 @dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Seconds between a command and its execution, and between an image or joint state and its publication."""
+    """Seconds between a command and its execution, and between an image and its publication."""
 
     command_s: float
     observation_s: float
+
+    @property
+    def joint_states_s(self) -> float:
+        """Seconds between a joint state and its publication: an arm reports its joints sooner than cameras pictures."""
+        return min(self.observation_s, SLOWEST_JOINT_STATES_S)
 
 
 def load_gap(name: str) -> Randomization:

@@ -78,6 +78,7 @@ class Twin:
         self._requests: collections.deque[dict[str, Any]] = collections.deque()
         self._commands: collections.deque[tuple[int, Callable[[], None]]] = collections.deque()
         self._outgoing: collections.deque[tuple[int, Any, Any]] = collections.deque()
+        self._joints_outgoing: collections.deque[tuple[int, Any, Any]] = collections.deque()
         self._status: dict[str, Any] = {"request": "", "error": "", "episode": 0, "seed": seed, "task": task.name}
         self._served: collections.deque[str] = collections.deque(maxlen=64)
         self.episodes, self.skipped_s, self._skipped_before_s = 0, 0.0, 0.0
@@ -245,6 +246,7 @@ class Twin:
         self.episodes += 1
         self._commands.clear()
         self._outgoing.clear()
+        self._joints_outgoing.clear()
         # Building a scene takes time that belongs to no episode.
         self._deadline_ns = time.monotonic_ns()
         self._skipped_before_s = self.skipped_s
@@ -255,24 +257,28 @@ class Twin:
 
     def _measure(self, now_ns: int) -> None:
         """Take the measurements that are due, stamp them, and queue them for publication."""
-        release = now_ns + int(self.world.latency.observation_s * 1e9)
+        latency = self.world.latency
         stamp = self.node.get_clock().now().to_msg()
         positions, velocities, fingers = self.world.measure_joints()
         count = len(self.config.finger_joint_names)
         opening = finger_positions(fingers, self.config.finger_closed, self.config.finger_open, count)
         joints = array.array("d", [*positions, *opening]), array.array("d", [*velocities, *[0.0] * count])
-        self._outgoing.append((release, self._publish_joints, (stamp, *joints)))
+        self._joints_outgoing.append(
+            (now_ns + int(latency.joint_states_s * 1e9), self._publish_joints, (stamp, *joints))
+        )
         if self.world.ticks % self.world.ticks_per_control == 0:
             with_info = self.world.ticks % round(CAMERA_INFO_PERIOD_S / TICK_S) == 0
+            release = now_ns + int(latency.observation_s * 1e9)
             for camera, image in self.world.draw().items():
                 self._outgoing.append((release, self._publish_image, (stamp, camera, image, with_info)))
             # The judge is no sensor: its word is not delayed.
             self._publish_truth()
 
     def _publish_due(self, now_ns: int) -> None:
-        while self._outgoing and self._outgoing[0][0] <= now_ns:
-            _, publish, content = self._outgoing.popleft()
-            publish(*content)
+        for queue in (self._joints_outgoing, self._outgoing):
+            while queue and queue[0][0] <= now_ns:
+                _, publish, content = queue.popleft()
+                publish(*content)
 
     def _publish_joints(self, stamp: Any, positions: array.array[float], velocities: array.array[float]) -> None:
         message = self._joint_message

@@ -132,6 +132,13 @@ def test_gap_names() -> None:
     assert sample_latency(0, 0.05, 3) == sample_latency(0, 0.05, 4)
 
 
+def test_joint_states_are_never_stale_by_latency(config) -> None:
+    most = load_gap("hard").latency_steps[1]
+    drawn = [sample_latency(most, 0.05, seed) for seed in range(200)]
+    assert max(one.observation_s for one in drawn) > config.staleness.joint_states_s
+    assert max(one.joint_states_s for one in drawn) < 0.5 * config.staleness.joint_states_s
+
+
 class Listener:
     """A node that keeps everything it hears from the twin and can talk to it."""
 
