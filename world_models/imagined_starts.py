@@ -1,8 +1,8 @@
 """Where the rollouts of each iteration begin: first frames of real episodes, and key frames in a fixed proportion.
 
 A group of rollouts that all succeed, or all fail, teaches nothing (GRPO), and in a deterministic imagination most are
-like that. Sampling on until enough groups differ (DAPO, Yu et al. 2025, §3.2) would cost several times the rollouts; here
-a share of the groups begins where the last group differed (sampling for learnability, Foster & Foerster 2025).
+like that. Sampling on until enough groups differ (DAPO, Yu et al. 2025, §3.2) would cost several times the rollouts.
+Here a share of the groups begins where the last group differed (sampling for learnability, Foster & Foerster 2025).
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _ROUNDING = 1e-9
 class ImaginedStarts:
     """Starts of imagined rollouts; calling it with a learner gives those of its current iteration.
 
-    The share of groups that begin in a key frame is exact over all iterations. Of the beginnings, and of the key frames,
-    ``frontier_share`` of the groups repeat places where the group of the last time both succeeded and failed, as far as
+    The share of groups that begin in a key frame is exact over all iterations. Of the beginnings, and of the key
+    frames, ``frontier_share`` of the groups repeat places where the last group both succeeded and failed, as far as
     there are such; among the others every place is used once before one is used again.
 
     Attributes:
-        last: ``(contexts,)`` success of the last group from every context, NaN if there was none.
+        last: ``(contexts,)`` success of the last group from every context, -1 if there was none.
         drawn: ``(2,)`` beginnings and key frames that were not repetitions, so far.
         places: ``(episode, step)`` of every context, for
             :class:`~simtoreal.world_models.vector_env.WorldModelVectorEnv`: the beginnings, then the key frames.
@@ -67,8 +67,8 @@ class ImaginedStarts:
         self.keyframes = len(keyframes) if share > 0 else 0
         self.places = [(episode, 0) for episode in range(self.beginnings)]
         self.places += [(one.episode, one.step) for one in keyframes[: self.keyframes]]
-        self.last = np.full(len(self.places), np.nan)
-        self.drawn = np.zeros(2, np.int64)
+        self.last = np.full(len(self.places), -1.0)
+        self.drawn, self._fresh = np.zeros(2, np.int64), np.zeros(2, np.int64)
 
     def __call__(self, learner: Reinforcement) -> Starts:
         """Return the starts of the learner's current iteration."""
@@ -76,22 +76,22 @@ class ImaginedStarts:
         times = config.grpo.group_size if config.algorithm == "grpo" else 1
         groups = config.rollouts // times
         first, last = (math.floor(number * groups * self.share + _ROUNDING) for number in (iteration, iteration + 1))
-        chosen = []
+        chosen, self._fresh = [], np.zeros(2, np.int64)
         kinds = ((_KEYFRAMES, self.beginnings, self.keyframes, last - first),
                  (_BEGINNINGS, 0, self.beginnings, groups - (last - first)))  # fmt: skip
         for kind, begin, count, wanted in kinds:
             again = self._frontier(begin, count, math.floor(self.frontier_share * wanted + _ROUNDING), iteration, kind)
             number = int(kind == _KEYFRAMES)
-            position = int(self.drawn[number])
-            self.drawn[number] += wanted - len(again)
-            chosen += [begin + one for one in self._draw(count, position, int(self.drawn[number]), kind)] + again
+            position, self._fresh[number] = int(self.drawn[number]), wanted - len(again)
+            chosen += [begin + one for one in self._draw(count, position, position + wanted - len(again), kind)] + again
         # The seed modulo the number of contexts is the context; the rest makes the noise of the model another one.
         rounds = iteration * groups + np.arange(groups)
         seeds = np.array(chosen) + len(self.places) * rounds
         return Starts.repeated([int(seed) for seed in seeds], times)
 
     def note(self, seeds: np.ndarray, success: np.ndarray) -> None:
-        """Remember how the rollouts ``(R,)`` that began with these seeds ended."""
+        """Remember how the rollouts ``(R,)`` of an iteration ended; the next starts follow those of the last call."""
+        self.drawn, self._fresh = self.drawn + self._fresh, np.zeros(2, np.int64)
         context = np.asarray(seeds) % len(self.places)
         for one in np.unique(context):
             self.last[one] = success[context == one].mean()
