@@ -1,7 +1,8 @@
 """Does a policy get better inside a world model that it helps to train (WoVR), and what is each part of that worth?
 
-    python benchmarks/wovr.py                      # profile cpu: three tasks, resumable
+    python benchmarks/wovr.py                      # profile cpu: four tasks, resumable
     python benchmarks/wovr.py --tasks push &       # a second process does another task: results/wovr_push.json
+    python benchmarks/wovr.py --seeds 0 1 2        # three trainings of everything
     python benchmarks/wovr.py --profile gpu        # one GPU: three training seeds, 400 episodes
     python benchmarks/wovr.py --twin               # afterwards: base and full on the twin over ROS 2, in real time
     python benchmarks/wovr.py --summarize          # only write benchmarks/results/wovr.json from what is finished
@@ -101,7 +102,7 @@ def profiles() -> dict[str, Profile]:
     shipped, smoke = preset("wovr"), preset("wovr_smoke")
     model, trainer = gpu_world_model()
     cpu = Profile(
-        demonstrations={"pick_place": 15, "lift": 8, "push": 15},
+        demonstrations={"pick_place": 15, "lift": 8, "push": 15, "drawer_open": 7},
         imitation=TrainerConfig(steps=1200, batch_size=32),
         # Half as wide as the default, so that a processor core trains and uses it in minutes.
         policy=DiffusionConfig(vision=VisionConfig(widths=(16, 32, 32)), noise_samples=2),
@@ -335,11 +336,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None, help="work folder, resumable")
     parser.add_argument("--tasks", nargs="*", help="only these, with a result of their own")
     parser.add_argument("--arms", nargs="*", help="only these; 'full' first, the others begin with its stages")
+    parser.add_argument("--seeds", nargs="*", type=int, help="training seeds; default: those of the profile")
     parser.add_argument("--device", default=None)
     parser.add_argument("--twin", action="store_true", help="only deploy the policies of 'full' and its base")
     parser.add_argument("--summarize", action="store_true", help="only write the result of the finished arms")
     options = parser.parse_args()
     profile = known[options.profile]
+    if options.seeds:
+        profile = dataclasses.replace(profile, seeds=tuple(options.seeds))
     output = options.output or Path(f"outputs/benchmark_wovr_{options.profile}")
     if options.twin:
         for task in options.tasks or profile.demonstrations:

@@ -65,7 +65,6 @@ class GaussianChain:
 
     def __init__(self, process: NoiseProcess, exploration: ExplorationConfig) -> None:
         self.levels, self.clip = process.levels(), process.clip
-        self.correlation = exploration.correlation
         scale = exploration.noise_scale
         self.deviations = [min(scale, level.noise) if level.noise > 0 else scale for level in self.levels[1:]]
 
@@ -74,8 +73,7 @@ class GaussianChain:
         chain, means = [noise], []
         for index, deviation in enumerate(self.deviations):
             means.append(self.means(denoiser, chain[-1][:, None], first=index)[:, 0])
-            drawn = correlate(normal_noise(noise.shape, generator, noise.device), self.correlation)
-            chain.append(means[-1] + deviation * drawn)
+            chain.append(means[-1] + deviation * normal_noise(noise.shape, generator, noise.device))
         return torch.stack(chain, dim=1), torch.stack(means, dim=1)
 
     def means(self, denoiser: Denoiser, states: Tensor, first: int = 0) -> Tensor:
@@ -99,35 +97,10 @@ class GaussianChain:
         return column(after[:, 1]) * clean + column(kept) * noise
 
     def log_density(self, means: Tensor, chain: Tensor) -> Tensor:
-        """Return the log-density ``(N, K, T, A)`` of every value of ``chain`` ``(N, K + 1, T, A)`` but the first.
-
-        That of an action is conditional on the earlier actions of the chunk, if their noise is correlated.
-        """
+        """Return the log-density ``(N, K, T, A)`` of every value of ``chain`` ``(N, K + 1, T, A)`` but the first."""
         deviation = torch.tensor(self.deviations, device=chain.device)[:, None, None]
         standard = (chain[:, 1:] - means) / deviation
-        density = -0.5 * decorrelate(standard, self.correlation).square() - deviation.log()
-        density = density - 0.5 * math.log(2 * math.pi)
-        # What the earlier actions tell about an action makes its noise narrower.
-        density[:, :, 1:] -= 0.5 * math.log1p(-(self.correlation**2))
-        return density
-
-
-def correlate(noise: Tensor, correlation: float) -> Tensor:
-    """Return standard normal noise ``(..., T, A)`` that is correlated from step to step (AR(1)), from independent."""
-    if correlation == 0:
-        return noise
-    steps, fresh = [noise[..., 0, :]], math.sqrt(1 - correlation**2)
-    for step in range(1, noise.shape[-2]):
-        steps.append(correlation * steps[-1] + fresh * noise[..., step, :])
-    return torch.stack(steps, -2)
-
-
-def decorrelate(noise: Tensor, correlation: float) -> Tensor:
-    """Inverse of :func:`correlate`."""
-    if correlation == 0:
-        return noise
-    fresh = (noise[..., 1:, :] - correlation * noise[..., :-1, :]) / math.sqrt(1 - correlation**2)
-    return torch.cat([noise[..., :1, :], fresh], -2)
+        return -0.5 * standard.square() - deviation.log() - 0.5 * math.log(2 * math.pi)
 
 
 class DenoisingPolicy(Policy):

@@ -14,15 +14,10 @@ class ExplorationConfig:
     """Standard deviation of the noise of a denoising step, in units of the normalised actions (range [-1, 1]). Too
     small, little is explored and updates take the policy far, as probabilities go; too large, the skill is lost while
     exploring."""
-    correlation: float = 0.0
-    """Correlation of the noise of successive actions of a chunk. Independent noise (0) cancels within a chunk and is
-    taken for noise by the next denoising step; correlated noise goes somewhere else."""
 
     def __post_init__(self) -> None:
         if not self.noise_scale > 0:
             raise ValueError(f"noise_scale is {self.noise_scale}; a probability needs a positive one, e.g. 0.2")
-        if not 0 <= self.correlation < 1:
-            raise ValueError(f"correlation is {self.correlation}; expected 0 (independent) to below 1, e.g. 0.9")
 
 
 @dataclass(frozen=True, kw_only=True)
