@@ -2,6 +2,7 @@
 
     python benchmarks/diversity.py            # resumable; a bit more than an hour per training seed on one core
     python benchmarks/diversity.py --tasks avoid --policies bc_l2 unet --seeds 1
+    python benchmarks/diversity.py --summarize    # only write the result of the trainings that are finished
 
 Behaviour cloning with the absolute and the squared error, and diffusion with both denoisers, learn from the same
 demonstrations, balanced over the ways, with the same number of windows. Contexts, rollouts and settings were fixed
@@ -102,16 +103,22 @@ def measure(task: str, policy: str, seed: int, output: Path) -> dict[str, Any]:
     return content
 
 
-def interval(task: str, policy: str, seeds: int, output: Path) -> np.ndarray:
+def finished(task: str, policy: str, seeds: int, output: Path) -> list[int]:
+    """Training seeds that are trained and evaluated."""
+    folders = {seed: output / task / f"{policy}_{seed}" for seed in range(seeds)}
+    return [seed for seed, folder in folders.items() if (folder / "evaluation" / "results.json").is_file()]
+
+
+def interval(task: str, policy: str, seeds: list[int], output: Path) -> np.ndarray:
     """Bootstrap draws ``(DRAWS, 2)`` of both entropies, over training seeds, then contexts, then rollouts."""
     spec, rollouts = load_task(task), TASKS[task]["rollouts"]
     labels, rng = len(behaviors(spec)), np.random.default_rng(0)
     tables = [
         behavior_table(spec, read_rollouts(output / task / f"{policy}_{seed}" / "evaluation"), rollouts)
-        for seed in range(seeds)
+        for seed in seeds
     ]
     draws = [
-        np.mean([resample(tables[index], labels, rng) for index in rng.integers(seeds, size=seeds)], axis=0)
+        np.mean([resample(tables[index], labels, rng) for index in rng.integers(len(seeds), size=len(seeds))], axis=0)
         for _ in range(DRAWS)
     ]
     return np.array(draws)
@@ -126,6 +133,7 @@ def arm(task: str, policy: str, results: list[dict[str, Any]], draws: np.ndarray
         "name": f"{task}: {POLICIES[policy]}",
         "value": float(np.mean(entropies)),
         "n": n,
+        "training_seeds": len(results),
         "interval": np.quantile(draws[:, 0], [0.025, 0.975]).tolist(),
         "entropy per seed": " ".join(f"{value:.2f}" for value in entropies),
         "Miller-Madow": float(np.mean([result["entropy_miller_madow"] for result in results])),
@@ -144,6 +152,7 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--seeds", type=int, default=3, help="training seeds")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_diversity"))
+    parser.add_argument("--summarize", action="store_true", help="only write the result of what is finished")
     options = parser.parse_args()
     torch.set_num_threads(1)
     begin, arms, draws, data = time.perf_counter(), [], {}, []
@@ -157,14 +166,17 @@ def main() -> None:
             f"{task}: {shown['successes']} demonstrations, entropy {shown['entropy']:.3f}, {TASKS[task]['steps']} steps"
         )
     # Seed by seed, so that an interrupted run has something of everything.
-    for seed in range(options.seeds):
+    for seed in range(0 if options.summarize else options.seeds):
         for task in options.tasks:
             for policy in options.policies:
                 measure(task, policy, seed, options.output)
     for task in options.tasks:
         for policy in options.policies:
-            results = [measure(task, policy, seed, options.output) for seed in range(options.seeds)]
-            draws[task, policy] = interval(task, policy, options.seeds, options.output)
+            seeds = finished(task, policy, options.seeds, options.output)
+            if not seeds:
+                continue
+            results = [measure(task, policy, seed, options.output) for seed in seeds]
+            draws[task, policy] = interval(task, policy, seeds, options.output)
             arms.append(arm(task, policy, results, draws[task, policy]))
             print(arms[-1])
     values = {row["name"]: row for row in arms}
@@ -189,7 +201,7 @@ def main() -> None:
             "value is D3IL's unconditional entropy of the behaviours of successful rollouts; conditional is its mean "
             "over identical initial states, limited by the number of rollouts from each. Intervals: bootstrap over "
             "training seeds, contexts and rollouts (entropy), posterior of all rollouts (success). "
-            f"{options.seeds} training seeds, batches of {BATCH} windows. {'; '.join(data)}."
+            f"Batches of {BATCH} windows. {'; '.join(data)}."
         ),
     )
 
