@@ -102,7 +102,7 @@ def profiles() -> dict[str, Profile]:
     shipped, smoke = preset("wovr"), preset("wovr_smoke")
     model, trainer = gpu_world_model()
     cpu = Profile(
-        demonstrations={"pick_place": 15, "lift": 8, "push": 15, "drawer_open": 7},
+        demonstrations={"pick_place": 15, "lift": 8, "push": 15, "drawer_open": 4},
         imitation=TrainerConfig(steps=1200, batch_size=32),
         # Half as wide as the default, so that a processor core trains and uses it in minutes.
         policy=DiffusionConfig(vision=VisionConfig(widths=(16, 32, 32)), noise_samples=2),
