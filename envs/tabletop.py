@@ -9,6 +9,7 @@ import mujoco
 import numpy as np
 from gymnasium.utils import EzPickle
 
+from simtoreal.envs.action import check_action
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.randomization import Randomization
@@ -87,7 +88,7 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray], EzPickle):
 
     def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
         """Advance by one control step; see :meth:`TabletopVectorEnv.step`."""
-        action = np.asarray(action)
+        action = check_action(action, (self.embodiment.action.dim,))
         observation, reward, terminated, truncated, info = self.vector.step(action[None])
         flags = bool(terminated[0]), bool(truncated[0])
         return index_info(observation, 0), float(reward[0]), *flags, _plain(index_info(info, 0))

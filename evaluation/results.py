@@ -229,7 +229,8 @@ def load_evaluation(folder: Path | str, label: str | None = None) -> Evaluation:
         task, n, successes = content["task"], content["n"], content["successes"]
     except (ValueError, KeyError, TypeError) as error:
         raise EvaluationError(
-            f"{path} is not the result of an evaluation ({error!r}); expected task, n, successes"
+            f"{path} is not the result of an evaluation: expected a mapping with task, n and successes. Give the "
+            "folder that 'simtoreal evaluate' or 'simtoreal deploy' wrote."
         ) from error
     episodes = read_episodes(folder)
     counted = (len(episodes), sum(result.success for result in episodes))

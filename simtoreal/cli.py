@@ -117,14 +117,22 @@ def _take_preset(arguments: list[str]) -> tuple[Path | None, list[str]]:
     return preset, rest
 
 
-def _shipped_preset(preset: Path, folder: str) -> Path:
+def _shipped_preset(preset: Path, folder: str | None) -> Path:
     """Return the file of a preset given by its name alone (``--config cpu``), or the path as it is.
+
+    Args:
+        preset: name or path.
+        folder: of the verb's presets in ``configs``; None if it has none.
 
     Raises:
         ConfigError: no preset of this name ships with the package.
     """
     if preset.suffix or len(preset.parts) != 1 or preset.exists():
         return preset
+    if folder is None:
+        from simtoreal.envs.errors import ConfigError
+
+        raise ConfigError(f"--config '{preset}' is no file, and this command has no shipped presets")
     import simtoreal.configs
 
     shipped = {path.stem: path for path in (Path(simtoreal.configs.__path__[0]) / folder).glob("*.yaml")}
@@ -140,8 +148,8 @@ def _read_flags(verb: str, module: Any, arguments: list[str]) -> Any:
     import tyro
 
     preset, arguments = _take_preset(arguments)
-    if preset is not None and hasattr(module, "PRESETS"):
-        preset = _shipped_preset(preset, module.PRESETS)
+    if preset is not None:
+        preset = _shipped_preset(preset, getattr(module, "PRESETS", None))
     # A preset may leave required flags to the command line, so it becomes tyro's defaults rather than a Config.
     options: dict[str, Any] = {}
     if preset is not None:

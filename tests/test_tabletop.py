@@ -90,6 +90,8 @@ def test_images_that_nobody_wants_stay_as_they_were():
     after = env.step(action)[0]
     assert np.array_equal(after["front_image"], first["front_image"])
     assert not np.array_equal(after["proprio"], first["proprio"])
+    with pytest.raises(ActionError, match=r"shape \(6,\); expected \(7,\)"):
+        env.unwrapped.step(action[:6])
     env.unwrapped.images_wanted = True
     assert not np.array_equal(env.step(action)[0]["front_image"], first["front_image"])
 

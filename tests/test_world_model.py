@@ -440,6 +440,8 @@ def test_the_command_trains_with_a_shipped_preset(folder, tmp_path, capsys):
     assert load_world_model(run).model.config == WorldModelConfig()
     with pytest.raises(ConfigError, match="no shipped preset"):
         cli.run(["world-model", "train", "--config", "cpuu", "--data", str(folder), "--output", str(run)])
+    with pytest.raises(ConfigError, match="'wovr' is no file, and this command has no shipped presets"):
+        cli.run(["deploy", "--config", "wovr"])
 
 
 def test_the_gpu_preset_is_a_flow_model():
