@@ -357,6 +357,11 @@ class Wovr:
         if "success_from_beginnings" in metrics and "success_from_keyframes" in metrics:
             begun, key = (metrics[f"success_from_{name}"] for name in ("beginnings", "keyframes"))
             parts.append(f"from first frames {100 * begun:.0f} %, from key frames {100 * key:.0f} %")
+        if metrics["decisions"]:
+            # A group that all succeeded, or all failed, says nothing about its actions.
+            parts.append(
+                f"learned from {100 * metrics['learned_decisions'] / metrics['decisions']:.0f} % of the decisions"
+            )
         if metrics["dropped_rollouts"]:
             parts.append(f"{metrics['dropped_rollouts']} rollouts dropped")
         self.notify(", ".join(parts))
