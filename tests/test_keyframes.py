@@ -145,35 +145,11 @@ def test_a_third_of_the_rollouts_begins_in_key_frames(data):
         # Rollouts of a group are equal in everything but the policy's noise; other groups are others.
         assert [len(set(group)) for group in seeds.reshape(-1, 4)] == [1] * 10
         assert len(set(seeds)) == 10
-        starts.note(seeds, np.arange(len(seeds)) % 2 == 0)
     assert keyframes == 30 * 40 / 3
     # First frames are used evenly.
     assert np.ptp(np.bincount(begun, minlength=len(data.ends))) <= 1
     assert starts(learner(3)).seeds == starts(learner(3)).seeds
     assert starts.places[: len(data.ends)] == [(episode, 0) for episode in range(len(data.ends))]
-
-
-def test_where_rollouts_differed_others_begin(data):
-    found = find_keyframes(data, KeyframeConfig(remaining_steps=1), memory=2, horizon=HORIZON)
-    starts = ImaginedStarts(data, found, 1 / 3, seed=0, frontier_share=0.5)
-    seeds = np.array(starts(learner(0)).seeds)
-    context = seeds % len(starts.places)
-    mixed = set(context[~starts.is_keyframe(seeds)][:8]) | set(context[starts.is_keyframe(seeds)][:4])
-    assert len(mixed) == 3
-    starts.note(seeds, np.isin(context, list(mixed)) & (np.arange(len(seeds)) % 2 == 0))
-    again = np.array(starts(learner(1)).seeds)
-    assert mixed <= set(again % len(starts.places))
-    # The noise of the model is another one, and the others are new.
-    assert not set(again) & set(seeds)
-    # A continued run goes on in the same way.
-    other = ImaginedStarts(data, found, 1 / 3, seed=0, frontier_share=0.5)
-    other.last, other.drawn = starts.last.copy(), starts.drawn.copy()
-    assert other(learner(1)).seeds == tuple(again)
-    # Where all failed this time, nothing is repeated.
-    starts.note(again, np.zeros(len(again), bool))
-    plain = ImaginedStarts(data, found, 1 / 3, seed=0)
-    plain.drawn = starts.drawn.copy()
-    assert starts(learner(2)).seeds == plain(learner(2)).seeds
 
 
 def test_without_key_frames_all_begin_at_the_beginning(data):

@@ -76,9 +76,6 @@ class WovrConfig:
     """First initial condition of the real episodes to learn from; the others follow."""
     keyframes: KeyframeConfig = field(default_factory=KeyframeConfig)
     """Where imagined rollouts begin."""
-    frontier_share: float = 0.0
-    """Share of the groups of rollouts that begin where the last group both succeeded and failed: others teach nothing
-    (GRPO), and in imagination most are such."""
     imagined_envs: int = 64
     """Episodes imagined together."""
     anchor_batch: int = 64
@@ -96,8 +93,6 @@ class WovrConfig:
         for name in ("refreshes", "first_seed", "imitation_rollouts", "iterations", "ranked_starts"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
-        if not 0 <= self.frontier_share < 1:
-            raise ValueError(f"frontier_share is {self.frontier_share}; expected 0 to below 1, e.g. 0.5")
         if not self.iterations and not self.imitation_rollouts:
             raise ValueError("iterations is 0, which only imitates; that needs imitation_rollouts, e.g. 300")
 

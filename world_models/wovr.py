@@ -269,7 +269,7 @@ class Wovr:
                 keyframes = find_keyframes(
                     data, config.keyframes, memory=loaded.model.memory, horizon=self.real.task.horizon, seed=self.seed
                 )
-            starts = ImaginedStarts(data, keyframes, config.keyframes.share, self.seed, config.frontier_share)
+            starts = ImaginedStarts(data, keyframes, config.keyframes.share, self.seed)
             count = min(config.imagined_envs, self.reinforcement.rollouts)
             env = WorldModelVectorEnv(loaded, count, data, places=starts.places, task=self.real.task)
             result = reinforce(
