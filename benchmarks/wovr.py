@@ -336,7 +336,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None, help="work folder, resumable")
     parser.add_argument("--tasks", nargs="*", help="only these, with a result of their own")
     parser.add_argument("--arms", nargs="*", help="only these; 'full' first, the others begin with its stages")
-    parser.add_argument("--seeds", nargs="*", type=int, help="training seeds; default: those of the profile")
+    parser.add_argument("--seeds", nargs="*", type=int, help="training seeds, with a result of their own")
     parser.add_argument("--device", default=None)
     parser.add_argument("--twin", action="store_true", help="only deploy the policies of 'full' and its base")
     parser.add_argument("--summarize", action="store_true", help="only write the result of the finished arms")
@@ -366,6 +366,8 @@ def main() -> None:
     chosen = options.tasks or list(profile.demonstrations)
     if len(chosen) < len(profile.demonstrations):
         result = "_".join([result, *chosen])
+    if options.seeds:
+        result = "_seed".join([result, *map(str, options.seeds)])
     summarize(profile, output, result, chosen)
 
 
