@@ -28,6 +28,20 @@ def test_every_style_solves_pick_place(style):
     assert sum(_success("pick_place", 20, style)) >= 18
 
 
+def test_the_expert_waits_for_an_arm_that_is_behind():
+    env = make_vector_env("reach", 2, observe="state")
+    observation, info = env.reset(seed=0)
+    proprio = observation["proprio"].copy()
+    # The target of the second is 0.1 m ahead of its hand: a gate stops an arm that is left too far behind.
+    proprio[:, 9:12] = proprio[:, :3] + np.array([[0.0, 0.0, 0.0], [0.1, 0.0, 0.0]])
+    expert = ScriptedExpert(env.task, env.embodiment)
+    expert.reset(np.arange(2), [0, 1])
+    seen = {"proprio": proprio[:, None], "object_state": observation["object_state"][:, None]}
+    actions = expert.act(seen, info["instruction"], np.arange(2))
+    assert np.abs(actions[0, 0, :3]).max() > 0.5
+    assert np.abs(actions[1, 0, :3]).max() < 1e-6
+
+
 def test_styles_differ_in_what_they_do():
     env = make_vector_env("pick_place", 20, observe="state")
     lengths = {}
