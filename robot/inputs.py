@@ -82,7 +82,8 @@ class JointStates:
         outside = (arm < self.low) | (arm > self.high)
         if outside.any():
             index = int(np.flatnonzero(outside)[0])
-            hint = " Are these degrees? Radians are expected." if abs(arm[index]) > 2 * np.pi else ""
+            # Any of them: a joint near zero is a plausible number of degrees, too.
+            hint = " Are these degrees? Radians are expected." if np.abs(arm).max() > 2 * np.pi else ""
             raise RobotError(
                 f"{self.topic}: '{self.names[index]}' is at {arm[index]:.3f}, outside its limits "
                 f"[{self.low[index] + JOINT_MARGIN_RAD:.3f}, {self.high[index] - JOINT_MARGIN_RAD:.3f}] rad.{hint}"
