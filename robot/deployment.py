@@ -295,7 +295,7 @@ def interruptible() -> Iterator[None]:
 
 @contextlib.contextmanager
 def deaf_to_signals() -> Iterator[Callable[[], None]]:
-    """Yield a function after whose call signals are ignored until the context ends.
+    """Yield a function after whose call signals are ignored until the context ends, and after an interruption for good.
 
     Called first when a deployment is left, so that a Ctrl-C just after its last episode does not skip the controlled
     stop either.
@@ -306,8 +306,18 @@ def deaf_to_signals() -> Iterator[Callable[[], None]]:
         for number in (signal.SIGINT, signal.SIGTERM):
             previous[number] = signal.signal(number, signal.SIG_IGN)
 
-    try:
-        yield ignore
-    finally:
+    def hear() -> None:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+    try:
+        yield ignore
+    except KeyboardInterrupt:
+        # On the way out of the process, whose stop may have taken long: hearing the next Ctrl-C now would raise another
+        # interruption where none is expected.
+        raise
+    except BaseException:
+        hear()
+        raise
+    else:
+        hear()
