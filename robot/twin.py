@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from simtoreal.envs.embodiment import Embodiment
-from simtoreal.envs.errors import ConfigError, closest
+from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.scene_motion import SceneMotion, load_motion
 from simtoreal.envs.task import TaskSpec
 from simtoreal.robot.kinematics import Kinematics
@@ -64,11 +64,7 @@ class Twin:
         seed: int = 0,
         motion: str | SceneMotion | None = None,
     ) -> None:
-        for camera in embodiment.cameras:
-            if camera.name not in config.cameras:
-                raise ConfigError(
-                    f"the robot yaml has no camera '{camera.name}'. {closest(camera.name, config.cameras)}"
-                )
+        config.require_fits(embodiment, "the robot yaml")
         self.config, self.embodiment, self.task = config, embodiment, task
         self.world = TwinWorld(task, embodiment, gap, motion)
         self._motion = self.world.motion

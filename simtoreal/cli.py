@@ -244,7 +244,8 @@ def main() -> None:
     try:
         run(sys.argv[1:])
     except KeyboardInterrupt:
-        with contextlib.suppress(KeyboardInterrupt):  # impatient people press twice
+        # Impatient people press twice: signal.signal first raises what is pending, and then has changed nothing.
+        with contextlib.suppress(KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         print("simtoreal: interrupted", file=sys.stderr)
