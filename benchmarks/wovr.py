@@ -66,7 +66,7 @@ TWIN, TWIN_FIRST_EPISODE = "standard", 5_500_000
 # What the arms have in common with the full loop, up to its first world model.
 BEGUN = ("demonstrations", "measure_base")
 IMITATED = (*BEGUN, "imitation_rollouts", "imitation", "measure_imitation")
-IMAGINED = (*IMITATED, "rollouts_0", "world_model_0", "measure_model_0", "rank_model_0")
+IMAGINED = (*IMITATED, "rollouts_0", "world_model_0", "calibrate_model_0", "measure_model_0", "rank_model_0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -47,12 +47,14 @@ from simtoreal.policies.trainer import train
 from simtoreal.policies.training_data import batch_indices, open_training_data
 from simtoreal.policies.training_log import read_metrics
 from simtoreal.world_models import cotrain_measurement, trainer
+from simtoreal.world_models.checkpoint import load_world_model
 from simtoreal.world_models.config import StageConfig, WorldModelConfig
 from simtoreal.world_models.cotrain_anchor import anchor_on
 from simtoreal.world_models.cotrain_config import KeyframeConfig, MeasurementConfig, RlcoConfig, WovrConfig
 from simtoreal.world_models.cotrain_measurement import World
 from simtoreal.world_models.cotrain_stages import LEARNING, REAL
 from simtoreal.world_models.ranking import compare_ranks, reached_probability
+from simtoreal.world_models.reward_calibration import LEAST_THRESHOLD, MOST_THRESHOLD, matching_threshold
 from simtoreal.world_models.rlco import Rlco
 from simtoreal.world_models.wovr import Wovr
 
@@ -68,6 +70,7 @@ IMITATION = TrainerConfig(
 )
 WOVR = WovrConfig(
     rollouts=8, refreshes=1, refresh_rollouts=4, iterations=2, ranked_starts=2, imagined_envs=12, anchor_batch=8,
+    calibrated_episodes=4, graded=True,
     keyframes=KeyframeConfig(margin_steps=4, remaining_steps=10, lead_steps=(2, 6)),
     world_model=RESIDUAL,
     world_model_trainer=short_training(
@@ -135,7 +138,17 @@ def outcome(output: Path) -> tuple:
     results = results_of(output)
     for measurement in results["measurements"]:
         measurement.pop("seconds", None)
-    kept = ("base", "final", "measurements", "rankings", "iterations", "ledger", "comparison", "dropped_rollouts")
+    kept = (
+        "base",
+        "final",
+        "measurements",
+        "calibrations",
+        "rankings",
+        "iterations",
+        "ledger",
+        "comparison",
+        "dropped_rollouts",
+    )
     return tuple(results[key] for key in kept)
 
 
@@ -175,7 +188,7 @@ def test_the_whole_loop_leaves_a_policy_and_what_it_found(finished, policy):
 
 def test_rollouts_from_the_same_start_are_ranked_before_practising(finished):
     results = results_of(finished)
-    assert [ranking["world_model"] for ranking in results["rankings"]] == ["world_model_0", "world_model_1"]
+    assert [one["world_model"] for one in results["rankings"]] == ["calibrated_model_0", "calibrated_model_1"]
     for ranking in results["rankings"]:
         assert (ranking["starts"], ranking["rollouts"]) == (2, 6)
         assert 0 <= ranking["imagined_success"] <= 1
@@ -187,6 +200,33 @@ def test_rollouts_from_the_same_start_are_ranked_before_practising(finished):
     assert [one.seed for one in first.episodes] == [one.seed for one in second.episodes] == [100_000, 100_001]
     one, other = (dataset.read(dataset.episodes[0], ["actions"])["actions"][0] for dataset in (first, second))
     assert not np.array_equal(one, other)
+
+
+def test_the_policy_succeeds_as_often_in_imagination_as_it_really_did(finished):
+    first, second = results_of(finished)["calibrations"]
+    assert (first["world_model"], second["world_model"]) == ("calibrated_model_0", "calibrated_model_1")
+    model, calibrated = (load_world_model(finished / name) for name in ("world_model_1", "calibrated_model_1"))
+    assert second["before"] == pytest.approx(float(model.model.classifier.threshold))
+    assert second["threshold"] == pytest.approx(float(calibrated.model.classifier.threshold))
+    assert calibrated.training["calibration"]["threshold"] == second["threshold"]
+    changed = {
+        name
+        for name, value in model.model.state_dict().items()
+        if not torch.equal(value, calibrated.model.state_dict()[name])
+    }
+    assert changed <= {"classifier.threshold"}
+    dataset = Dataset.open(finished / "rollouts_1")
+    assert (second["episodes"], second["real"]) == (4, np.mean([one.success for one in dataset.episodes]))
+
+
+def test_the_matching_threshold_lets_as_many_succeed():
+    reached = np.array([0.2, 0.9, 0.4, 0.7])
+    for successes in (1, 2, 3):
+        assert (reached >= matching_threshold(reached, successes)).sum() == successes
+    assert matching_threshold(reached, 2) == pytest.approx(0.55)
+    # A model that sees no success anywhere, or everywhere, is not believed whatever it says.
+    assert matching_threshold(np.array([0.01, 0.001]), 1) == LEAST_THRESHOLD
+    assert matching_threshold(np.ones(3), 1) == MOST_THRESHOLD < 1
 
 
 def test_a_model_that_only_knows_which_scenes_are_hard_ranks_nothing():
@@ -226,7 +266,7 @@ def test_a_report_shows_what_it_changed(finished, tmp_path):
     sources = ReportSources(cotraining=finished, evaluations={"improved": final, "base": base})
     text = write_report(sources, tmp_path / "report.html").read_text()
     assert f"Learned from {results_of(finished)['real_episodes']} real episodes" in text
-    for shown in ("How it practised in imagination", "after 4 iterations", "world_model_1"):
+    for shown in ("How it practised in imagination", "after 4 iterations", "calibrated_model_1"):
         assert shown in text, shown
 
 
@@ -246,8 +286,12 @@ def test_every_real_step_is_counted(finished, data):
     folder = finished / "measurements" / "base" / "real"
     assert measured[0]["steps"] == sum(episode.steps for episode in load_evaluation(folder).episodes)
     imagined = [row for row in results["ledger"] if row["world"] == "imagination" and row["purpose"] == LEARNING]
-    assert sum(row["episodes"] for row in imagined) == 4 * REINFORCEMENT.rollouts
-    assert sum(row["steps"] for row in imagined) == sum(line["control_steps"] for line in results["iterations"])
+    practised = [row for row in imagined if row["stage"].startswith("reinforcement")]
+    assert sum(row["episodes"] for row in practised) == 4 * REINFORCEMENT.rollouts
+    assert sum(row["steps"] for row in practised) == sum(line["control_steps"] for line in results["iterations"])
+    assert [(row["stage"], row["episodes"]) for row in imagined if row not in practised] == [
+        ("calibrate_model_0", 4), ("calibrate_model_1", 4),
+    ]  # fmt: skip
 
 
 def test_a_third_of_the_imagined_rollouts_begins_in_key_frames(finished):
@@ -303,7 +347,8 @@ def test_arms_of_a_comparison_share_what_they_have_in_common(finished, data, pol
     config = dataclasses.replace(WOVR, refreshes=0, iterations=3)
     measurement = dataclasses.replace(MEASUREMENT, every=2)
     arm = wovr(tmp_path / "arm", data, policy, config=config, measurement=measurement)
-    shared = ["demonstrations", "measure_base", "rollouts_0", "world_model_0", "measure_model_0", "reinforcement_0_2"]
+    begun = ("demonstrations", "measure_base", "rollouts_0", "world_model_0", "calibrate_model_0")
+    shared = [*begun, "measure_model_0", "reinforcement_0_2"]
     with pytest.raises(ConfigError, match="has not finished its stage 'measure_policy_7'"):
         arm.adopt(finished, [*shared, "measure_policy_7"])
     arm.adopt(finished, shared)

@@ -16,8 +16,9 @@ from simtoreal.envs.errors import ActionError, ConfigError, EmbodimentMismatchEr
 from simtoreal.envs.panda import panda_embodiment
 from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model
 from simtoreal.world_models.contexts import Contexts
+from simtoreal.world_models.reward_calibration import calibrate_reward
 from simtoreal.world_models.trainer import train_world_model
-from simtoreal.world_models.vector_env import WorldModelVectorEnv
+from simtoreal.world_models.vector_env import OUT_OF_THE_QUESTION, WorldModelVectorEnv, closeness
 from simtoreal.world_models.video_data import VideoData, open_video_data
 from simtoreal.world_models.world_model import WorldModel, fit_world_statistics
 
@@ -131,6 +132,63 @@ def test_success_needs_two_frames_in_a_row_and_pays_once(env, monkeypatch):
         assert info["success"].tolist() == terminated.tolist()
     assert rewards == [0, 0, 0, 1]
     assert ended == [False, False, False, True]
+
+
+def test_what_comes_close_to_success_is_rewarded_by_how_close(loaded, data, monkeypatch):
+    env = WorldModelVectorEnv(loaded, 3, data, graded=True)
+    env.threshold = 0.5
+    told = iter([0.2, 0.3, 0.01, 0.4, 0.25, 0.9, 0.9])
+    monkeypatch.setattr(
+        env.model, "success_probability", lambda latents, proprio: torch.full((len(latents),), next(told))
+    )
+    env.reset(seed=0)
+    action = np.zeros((3, 7), np.float32)
+    rewards = [env.step(action)[1][0] for _ in range(7)]
+    # Of two frames in a row the less likely one counts, and only what is closer than anything before is rewarded.
+    first, second = closeness(np.array([0.2, 0.25]), 0.5)
+    assert rewards == pytest.approx([0, first, 0, 0, second - first, 0, 1 - second])
+    assert 0 < first < second < 1
+    # An episode that follows begins from nothing.
+    told = iter([0.1, 0.1])
+    env.reset(seed=0, options={"reset_mask": np.array([True, False, False])})
+    env.step(action)
+    _, reward, _, _, _ = env.step(action)
+    assert reward.tolist() == pytest.approx([float(closeness(np.array(0.1), 0.5)), 0, 0])
+
+
+def test_closeness_is_ordered_as_probability_is_and_ends_at_the_threshold():
+    probability = np.array([0.0, 1e-4, 1e-3, 0.1, 0.5, 0.89, 0.9, 1.0])
+    close = closeness(probability, 0.9)
+    assert close[:2].tolist() == [0, 0]
+    assert close[-2:].tolist() == [1, 1]
+    assert (np.diff(close[1:-1]) > 0).all()
+    # The middle between the odds that count for nothing and those of the threshold.
+    odds = (OUT_OF_THE_QUESTION + np.log(9)) / 2
+    assert closeness(1 / (1 + np.exp(-odds)), 0.9) == pytest.approx(0.5)
+
+
+def test_a_policy_is_imagined_beyond_success_to_calibrate_its_reward(loaded, data, monkeypatch):
+    """Episodes begin where given, and each is judged by the best two frames in a row of all its steps."""
+    env = WorldModelVectorEnv(loaded, 3, data, places=[(episode, 0) for episode in range(5)])
+    env.threshold = 0.3
+    env.task = dataclasses.replace(env.task, horizon=6)
+    reached = np.array([0.9, 0.8, 0.4, 0.6, 0.1])
+
+    def probability(latents, proprio):
+        # Highest in the third and fourth step; a single frame does not count.
+        context = env._context[~env._ended]
+        step = env._steps[~env._ended]
+        peak = np.where((step == 3) | (step == 4), reached[context], 0.05)
+        return torch.from_numpy(np.where(step == 6, 1.0, peak))
+
+    monkeypatch.setattr(env.model, "success_probability", probability)
+    found, taken = calibrate_reward(env, Still(), np.array([True, False, False, True, False]))
+    assert (found["before"], found["imagined_before"], found["real"], found["imagined"]) == (0.3, 0.8, 0.4, 0.4)
+    assert found["threshold"] == pytest.approx(0.7)
+    assert (taken, env.threshold) == (30, 0.3)
+    # Where every real episode ended the same way, the classifier's own threshold is all there is.
+    found, _ = calibrate_reward(env, Still(), np.ones(5, bool))
+    assert found["threshold"] == 0.3
 
 
 def test_a_slot_that_is_no_longer_finite_ends(env, monkeypatch):

@@ -70,6 +70,13 @@ class WovrConfig:
     """Initial conditions, the first of the measurement, from which the policy acts eight times in the real world, with
     the noise of reinforcement, before it practises in a world model: does the model rank these rollouts as reality
     does? 0 leaves it out. These real episodes are counted as evaluation."""
+    calibrated_episodes: int = 0
+    """Real episodes of the policy that practises, at most, whose beginnings it begins in once more, in imagination: the
+    classifier's threshold becomes that at which it succeeds as often there as it really did. 0 keeps the one that is
+    best for held-out episodes under their real actions, which says little about a policy that acts in imagination."""
+    graded: bool = False
+    """Reward not only success but how close to it a rollout came (log-odds of the classifier): of rollouts that all
+    fail, some are better than others, and a classifier that errs near its threshold still orders rollouts well."""
     explore: bool = True
     """Collect for the world model with the noise of reinforcement, so that it knows what that does."""
     first_seed: int = 50_000_000
@@ -90,7 +97,8 @@ class WovrConfig:
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        for name in ("refreshes", "first_seed", "imitation_rollouts", "iterations", "ranked_starts"):
+        none = ("refreshes", "first_seed", "imitation_rollouts", "iterations", "ranked_starts", "calibrated_episodes")
+        for name in none:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if not self.iterations and not self.imitation_rollouts:

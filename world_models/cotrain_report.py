@@ -54,6 +54,7 @@ def write_report(
         },
         "comparison": compared["pairs"][0] if compared else None,
         "measurements": points,
+        "calibrations": [record["calibration"] for record in stages.records if "calibration" in record],
         "rankings": [record["ranking"] for record in stages.records if "ranking" in record],
         "iterations": iterations,
         **stages.real_so_far(),

@@ -24,6 +24,8 @@ from simtoreal.world_models.state import Imagination
 from simtoreal.world_models.video_data import VideoData
 
 NOT_FINITE = "imagination not finite"
+# Log-odds of success (one to three thousand) below which it does not matter how unlikely success is.
+OUT_OF_THE_QUESTION = -8.0
 
 
 class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
@@ -50,6 +52,9 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
             :class:`~simtoreal.world_models.contexts.Contexts`.
         task: name, path or specification; default: that of the model's data. Its horizon ends episodes, and counts from
             the beginning of the real episode, so a context at step k leaves k steps less.
+        graded: reward how close to success an episode came, too, see :func:`closeness`. Every step is rewarded with how
+            much closer it came than any before it, so an episode that succeeds still earns 1 in all, and one that fails
+            less.
         device: torch device; None leaves a loaded model where it is, and picks a GPU, if there is one, for a path.
         precision: ``auto``, ``bf16`` or ``fp32``; auto uses bfloat16 where the processor has it.
 
@@ -70,6 +75,7 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
         *,
         places: Sequence[tuple[int, int]] | None = None,
         task: str | TaskSpec | None = None,
+        graded: bool = False,
         device: str | None = None,
         precision: str = "auto",
     ) -> None:
@@ -81,7 +87,7 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
             model.model.to(device)
         self.loaded, self.model, self.embodiment = model, model.model, model.embodiment
         self.task = _task(task, model, data)
-        self.num_envs = num_envs
+        self.num_envs, self.graded = num_envs, graded
         self._autocast = {
             "device_type": self.model.device.type, "dtype": torch.bfloat16,
             "enabled": choose_precision(precision, self.model.device) == "bf16",
@@ -154,7 +160,8 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
         self._instructions = np.full(count, "", dtype=object)
         self._faults = np.full(count, "", dtype=object)
         self._steps, self._hold = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64)
-        self._probability = np.zeros(count)
+        self._probability, self._closest = np.zeros(count), np.zeros(count)
+        self._recent = np.zeros((count, self.consecutive))
         self._ended = np.zeros(count, dtype=bool)
         self._generators = [torch.Generator() for _ in range(count)]
         self._ahead: AnnouncedSteps | None = None
@@ -171,6 +178,7 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
             self.contexts.instructions[chosen],
         )
         self._faults[slots], self._hold[slots], self._ended[slots], self._probability[slots] = "", 0, False, 0.0
+        self._recent[slots], self._closest[slots] = 0.0, 0.0
         if self._ahead is not None:
             self._ahead.left[slots] = 0
         for slot, seed in zip(slots, seeds, strict=True):
@@ -228,7 +236,8 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
             actions: ``(N, A)``, in [-1, 1] unless the action mode is ``env``.
 
         Returns:
-            Observation, reward (1 on success), terminated (success), truncated (horizon or fault), info.
+            Observation, reward (1 on success; see ``graded``), terminated (success), truncated (horizon or fault),
+            info.
 
         Raises:
             ActionError: wrong shape or dtype, not finite, or out of range.
@@ -240,6 +249,7 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
         slots = np.flatnonzero(~self._ended)
         latents = self._advance(slots, actions[slots]) if len(slots) else None
         success = (self._hold >= self.consecutive) & (self._faults == "")
+        reward = self._reward(slots, success)
         fault = self._faults != ""
         terminated = success.copy()
         truncated = ((self._steps >= self.task.horizon) & ~terminated) | fault
@@ -247,7 +257,16 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
         seen = slots[(self._ended[slots] | self.images_wanted) & (self._faults[slots] == "")]
         if len(seen):
             self._images[seen] = self._decode(latents[torch.from_numpy(np.isin(slots, seen))])
-        return self._observation(), success.astype(np.float64), terminated, truncated, self._info(success)
+        return self._observation(), reward, terminated, truncated, self._info(success)
+
+    def _reward(self, slots: np.ndarray, success: np.ndarray) -> np.ndarray:
+        if not self.graded:
+            return success.astype(np.float64)
+        close = np.zeros(self.num_envs)
+        close[slots] = closeness(self._recent[slots].min(1), self.threshold)
+        closer = np.maximum(close - self._closest, 0.0)
+        self._closest += closer
+        return closer
 
     @torch.inference_mode()
     def _decode(self, latents: torch.Tensor) -> np.ndarray:
@@ -279,6 +298,7 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
         good_slots = slots[finite]
         self._proprio[good_slots] = vectors[finite]
         self._probability[good_slots] = probability[finite]
+        self._recent[slots] = np.concatenate([self._recent[slots, 1:], self._probability[slots, None]], 1)
         shown = self._probability[slots] >= self.threshold
         self._hold[slots] = np.where(shown, self._hold[slots] + 1, 0)
         return latents
@@ -322,6 +342,21 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
             "init_id": self._context.copy(),
             "success_probability": self._probability.copy(),
         }
+
+
+def closeness(probability: np.ndarray, threshold: float) -> np.ndarray:
+    """Return how close to success frames are: 1 from ``threshold`` on, 0 where success is out of the question.
+
+    In between by log-odds. A classifier that is often wrong about which side of its threshold an episode ends on still
+    orders episodes well, and the order is all that rollouts of the same start are compared by.
+
+    Args:
+        probability: of success; of several frames in a row, the smallest.
+        threshold: probability from which on that is success.
+    """
+    low, high = OUT_OF_THE_QUESTION, np.log(threshold / (1 - threshold))
+    odds = np.clip(probability, 1e-12, 1 - 1e-12)
+    return np.where(probability >= threshold, 1.0, np.clip((np.log(odds / (1 - odds)) - low) / (high - low), 0.0, 1.0))
 
 
 def _task(task: str | TaskSpec | None, model: LoadedWorldModel, data: VideoData) -> TaskSpec:

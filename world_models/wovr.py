@@ -17,14 +17,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.rollouts import record_rollouts
 from simtoreal.data_collection.writer import lock_folder
+from simtoreal.envs.rollout import Actor
 from simtoreal.evaluation.policies import checkpoint_digest
 from simtoreal.policies.actor import PolicyActor
-from simtoreal.policies.checkpoint import find_checkpoint, load_policy, plain_config
+from simtoreal.policies.checkpoint import LoadedPolicy, find_checkpoint, load_policy, plain_config
 from simtoreal.policies.exploring_actor import ExploringActor, require_denoising
 from simtoreal.policies.mixed_windows import find_filter, open_mixed_data
 from simtoreal.policies.reinforcement_config import ReinforcementConfig
@@ -46,6 +48,8 @@ from simtoreal.world_models.cotrain_stages import (
 )
 from simtoreal.world_models.imagined_starts import ImaginedReinforcement, ImaginedStarts
 from simtoreal.world_models.keyframes import find_keyframes
+from simtoreal.world_models.reward_calibration import calibrate_reward, save_calibrated
+from simtoreal.world_models.stages import evenly_chosen
 from simtoreal.world_models.trainer import train_world_model
 from simtoreal.world_models.vector_env import WorldModelVectorEnv
 from simtoreal.world_models.video_data import VideoData, open_video_data
@@ -136,6 +140,8 @@ class Wovr:
             for turn in range(self.config.refreshes + 1 if self.config.iterations else 0):
                 self._collect_turn(turn, current)
                 model = self._learn_world(turn, model)
+                if self.config.calibrated_episodes:
+                    model = self._calibrate(turn, current, model)
                 # What the policy would gain from what the model believes, before it could exploit it.
                 self._measure_imagined(f"model_{turn}", current, model, turn * self.config.iterations, real)
                 if self.config.ranked_starts:
@@ -203,11 +209,7 @@ class Wovr:
 
         def work() -> dict[str, Any]:
             loaded = load_policy(policy, self._torch_device())
-            # As in reinforcement, with its denoising steps.
-            require_denoising(loaded.policy, self.reinforcement.denoising_steps)
-            actor = PolicyActor(loaded.policy, self.seed)
-            if explore:
-                actor = ExploringActor(loaded.policy, self.reinforcement.exploration, self.seed)  # type: ignore[arg-type]
+            actor = self._actor(loaded, explore)
             settings = {"checkpoint": checkpoint_digest(loaded.folder), "explored": explore, **self.real.settings}
             outcomes = record_rollouts(
                 self.measurements.env(), actor, seeds, self.output / name, task=self.real.task,
@@ -220,6 +222,13 @@ class Wovr:
             }  # fmt: skip
 
         self.stages.run(name, f"collecting {count} real episodes of {who}", work, name)
+
+    def _actor(self, loaded: LoadedPolicy, explore: bool) -> Actor:
+        # As in reinforcement, with its denoising steps.
+        require_denoising(loaded.policy, self.reinforcement.denoising_steps)
+        if explore:
+            return ExploringActor(loaded.policy, self.reinforcement.exploration, self.seed)  # type: ignore[arg-type]
+        return PolicyActor(loaded.policy, self.seed)
 
     def _learn_world(self, turn: int, initial: Path | None) -> Path:
         run = self.output / f"world_model_{turn}"
@@ -241,6 +250,36 @@ class Wovr:
 
         new = "training a world model" if initial is None else "training the world model on"
         self.stages.run(f"world_model_{turn}", f"{new} with {self._frames_of(turn)}", work, run.name)
+        return run
+
+    def _calibrate(self, turn: int, policy: Path, model: Path) -> Path:
+        """Let the policy that collected succeed as often in imagination as it really did."""
+        run = self.output / f"calibrated_model_{turn}"
+
+        def work() -> dict[str, Any]:
+            data, loaded = self._episodes(turn), load_world_model(model, self._torch_device())
+            collected = f"{Dataset.open(self.output / f'rollouts_{turn}').path}/"
+            own = np.flatnonzero([name.startswith(collected) for name in data.names])
+            episodes = evenly_chosen(own, self.config.calibrated_episodes)
+            env = WorldModelVectorEnv(
+                loaded, min(self.config.imagined_envs, len(episodes)), data,
+                places=[(int(episode), 0) for episode in episodes], task=self.real.task,
+            )  # fmt: skip
+            actor = self._actor(load_policy(policy, self._torch_device()), self.config.explore)
+            found, steps = calibrate_reward(env, actor, data.success[episodes])
+            save_calibrated(loaded, found, run)
+            self.notify(
+                f"success counts from a probability of {found['threshold']:.3f} on (before: {found['before']:.3f}): "
+                f"of {len(episodes)} real episodes {100 * found['real']:.0f} % succeeded, imagined are "
+                f"{100 * found['imagined']:.0f} % (before: {100 * found['imagined_before']:.0f} %)"
+            )
+            return {
+                "taken": [steps_taken(IMAGINATION, LEARNING, len(episodes), steps)],
+                "calibration": {"world_model": run.name, **found},
+            }
+
+        title = f"imagining up to {self.config.calibrated_episodes} of the policy's real episodes anew"
+        self.stages.run(f"calibrate_model_{turn}", title, work, run.name)
         return run
 
     def _improve(self, turn: int, policy: Path, model: Path) -> Path:
@@ -271,7 +310,9 @@ class Wovr:
                 )
             starts = ImaginedStarts(data, keyframes, config.keyframes.share, self.seed)
             count = min(config.imagined_envs, self.reinforcement.rollouts)
-            env = WorldModelVectorEnv(loaded, count, data, places=starts.places, task=self.real.task)
+            env = WorldModelVectorEnv(
+                loaded, count, data, places=starts.places, task=self.real.task, graded=config.graded
+            )  # fmt: skip
             result = reinforce(
                 policy, self.reinforcement, env, run, iterations=target, previous=policy if turn else None,
                 starts=starts,
