@@ -240,6 +240,10 @@ def test_a_model_that_only_knows_which_scenes_are_hard_ranks_nothing():
     assert (knowing["same_start"], knowing["advantage_correlation"]) == (1.0, pytest.approx(1.0))
     wrong = compare_ranks(np.array([0.2, 0.9, 0.4, 0.1]), 0.3, success, starts)
     assert (wrong["same_start"], wrong["advantage_correlation"]) == (0.5, pytest.approx(0.0))
+    # All that are imagined fail, by different distances: worth nothing where only success is rewarded.
+    failing = np.array([0.3, 0.1, 0.2, 0.1])
+    assert compare_ranks(failing, 0.5, success, starts)["advantage_correlation"] is None
+    assert compare_ranks(failing, 0.5, success, starts, graded=True)["advantage_correlation"] > 0.9
     # Success after the end of a rollout of the reinforcement does not count.
     clips = SimpleNamespace(
         episodes=range(2), starts=[0, 5], ends=[5, 10],

@@ -154,7 +154,7 @@ class Measurements:
         return [str(path.relative_to(self.output))], steps_taken(REAL, EVALUATION, len(seeds), steps)
 
     def ranked(
-        self, name: str, policy: Path, model: Path, reinforcement: ReinforcementConfig, starts: int
+        self, name: str, policy: Path, model: Path, reinforcement: ReinforcementConfig, starts: int, *, graded: bool
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return how a world model ranks real rollouts from the same starts, and what that took.
 
@@ -163,6 +163,7 @@ class Measurements:
             policy, model: run or checkpoint folders.
             reinforcement: whose noise, denoising steps and length the rollouts have.
             starts: number of initial conditions, the first ones.
+            graded: whether what comes close to success is rewarded, too.
         """
         loaded, _ = load_actor(policy, device=self._device())
         require_denoising(loaded.policy, reinforcement.denoising_steps)
@@ -182,7 +183,7 @@ class Measurements:
         chunks = reinforcement.max_chunks
         most = None if chunks is None else chunks * loaded.policy.config.execute_steps
         net = load_world_model(model, str(loaded.policy.device)).model
-        found = rank_rollouts(net, data, most_steps=most, seed=self.seed)
+        found = rank_rollouts(net, data, most_steps=most, graded=graded, seed=self.seed)
         return found, steps_taken(REAL, EVALUATION, len(seeds) * RANKED_ROLLOUTS, steps)
 
     def folder(self, name: str, world: str) -> Path:

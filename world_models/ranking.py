@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from simtoreal.world_models.clips import Clips, imagine_clips
+from simtoreal.world_models.vector_env import closeness
 from simtoreal.world_models.video_data import VideoData
 from simtoreal.world_models.world_model import WorldModel
 
 
 def rank_rollouts(
-    model: WorldModel, data: VideoData, *, most_steps: int | None = None, seed: int = 0
+    model: WorldModel, data: VideoData, *, most_steps: int | None = None, graded: bool = False, seed: int = 0
 ) -> dict[str, Any]:
     """Imagine real rollouts under their own actions, and compare which of them succeed.
 
@@ -28,6 +29,7 @@ def rank_rollouts(
         data: real episodes, several from each start; ``data.seeds`` says which belong together.
         most_steps: where a rollout of the reinforcement is cut off: success that comes later does not count, neither
             the real nor the imagined one.
+        graded: whether the reinforcement rewards what comes close to success, too.
         seed: of the noise of a ``flow`` model.
 
     Returns:
@@ -39,10 +41,12 @@ def rank_rollouts(
     clips = imagine_clips(model, data, np.arange(len(data.ends)), seed=seed)
     reached = reached_probability(clips, model.config.classifier.consecutive, most_steps)
     success = data.success if most_steps is None else data.success & (data.ends - data.starts <= most_steps)
-    return compare_ranks(reached, float(model.classifier.threshold), success, np.array(data.seeds))
+    return compare_ranks(reached, float(model.classifier.threshold), success, np.array(data.seeds), graded=graded)
 
 
-def compare_ranks(reached: np.ndarray, threshold: float, success: np.ndarray, starts: np.ndarray) -> dict[str, Any]:
+def compare_ranks(
+    reached: np.ndarray, threshold: float, success: np.ndarray, starts: np.ndarray, *, graded: bool = False
+) -> dict[str, Any]:
     """Compare imagined with real outcomes of E rollouts.
 
     Args:
@@ -50,15 +54,18 @@ def compare_ranks(reached: np.ndarray, threshold: float, success: np.ndarray, st
         threshold: from which on that counts as success.
         success: ``(E,)`` bool: what really happened.
         starts: ``(E,)`` equal numbers for equal starts.
+        graded: an imagined rollout that fails is worth how close to success it came.
 
     Returns:
         ``starts``, ``rollouts``, ``real_success`` and ``imagined_success`` (shares); ``same_start`` and
         ``other_start``: share of the pairs of a real success and a real failure in which the success reaches more (half
         where both reach the same; 0.5 is chance), with their numbers ``same_start_pairs`` and ``other_start_pairs``;
-        ``advantage_correlation``: of success less its mean over the start, imagined and real. What cannot be computed,
+        ``advantage_correlation``: of what a rollout is worth in imagination, and of real success, both less their mean
+        over the start. What cannot be computed,
         for want of successes or failures, is None.
     """
     said = reached >= threshold
+    worth = closeness(reached, threshold) if graded else said
     _, start = np.unique(starts, return_inverse=True)
     same, same_pairs = _ordered(reached, success, start, same=True)
     other, other_pairs = _ordered(reached, success, start, same=False)
@@ -66,7 +73,7 @@ def compare_ranks(reached: np.ndarray, threshold: float, success: np.ndarray, st
         "starts": int(start.max()) + 1, "rollouts": len(start),
         "real_success": float(success.mean()), "imagined_success": float(said.mean()),
         "same_start": same, "same_start_pairs": same_pairs, "other_start": other, "other_start_pairs": other_pairs,
-        "advantage_correlation": _advantage_correlation(said, success, start),
+        "advantage_correlation": _advantage_correlation(worth, success, start),
     }  # fmt: skip
 
 
@@ -98,10 +105,10 @@ def _ordered(score: np.ndarray, success: np.ndarray, start: np.ndarray, *, same:
     return float(((difference > 0) + 0.5 * (difference == 0))[counted].mean()), int(counted.sum())
 
 
-def _advantage_correlation(said: np.ndarray, success: np.ndarray, start: np.ndarray) -> float | None:
+def _advantage_correlation(worth: np.ndarray, success: np.ndarray, start: np.ndarray) -> float | None:
     rollouts = np.bincount(start)
     imagined, real = (
-        values - (np.bincount(start, weights=values) / rollouts)[start] for values in (said.astype(float), success)
+        values - (np.bincount(start, weights=values) / rollouts)[start] for values in (worth.astype(float), success)
     )
     if not imagined.any() or not real.any():
         return None

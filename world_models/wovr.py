@@ -362,7 +362,9 @@ class Wovr:
         name, starts = f"rank_model_{turn}", self.config.ranked_starts
 
         def work() -> dict[str, Any]:
-            found, taken = self.measurements.ranked(name, policy, model, self.reinforcement, starts)
+            found, taken = self.measurements.ranked(
+                name, policy, model, self.reinforcement, starts, graded=self.config.graded
+            )
             if found["same_start"] is not None:
                 self.notify(
                     f"of a success and a failure from the same start, the model tells which is which in "
