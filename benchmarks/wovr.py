@@ -1,6 +1,6 @@
 """Does a policy get better inside a world model that it helps to train (WoVR), and what is each part of that worth?
 
-    python benchmarks/wovr.py                      # profile cpu: six tasks, resumable
+    python benchmarks/wovr.py                      # profile cpu: five tasks, resumable
     python benchmarks/wovr.py --tasks push &       # a second process does another task: results/wovr_push.json
     python benchmarks/wovr.py --seeds 0 1 2        # three trainings of everything
     python benchmarks/wovr.py --profile gpu        # one GPU: three training seeds, 400 episodes
@@ -102,7 +102,7 @@ def profiles() -> dict[str, Profile]:
     shipped, smoke = preset("wovr"), preset("wovr_smoke")
     model, trainer = gpu_world_model()
     cpu = Profile(
-        demonstrations={"pick_place": 15, "lift": 8, "push": 15, "drawer_open": 4, "stack": 20, "reach": 120},
+        demonstrations={"pick_place": 15, "lift": 8, "push": 15, "drawer_open": 4, "stack": 20},
         imitation=TrainerConfig(steps=1200, batch_size=32),
         # Half as wide as the default, so that a processor core trains and uses it in minutes.
         policy=DiffusionConfig(vision=VisionConfig(widths=(16, 32, 32)), noise_samples=2),
