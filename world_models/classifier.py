@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as functional
@@ -96,6 +98,18 @@ def shows_success(probability: np.ndarray, threshold: float, consecutive: int) -
     return np.logical_or.accumulate(held)
 
 
+def highest_threshold(probability: Sequence[float] | np.ndarray, consecutive: int) -> float:
+    """Return the highest threshold at which an episode counts as a success; 0 if it is too short for one.
+
+    Args:
+        probability: ``(T,)`` of its frames.
+        consecutive: frames in a row that must reach it.
+    """
+    if len(probability) < consecutive:
+        return 0.0
+    return float(np.lib.stride_tricks.sliding_window_view(probability, consecutive).min(-1).max())
+
+
 def calibrate_threshold(episodes: list[np.ndarray], success: np.ndarray, consecutive: int) -> tuple[float, float]:
     """Return the middle of the thresholds that are as good as the best, and its balanced accuracy over episodes.
 
@@ -107,13 +121,7 @@ def calibrate_threshold(episodes: list[np.ndarray], success: np.ndarray, consecu
         success: ``(E,)`` what really happened; must have both outcomes.
         consecutive: see :func:`shows_success`.
     """
-    # An episode succeeds at every threshold up to the largest of its smallest values in a row.
-    reach = np.array(
-        [
-            np.lib.stride_tricks.sliding_window_view(one, consecutive).min(-1).max() if len(one) >= consecutive else 0.0
-            for one in episodes
-        ]
-    )
+    reach = np.array([highest_threshold(one, consecutive) for one in episodes])
     candidates = np.unique(np.concatenate([np.linspace(0.05, 0.95, 19), np.clip(reach, 0.05, 0.95)]))
     right = np.array([[np.sum(reach[success] >= c), np.sum(reach[~success] < c)] for c in candidates])
     counts = np.array([success.sum(), (~success).sum()])

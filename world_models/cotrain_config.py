@@ -93,12 +93,12 @@ class WovrConfig:
     """Training of the world model; a refresh takes ``fine_tune_share`` of its steps."""
 
     def __post_init__(self) -> None:
-        names = ("rollouts", "refresh_rollouts", "imagined_envs", "anchor_batch")
-        for name in names:
+        sizes = ("rollouts", "refresh_rollouts", "imagined_envs", "anchor_batch")
+        for name in sizes:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected at least 1")
-        none = ("refreshes", "first_seed", "imitation_rollouts", "iterations", "ranked_starts", "calibrated_episodes")
-        for name in none:
+        counts = ("refreshes", "first_seed", "imitation_rollouts", "iterations", "ranked_starts", "calibrated_episodes")
+        for name in counts:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected 0 or more")
         if not self.iterations and not self.imitation_rollouts:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from simtoreal.world_models.classifier import highest_threshold
 from simtoreal.world_models.clips import Clips, imagine_clips
 from simtoreal.world_models.vector_env import closeness
 from simtoreal.world_models.video_data import VideoData
@@ -89,9 +90,7 @@ def reached_probability(clips: Clips, consecutive: int, most_steps: int | None =
     for row, (start, end) in enumerate(zip(clips.starts, clips.ends, strict=True)):
         # The first frame is real.
         last = end if most_steps is None else min(end, start + 1 + most_steps)
-        probability = clips.success_probability[start + 1 : last]
-        if len(probability) >= consecutive:
-            found[row] = np.lib.stride_tricks.sliding_window_view(probability, consecutive).min(-1).max()
+        found[row] = highest_threshold(clips.success_probability[start + 1 : last], consecutive)
     return found
 
 

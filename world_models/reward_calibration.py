@@ -15,6 +15,7 @@ import torch
 
 from simtoreal.envs.rollout import Actor, Listener, Observation, Step, rollout
 from simtoreal.world_models.checkpoint import LoadedWorldModel, save_world_model
+from simtoreal.world_models.classifier import highest_threshold
 from simtoreal.world_models.vector_env import WorldModelVectorEnv
 
 # Below, the classifier itself finds failure much more likely, whatever the rates are; above, probabilities are rounded.
@@ -38,14 +39,6 @@ class _Reached(Listener):
         for slot, probability in zip(step.slots, step.info["success_probability"], strict=True):
             self.probability[self._episodes[int(slot)]].append(float(probability))
 
-    def reached(self, consecutive: int) -> np.ndarray:
-        """``(E,)`` the highest threshold at which each episode would be a success."""
-        found = np.zeros(len(self.probability))
-        for episode, values in self.probability.items():
-            if len(values) >= consecutive:
-                found[episode] = np.lib.stride_tricks.sliding_window_view(values, consecutive).min(-1).max()
-        return found
-
 
 def calibrate_reward(env: WorldModelVectorEnv, actor: Actor, success: np.ndarray) -> tuple[dict[str, Any], int]:
     """Return the threshold at which a policy succeeds as often in imagination as it really did, and the steps it took.
@@ -67,7 +60,7 @@ def calibrate_reward(env: WorldModelVectorEnv, actor: Actor, success: np.ndarray
         results = rollout(env, actor, range(len(success)), listeners=[listener])
     finally:
         env.threshold = before
-    reached = listener.reached(env.consecutive)
+    reached = np.array([highest_threshold(listener.probability[row], env.consecutive) for row in range(len(success))])
     threshold = matching_threshold(reached, int(success.sum())) if 0 < success.sum() < len(success) else before
     found = {
         "threshold": threshold, "before": before, "episodes": len(success), "real": float(success.mean()),
