@@ -193,7 +193,11 @@ def execute(name: str, task: str, seed: int, profile: Profile, output: Path, dev
         "no_pace_equal": IMITATED,
     }
     if name in shared:
-        loop.adopt(folder / "full", shared[name])
+        left_out = {
+            "calibrate_model_0": not profile.wovr.calibrated_episodes,
+            "rank_model_0": not profile.wovr.ranked_starts,
+        }
+        loop.adopt(folder / "full", [stage for stage in shared[name] if not left_out.get(stage)])
     loop.run()
 
 
