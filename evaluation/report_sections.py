@@ -81,7 +81,7 @@ def stages(
         add("Practise", points(change), detail, "practice", moment=0.5)
     if evaluations:
         main, *others = evaluations
-        detail = f"success in simulation ({rate(main.results)})" + "".join(map(_other, others))
+        detail = f"success in {world(main)} ({rate(main.results)})" + "".join(map(_other, others))
         add("Evaluate", percent(main.results["success_rate"]), detail, "simulation", moment=0.75)
     if deployments:
         main, *others = deployments
@@ -95,9 +95,11 @@ def _other(arm: Evaluation) -> str:
 
 
 def world(arm: Evaluation) -> str:
-    """Return where an evaluation took place, e.g. ``"'standard' twin"``."""
-    gap = arm.results.get("gap")
-    return f"'{gap}' {arm.backend}" if gap else arm.backend
+    """Return where an evaluation took place, e.g. ``"'standard' twin"``, ``"simulation with randomization 'hard'"``."""
+    gap, varied = arm.results.get("gap"), arm.results.get("randomization") or "none"
+    if gap:
+        return f"'{gap}' {arm.backend}"
+    return arm.backend if varied == "none" else f"{arm.backend} with randomization '{varied}'"
 
 
 def success(evaluations: Sequence[Evaluation], deployments: Sequence[Evaluation]) -> dict[str, Any] | None:
@@ -122,7 +124,7 @@ def success(evaluations: Sequence[Evaluation], deployments: Sequence[Evaluation]
         drawn.append(
             {**{key: arm.results[key] for key in ("successes", "n", "success_rate", "interval")}, "label": label}
         )
-    verdicts = [_verdict(evaluations[0], other, "in simulation") for other in evaluations[1:]]
+    verdicts = [_verdict(evaluations[0], other, f"in {world(other)}") for other in evaluations[1:]]
     verdicts += [_verdict(deployments[0], other, f"on the {world(other)}") for other in deployments[1:]]
     for deployed in deployments:
         same = [arm for arm in evaluations if arm.label == deployed.label]
@@ -166,7 +168,7 @@ def _gap(simulated: Evaluation, deployed: Evaluation) -> str:
     low, high = pair["difference_interval"]
     known = "is" if pair["verdict"] != NOT_DISTINGUISHABLE else "cannot be told from zero at this n, it is"
     return (
-        f"the gap from simulation to the {world(deployed)} {known} {points(pair['difference'])} percentage "
+        f"the gap from {world(simulated)} to the {world(deployed)} {known} {points(pair['difference'])} percentage "
         f"points (95 % interval {points(low)} to {points(high)}; Barnard's exact test, p = {pair['p_value']:.2g})."
     )
 

@@ -212,8 +212,8 @@ def summary_rows(results: Mapping[str, Any]) -> list[tuple[str, str]]:
             for row in results["filter"]
         ),
         training,
-        (f"{BEFORE} in simulation", rate(cotrained["base"])),
-        (f"{AFTER} in simulation", rate(cotrained["final"])),
+        (f"{BEFORE} in simulation with that gap", rate(cotrained["base"])),
+        (f"{AFTER} in simulation with that gap", rate(cotrained["final"])),
         ("imagined - real success", f"{100 * cotrained['gap']:+.0f} points [{100 * low:+.0f}, {100 * high:+.0f}]"),
         *((f"{who} on the '{GAP}' twin", rate(robot)) for who, robot in zip((BEFORE, AFTER), robots, strict=True)),
         ("real episodes learned from", f"{cotrained['real_episodes']} ({cotrained['real_steps']} steps)"),
