@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -149,27 +149,31 @@ def refuse_overwriting(output: Path) -> None:
         raise DatasetError(f"{output} exists; exports never overwrite. Choose another name or move it away.")
 
 
-def observation_names(keys: Iterable[str], images: Iterable[str]) -> dict[str, str]:
-    """Return source key -> our observation key, without collisions.
+def unique_name(name: str, taken: Container[str], suffix: str = "") -> str:
+    """Return ``name``, or with the first number (before ``suffix``) that makes it none of ``taken``."""
+    unique, number = name, 2
+    while unique in taken:
+        unique = f"{name.removesuffix(suffix)}_{number}{suffix}"
+        number += 1
+    return unique
+
+
+def observation_names(keys: Iterable[str], images: Iterable[str], *, taken: Iterable[str] = ()) -> dict[str, str]:
+    """Return source key -> our observation key, without collisions among them and with ``taken``.
 
     Images become ``<camera>_image``: ``observation.images.front``, ``front_rgb`` and ``front_image`` are all
     ``front_image``; a key that only says that it is an image (``img``) is ``camera_image``.
     """
     names: dict[str, str] = {}
-    taken: set[str] = set()
-    image_keys = set(images)
+    used, image_keys = set(taken), set(images)
     for key in keys:
         name = re.sub(r"^observation\.(images\.)?", "", key) if key.startswith("observation.") else key
         name = re.sub(r"[^A-Za-z0-9_]+", "_", name).strip("_") or "unnamed"
         if key in image_keys:
             stem = re.sub(r"_?(images?|img|rgb)$", "", name) or "camera"
             name = f"{stem}{IMAGE_SUFFIX}"
-        unique, number = name, 2
-        while unique in taken:
-            unique = f"{name.removesuffix(IMAGE_SUFFIX)}_{number}" + (IMAGE_SUFFIX if key in image_keys else "")
-            number += 1
-        taken.add(unique)
-        names[key] = unique
+        names[key] = unique_name(name, used, IMAGE_SUFFIX if key in image_keys else "")
+        used.add(names[key])
     return names
 
 

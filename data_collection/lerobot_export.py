@@ -20,6 +20,8 @@ from simtoreal.data_collection import lerobot_layout as layout
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors
 from simtoreal.data_collection.exchange import Progress
+from simtoreal.data_collection.filters import action_digest
+from simtoreal.data_collection.lerobot_index import read_json
 from simtoreal.data_collection.lerobot_statistics import FeatureStatistics, Summary, to_json
 from simtoreal.data_collection.lerobot_tables import (
     episode_columns,
@@ -94,7 +96,7 @@ class _Export:
             first_task = len(self.tasks)
             for text in texts:
                 self.tasks.setdefault(text, len(self.tasks))
-            frames = self._frames(arrays, texts, index)
+            frames = self._frames(arrays, texts, index, success=episode.success)
             statistics = self._count(frames)
             if index >= done:
                 with disk_errors(self.output):
@@ -131,18 +133,21 @@ class _Export:
         if sidecar.exists():
             for left in self.output.rglob(".*.tmp"):  # of an export that was killed; nobody else holds the lock
                 left.unlink()
-            stored = json.loads(sidecar.read_text())
+            stored = read_json(sidecar)
             differing = [key for key, value in description.items() if key != "masks" and stored.get(key) != value]
             if differing:
                 raise DatasetError(
                     f"{self.output}: holds an export with other {', '.join(differing)}. Choose a new folder."
                 )
-            done = json.loads(info.read_text())["total_episodes"] if info.exists() else 0
+            done = read_json(info).get("total_episodes") if info.exists() else 0
+            if not isinstance(done, int) or done < 0:
+                raise DatasetError(f"{info}: total_episodes is {done!r}; expected a number. Export to a new folder.")
         elif any(path.is_file() and path.name[0] != "." for path in self.output.rglob("*")):
             raise DatasetError(f"{self.output}: is not empty and no export of ours. Choose a new folder.")
         for index, episode in enumerate(chosen[:done]):
             path = layout.inside(self.output, layout.EPISODE_SIDECAR, {"episode_index": index}, str(sidecar))
-            if not path.exists() or json.loads(path.read_text()) != self._episode_sidecar(episode):
+            stored = read_json(path) if path.exists() else {}
+            if any(stored.get(key) != value for key, value in self._episode_sidecar(episode).items()):
                 raise DatasetError(
                     f"{self.output}: episode {index} is not '{episode.name}' of {self.dataset.path} any more. "
                     "Only the same episodes in the same order can be continued; choose a new folder."
@@ -160,7 +165,7 @@ class _Export:
     def _episode_sidecar(episode: EpisodeInfo) -> dict[str, Any]:
         return {"name": episode.name, "steps": episode.steps, "episode": json.loads(episode.to_json())}
 
-    def _frames(self, arrays: Arrays, texts: Sequence[str], index: int) -> dict[str, np.ndarray]:
+    def _frames(self, arrays: Arrays, texts: Sequence[str], index: int, *, success: bool) -> dict[str, np.ndarray]:
         """Feature -> rows of one episode, in the order of ``info.json``, images included."""
         steps = len(texts)
         by_feature = {feature: arrays[name] for name, feature in self.plan.arrays.items()}
@@ -168,7 +173,8 @@ class _Export:
             joined = np.concatenate([arrays[name] for name in self.plan.state_parts], axis=1)
             by_feature[layout.STATE] = joined.astype(np.float32)
         by_feature[layout.DONE] = np.arange(steps) == steps - 1
-        by_feature[layout.SUCCESS] = arrays["dones"] == 1
+        # Not 'dones', which also end a task by its failure, and which an operator's verdict need not set.
+        by_feature[layout.SUCCESS] = by_feature[layout.DONE] & success
         for feature in (layout.ACTION, layout.REWARD, layout.STATE):
             if feature in by_feature:
                 by_feature[feature] = by_feature[feature].astype(np.float32)
@@ -236,7 +242,8 @@ class _Export:
             with atomic_path(self.output / layout.EPISODE_ARRAYS.format(episode_index=index)) as temporary:
                 temporary.write_bytes(buffer.getvalue())
         path = self.output / layout.EPISODE_SIDECAR.format(episode_index=index)
-        write_json(path, self._episode_sidecar(episode))
+        # By its actions an import notices that lerobot's tools have given the number to another episode.
+        write_json(path, {**self._episode_sidecar(episode), "actions": action_digest(arrays["actions"])})
 
     def _write_statistics(self) -> None:
         summaries = {feature: statistics.summary() for feature, statistics in self.statistics.items()}

@@ -16,17 +16,26 @@ import numpy as np
 
 from simtoreal.data_collection import lerobot_layout as layout
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo, embodiment_digest
-from simtoreal.data_collection.exchange import observation_names, require_size, single_precision, to_image
+from simtoreal.data_collection.exchange import (
+    is_image_shape,
+    observation_names,
+    require_size,
+    single_precision,
+    to_image,
+    unique_name,
+)
+from simtoreal.data_collection.filters import action_digest
 from simtoreal.data_collection.foreign_embodiment import PROPRIO, foreign_embodiment, foreign_task
 from simtoreal.data_collection.lerobot_export import SIDECAR_VERSION
-from simtoreal.data_collection.lerobot_index import EpisodeEntry, Index, read_index, read_json
+from simtoreal.data_collection.lerobot_index import IMAGE_TYPES, EpisodeEntry, Index, read_index, read_json
 from simtoreal.data_collection.lerobot_video import decode
 from simtoreal.data_collection.parquet_rows import ParquetRows, to_numpy
 from simtoreal.envs.embodiment import Embodiment, ProprioSpec
 from simtoreal.envs.errors import ConfigError, DatasetError
 
-_IMAGE_TYPES = ("video", "image")
 _SKIPPED_TYPES = ("string", "language", "audio")
+# Made of 'task_index', also where an export of ours stored it: lerobot's tools number tasks anew.
+_INSTRUCTION, _OWN_INSTRUCTION = "step/instruction", f"{layout.OWN}step.instruction"
 # openpi and older datasets leave out the prefix.
 _ACTION_KEYS = ("action", "actions")
 _STATE_KEYS = ("observation.state", "state")
@@ -70,10 +79,16 @@ class LeRobotReader:
         self._table: tuple[Path, ParquetRows, dict[str, Any]] | None = None
         sidecar = layout.inside(root, layout.SIDECAR, {}, str(root))
         self._own = read_json(sidecar) if sidecar.is_file() else None
-        self._kinds = {feature: self.index.features[feature]["dtype"] for feature in self.index.features}
-        skipped = [feature for feature, kind in self._kinds.items() if kind in _SKIPPED_TYPES]
-        self.notes += [f"left out feature '{feature}' of type {self._kinds[feature]}" for feature in skipped]
-        self._names = self._array_names()
+        self._kinds: dict[str, str] = {}
+        for feature, described in self.index.features.items():
+            kind, shape = described["dtype"], described["shape"]
+            if kind in _SKIPPED_TYPES:
+                self.notes.append(f"left out feature '{feature}' of type {kind}")
+            elif kind in IMAGE_TYPES and not is_image_shape(shape):
+                self.notes.append(f"left out feature '{feature}' of shape {shape}, which is no RGB image")
+            else:
+                self._kinds[feature] = kind
+        self._names: dict[str, str] = {}
         if self._own is not None:
             if task is not None:
                 raise ConfigError(f"{root} says itself which task it shows; omit --task.")
@@ -89,28 +104,38 @@ class LeRobotReader:
 
     def _array_names(self) -> dict[str, str]:
         """Feature -> our array, of a dataset that does not say it itself."""
-        features = self.index.features
+        features = self._kinds
         action = next((key for key in _ACTION_KEYS if key in features), None)
         if action is None:
             raise DatasetError(f"{self.root}: has no feature 'action'; it holds {', '.join(features)}.")
         state = next((key for key in _STATE_KEYS if key in features), None)
         reward = next((key for key in _REWARD_KEYS if key in features), None)
-        fixed = {action: "actions", state: f"obs/{PROPRIO}", reward: "rewards", "timestamp": "step/timestamp_ns"}
-        images = [key for key, kind in self._kinds.items() if kind in _IMAGE_TYPES]
+        fixed = {action: "actions", "timestamp": "step/timestamp_ns"}
+        fixed |= {state: f"obs/{PROPRIO}"} if state else {}
+        fixed |= {reward: "rewards"} if reward else {}
+        images = [key for key, kind in features.items() if kind in IMAGE_TYPES]
         observed = [*images, *(key for key in features if key.startswith("observation.") and key not in images)]
-        observations = observation_names([key for key in observed if key not in fixed], images)
+        observed = [key for key in observed if key not in fixed]
+        observations = observation_names(observed, images, taken={PROPRIO} if state else ())
         names: dict[str, str] = {}
-        for key, kind in self._kinds.items():
-            if kind in _SKIPPED_TYPES or (key in layout.DEFAULTS and key != "timestamp") or key == layout.DONE:
+        # Names that are given here whatever the features are called.
+        taken = {*fixed.values(), _INSTRUCTION}
+        for key in features:
+            if (key in layout.DEFAULTS and key != "timestamp") or key in (layout.DONE, _OWN_INSTRUCTION):
                 continue
-            if key in fixed:
-                names[key] = fixed[key]
-            elif key in observations:
-                names[key] = f"obs/{observations[key]}"
+            wanted = name = fixed.get(key, "")
+            if key in observations:
+                wanted, name = f"obs/{observation_names([key], images)[key]}", f"obs/{observations[key]}"
             elif key.startswith(layout.OWN):
-                names[key] = key.removeprefix(layout.OWN).replace(".", "/", 1)
-            else:
-                names[key] = "step/" + key.replace(".", "_").replace(" ", "_")
+                wanted = key.removeprefix(layout.OWN).replace(".", "/", 1)
+                name = unique_name(wanted, taken)
+            elif not name:
+                wanted = "step/" + key.replace(".", "_").replace(" ", "_")
+                name = unique_name(wanted, taken)
+            if name != wanted:
+                self.notes.append(f"feature '{key}' is called '{name}' here; '{wanted}' is another one")
+            taken.add(name)
+            names[key] = name
         return names
 
     def _describe_own(self, own: dict[str, Any], sidecar: Path) -> None:
@@ -134,6 +159,7 @@ class LeRobotReader:
 
     def _describe_foreign(self, task: str) -> None:
         self._task, features = task, self.index.features
+        self._names = self._array_names()
         arrays = {name: key for key, name in self._names.items()}
         names = features[arrays["actions"]]["names"]
         dims = int(np.prod(features[arrays["actions"]]["shape"], dtype=np.int64))
@@ -158,8 +184,11 @@ class LeRobotReader:
         """See :class:`~simtoreal.data_collection.exchange.Reader`."""
         entry = self._entries[episode]
         rows = self._rows(entry)
-        sidecar = self._episode_sidecar(entry)
         arrays = self._foreign_content(rows) if self._own is None else self._own_content(rows)
+        sidecar = self._episode_sidecar(entry, arrays)
+        if sidecar is None and self.masks:
+            self.masks = {}  # lerobot's tools number episodes anew, so the numbers may mean others
+            self.notes.append(f"left out the masks: episode {entry.index} is not the one that was exported as it")
         if sidecar is not None:
             extra = layout.inside(self.root, layout.EPISODE_ARRAYS, {"episode_index": entry.index}, str(self.root))
             arrays |= _read_arrays(extra) if extra.is_file() else {}
@@ -171,7 +200,7 @@ class LeRobotReader:
         """Return the rows of an episode, which must be whole and in order; their columns are those without images."""
         if self._table is None or self._table[0] != entry.data:
             file = ParquetRows(entry.data)
-            wanted = [name for name, kind in self._kinds.items() if kind not in (*_IMAGE_TYPES, *_SKIPPED_TYPES)]
+            wanted = [name for name, kind in self._kinds.items() if kind not in IMAGE_TYPES]
             self._table = entry.data, file, file.columns(wanted)
         _, file, columns = self._table
         where = f"{entry.data}: episode {entry.index}"
@@ -189,12 +218,8 @@ class LeRobotReader:
         """Rows of one feature of one episode, images as uint8 ``(T, H, W, 3)``."""
         shape, kind, entry = self.index.features[feature]["shape"], self._kinds[feature], rows.entry
         where = f"{entry.data}: '{feature}'"
-        if kind not in _IMAGE_TYPES:
+        if kind not in IMAGE_TYPES:
             return rows.numbers(feature, shape)
-        if len(shape) == 3 and shape[0] == 3 != shape[2]:
-            shape = (*shape[1:], 3)  # some datasets declare (channels, height, width)
-        if len(shape) != 3 or shape[2] != 3:
-            raise DatasetError(f"{where} has shape {shape}; expected RGB images (height, width, 3).")
         require_size(entry.steps * int(np.prod(shape, dtype=np.int64)), f"{where} of episode {entry.index}")
         if kind == "video":
             path, start_s = entry.videos[feature]
@@ -230,25 +255,30 @@ class LeRobotReader:
                 values = values.reshape(steps).astype(np.float32)
             elif name == "step/timestamp_ns":
                 values = np.rint(values.astype(np.float64) * 1e9).astype(np.int64)
-            elif name.startswith("obs/") and self._kinds[feature] not in _IMAGE_TYPES:
+            elif name.startswith("obs/") and self._kinds[feature] not in IMAGE_TYPES:
                 values = values.reshape(steps, *self.index.features[feature]["shape"])
                 values = single_precision(values)
             arrays[name] = values
-        arrays.setdefault("dones", self._dones(arrays, steps))
+        success = self._success(rows)
+        last = np.arange(steps) == steps - 1
+        arrays.setdefault("dones", (last & (success is not False)).astype(np.int8))
         return arrays
 
-    def _dones(self, arrays: Arrays, steps: int) -> np.ndarray:
-        success = arrays.get("step/" + layout.SUCCESS.replace(".", "_"))
-        last = np.arange(steps) == steps - 1
-        return (last & (success is None or bool(success.any()))).astype(np.int8)
+    def _success(self, rows: _Rows) -> bool | None:
+        """Whether an episode succeeded, None if the dataset does not say it."""
+        if layout.SUCCESS not in self._kinds:
+            return None
+        return bool(rows.numbers(layout.SUCCESS, self.index.features[layout.SUCCESS]["shape"]).any())
 
-    def _episode_sidecar(self, entry: EpisodeEntry) -> str | None:
+    def _episode_sidecar(self, entry: EpisodeEntry, arrays: Arrays) -> str | None:
         """Text of the description of an episode, if it is of our own and fits."""
         path = layout.inside(self.root, layout.EPISODE_SIDECAR, {"episode_index": entry.index}, str(self.root))
         if self._own is None or not path.is_file():
             return None
         content = read_json(path)
-        if content.get("steps") != entry.steps or not isinstance(content.get("episode"), dict):
+        digest = action_digest(arrays["actions"]) if "actions" in arrays else None
+        same = content.get("steps") == entry.steps and content.get("actions", digest) == digest
+        if not same or not isinstance(content.get("episode"), dict):
             self.notes.append(f"{path.name} describes another episode and is ignored")
             return None
         return json.dumps(content["episode"])
@@ -261,15 +291,15 @@ class LeRobotReader:
             raise DatasetError(f"{entry.data}: 'task_index' names task {unknown[0]}, which meta/tasks does not have.")
         used = list(dict.fromkeys(numbers.tolist()))
         texts = tuple(self.index.tasks[number] for number in used)
-        # Also replaces what an export of ours stored: lerobot's tools number tasks anew.
-        arrays["step/instruction"] = np.array([used.index(number) for number in numbers.tolist()], dtype=np.int32)
-        success = bool(arrays["dones"].any()) if layout.SUCCESS in self.index.features else True
+        arrays[_INSTRUCTION] = np.array([used.index(number) for number in numbers.tolist()], dtype=np.int32)
+        judged = self._success(rows)
+        success = bool(arrays["dones"].any()) if judged is None else judged
         extra: dict[str, Any] = {"imported_from": self.root.name, "source_episode": entry.index}
         return EpisodeInfo(
             task=self._task, seed=entry.index, success=success, failure="" if success else "unknown",
             operator=self.root.resolve().name, source="lerobot", embodiment=embodiment_digest(self.embodiment),
             instruction=texts[-1], instructions=texts, duration_s=entry.steps / self.index.fps,
-            extra=extra if layout.SUCCESS in self.index.features else {**extra, "success_assumed": True},
+            extra=extra if judged is not None else {**extra, "success_assumed": True},
         )  # fmt: skip
 
 

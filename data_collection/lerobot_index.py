@@ -14,6 +14,9 @@ from simtoreal.data_collection.parquet_rows import ParquetRows, to_numpy
 from simtoreal.envs.errors import DatasetError
 
 _LARGEST_FPS = 10_000
+IMAGE_TYPES = ("video", "image")
+# Without these it is unknown which rows are an episode, and what was to be done.
+_NEEDED = ("episode_index", "frame_index", "task_index")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ class Index:
         root: folder of the dataset.
         fps: frames per second.
         robot: type of the robot.
-        features: feature -> ``dtype``, ``shape`` (tuple), ``names``.
+        features: feature -> ``dtype``, ``shape`` (tuple; images height, width, channels), ``names``.
         tasks: task index -> text.
         entries: episodes, by their index.
     """
@@ -109,11 +112,16 @@ def _features(info: dict[str, Any], path: Path) -> dict[str, dict[str, Any]]:
         valid = isinstance(shape, list) and all(isinstance(size, int) and 0 < size < 2**24 for size in shape)
         if not valid or not isinstance(feature.get("dtype"), str) or "/" in name or name in ("", ".", ".."):
             raise DatasetError(f"{path}: feature '{name}' is malformed; expected a dtype and a shape.")
+        if feature["dtype"] in IMAGE_TYPES and len(shape) == 3 and shape[0] == 3 != shape[2]:
+            shape = [*shape[1:], 3]  # some datasets declare (channels, height, width)
         found[name] = {
             "dtype": feature["dtype"],
             "shape": tuple(shape),
             "names": _flat_names(feature.get("names")),
         }
+    missing = [name for name in _NEEDED if name not in found]
+    if missing:
+        raise DatasetError(f"{path}: feature '{missing[0]}' is missing, which every LeRobot dataset has. Restore it.")
     return found
 
 

@@ -6,6 +6,7 @@ golden dataset of ``tests/data`` was written by lerobot 0.4.4 there.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -27,11 +28,13 @@ import pyarrow.parquet as pq
 
 from simtoreal import cli
 from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.episode import read_episode
 from simtoreal.data_collection.exchange import import_dataset
 from simtoreal.data_collection.lerobot_export import export_lerobot
 from simtoreal.data_collection.lerobot_import import LeRobotReader
 from simtoreal.data_collection.lerobot_statistics import KEYS
 from simtoreal.data_collection.lerobot_video import decode, encode
+from simtoreal.data_collection.writer import DatasetWriter
 from simtoreal.envs.errors import ConfigError, DatasetError
 
 GOLDEN = Path(__file__).parent / "data" / "lerobot_golden"
@@ -465,6 +468,117 @@ def test_damaged_episode_costs_only_itself(copy: Path, tmp_path: Path, damage) -
     assert (result.episodes, len(result.skipped)) == (2, 1)
     assert "episode 000001" in result.skipped[0]
     assert Dataset.open(tmp_path / "rest").filter("success")[0].seed == 100
+
+
+def judged_dataset(path: Path) -> Dataset:
+    """A success that only an operator judged (no 'dones'), and a failure that ended the task (with 'dones')."""
+    source = make_dataset(path.with_name("source"))
+    with DatasetWriter(path, source.embodiment, source.tasks) as writer:
+        for number, success in ((0, True), (1, False)):
+            info, arrays = read_episode(source.episodes[number].path)
+            arrays["dones"][-1] = not success
+            writer.add(arrays, dataclasses.replace(info, success=success, failure="" if success else "task_failed"))
+    return Dataset.open(path)
+
+
+def test_success_is_what_the_episode_says_and_not_where_the_task_ended(tmp_path: Path) -> None:
+    root = tmp_path / "exported"
+    export_lerobot(judged_dataset(tmp_path / "judged"), root, codec=None)
+    assert table(root, "data", 0)["next.success"].to_pylist() == [False] * 8 + [True]
+    assert not any(table(root, "data", 1)["next.success"].to_pylist())
+    # As lerobot's tools leave it: without what is known about the episodes, and without us.
+    shutil.rmtree(root / "meta/simtoreal")
+    assert [one.success for one in imported(root, tmp_path / "own").episodes] == [True, False]
+    (root / "meta/simtoreal.json").unlink()
+    assert [one.success for one in imported(root, tmp_path / "foreign").episodes] == [True, False]
+
+
+def test_masks_are_left_out_once_lerobot_has_numbered_anew(copy: Path, tmp_path: Path) -> None:
+    change_sidecar(copy, masks={"chosen": [0, 2]})
+    assert imported(copy, tmp_path / "as exported").masks["chosen"] == ["000000", "000002"]
+    # Episodes 0 and 1 in each other's place, with the descriptions of the export.
+    sidecars = [copy / f"meta/simtoreal/episode-00000{number}.json" for number in (0, 1)]
+    contents = [json.loads(sidecar.read_text()) for sidecar in sidecars]
+    for sidecar, content, steps in zip(sidecars, contents[::-1], LENGTHS, strict=False):
+        sidecar.write_text(json.dumps({**content, "steps": steps}))  # of the same length
+    with LeRobotReader(copy) as reader:
+        result = import_dataset(reader, tmp_path / "swapped")
+    assert sum(note.startswith("left out the masks: episode 0 ") for note in result.notes) == 1
+    dataset = Dataset.open(tmp_path / "swapped")
+    assert dataset.meta["masks"] == {}
+    assert [one.operator for one in dataset.episodes] == ["copy", "copy", "person 2"]
+    shutil.rmtree(copy / "meta/simtoreal")  # what lerobot's tools leave beside a copied meta/simtoreal.json
+    assert imported(copy, tmp_path / "without").meta["masks"] == {}
+
+
+def plain(copy: Path) -> Path:
+    """The export as if lerobot had written it."""
+    shutil.rmtree(copy / "meta/simtoreal")
+    (copy / "meta/simtoreal.json").unlink()
+    return copy
+
+
+def add_features(root: Path, **shapes: list[int]) -> None:
+    """Add numbers (the position of the feature) to every row."""
+    features = info_of(root)["features"]
+    for number, (name, shape) in enumerate(shapes.items()):
+        features[name] = {"dtype": "float32", "shape": shape, "names": None}
+        for file in root.glob("data/*/*.parquet"):
+            rows = pq.read_table(file)
+            values = [[float(number)] * shape[0] if shape != [1] else float(number)] * len(rows)
+            pq.write_table(rows.append_column(name, pa.array(values)), file)
+    change_info(root, features=features)
+
+
+def test_image_shapes_are_understood_and_what_is_no_rgb_image_is_left_out(copy: Path, tmp_path: Path) -> None:
+    features = info_of(plain(copy))["features"]
+    features["observation.images.front"]["shape"] = [3, 16, 16]
+    features["observation.images.depth"] = {"dtype": "image", "shape": [16, 16, 1], "names": None}
+    change_info(copy, features=features)
+    with LeRobotReader(copy) as reader:
+        result = import_dataset(reader, tmp_path / "back")
+    assert "left out feature 'observation.images.depth' of shape (16, 16, 1), which is no RGB image" in result.notes
+    dataset = Dataset.open(tmp_path / "back")
+    assert dataset.embodiment.image_keys == ("front_image", "wrist_image")
+    assert dataset.read(dataset.episodes[0])["obs/front_image"].shape == (9, 16, 16, 3)
+
+
+def test_features_of_the_same_name_are_all_kept(copy: Path, tmp_path: Path) -> None:
+    more = {"observation.proprio": [2], "force.left": [1], "force_left": [1], "instruction": [1], "timestamp_ns": [1]}
+    add_features(plain(copy), **more)
+    with LeRobotReader(copy) as reader:
+        result = import_dataset(reader, tmp_path / "back")
+    assert (result.episodes, result.skipped) == (3, ())
+    dataset = Dataset.open(tmp_path / "back")
+    arrays = dataset.read(dataset.episodes[0])
+    assert arrays["obs/proprio"].shape == (9, 20)
+    names = ["obs/proprio_2", "step/force_left", "step/force_left_2", "step/instruction_2", "step/timestamp_ns_3"]
+    assert [float(arrays[name].reshape(-1)[0]) for name in names] == [0, 1, 2, 3, 4]
+    assert "feature 'force_left' is called 'step/force_left_2' here; 'step/force_left' is another one" in result.notes
+    assert "feature 'observation.proprio' is called 'obs/proprio_2' here; 'obs/proprio' is another one" in result.notes
+
+
+@pytest.mark.parametrize("feature", ["episode_index", "frame_index", "task_index"])
+def test_missing_index_is_named_and_blocks_nothing(copy: Path, tmp_path: Path, feature: str) -> None:
+    info = info_of(copy)
+    change_info(copy, features={name: shape for name, shape in info["features"].items() if name != feature})
+    with pytest.raises(DatasetError, match=f"info.json: feature '{feature}' is missing"):
+        imported(copy, tmp_path / "back")
+    change_info(copy, features=info["features"])
+    assert len(imported(copy, tmp_path / "back").episodes) == 3
+
+
+@pytest.mark.parametrize("name", ["meta/simtoreal.json", "meta/info.json", "meta/simtoreal/episode-000000.json"])
+def test_export_over_a_damaged_one_names_the_file(dataset: Dataset, copy: Path, name: str) -> None:
+    (copy / name).write_text("{ broken")
+    with pytest.raises(DatasetError, match=f"{name}: is not valid JSON"):
+        export_lerobot(dataset, copy)
+
+
+def test_export_over_one_of_unknown_length_names_the_file(dataset: Dataset, copy: Path) -> None:
+    change_info(copy, total_episodes=None)
+    with pytest.raises(DatasetError, match=r"info\.json: total_episodes is None"):
+        export_lerobot(dataset, copy)
 
 
 def test_import_needs_a_new_folder(exported: Path, dataset: Dataset) -> None:
