@@ -12,7 +12,7 @@ import h5py
 import numpy as np
 
 from simtoreal.data_collection import filters
-from simtoreal.data_collection.dataset import EPISODES, META, VIEW, Dataset, read_meta, step_shapes
+from simtoreal.data_collection.dataset import EPISODES, META, VIEW, Dataset, episode_files, read_meta, step_shapes
 from simtoreal.data_collection.derive import origin_problems
 from simtoreal.data_collection.episode import (
     CHECKSUMS,
@@ -105,7 +105,7 @@ class _Checker:
 
     def run(self) -> None:
         self.check_files()
-        files = sorted((self.path / EPISODES).glob("[0-9]*.hdf5"))
+        files = episode_files(self.path)
         for file in files:
             self.check_episode(file)
         if self.unchecked:
@@ -131,7 +131,7 @@ class _Checker:
             self.problem(META, "'episodes' is not a list of the episodes", f"simtoreal data recover {self.path}")
             listed = {}
         folder = self.path / EPISODES
-        files = {file.stem for file in folder.glob("[0-9]*.hdf5")}
+        files = {file.stem for file in episode_files(self.path)}
         for name in sorted(set(listed) - files):
             remedy = f"restore it, or drop it with: simtoreal data recover {self.path}"
             self.problem(f"{EPISODES}/{name}.hdf5", f"is missing, but listed in {META}", remedy)
@@ -140,7 +140,7 @@ class _Checker:
         for file in sorted(folder.iterdir()) if folder.is_dir() else []:
             if file.suffix == ".part":
                 self.problem(f"{EPISODES}/{file.name}", "is unfinished", f"simtoreal data recover {self.path}")
-            elif file.suffix != ".hdf5" or not file.stem.isdecimal():
+            elif file.suffix != ".hdf5" or file.stem not in files:
                 self.problem(f"{EPISODES}/{file.name}", "does not belong here", "move it away")
 
     # -- one episode ---------------------------------------------------------------------------------

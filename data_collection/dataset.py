@@ -69,7 +69,7 @@ class Dataset:
         own = Embodiment.from_dict(meta["embodiment"])
         if embodiment is not None:
             own.require_equal(embodiment, f"dataset {path}", "what is needed here")
-        files = sorted((path / EPISODES).glob("[0-9]*.hdf5"))
+        files = episode_files(path)
         if not isinstance(meta.get("episodes", {}), dict):
             raise DatasetError(
                 f"{path / META}: 'episodes' is not a mapping of episodes to steps. Run 'simtoreal data recover {path}'."
@@ -103,16 +103,27 @@ class Dataset:
     def masks(self) -> dict[str, list[str]]:
         """Name -> episode numbers. ``train`` and ``valid`` are derived unless ``meta.json`` sets them.
 
-        Every filter has a mask of its name with the successes that it accepts.
+        Every filter has a mask of its name with the successes that it accepts. Episodes that no longer exist (lost,
+        or set aside as damaged) are in none.
 
         Raises:
-            DatasetError: the masks in ``meta.json`` are damaged. Damaged filters are left out with a warning.
+            DatasetError: the masks in ``meta.json`` are damaged, or name an episode in another form than its file.
+                Damaged filters are left out with a warning.
         """
         own = self.meta.get("masks", {})
         if not isinstance(own, dict) or not all(_is_mask(members) for members in own.values()):
             raise DatasetError(
                 f"{self.path / META}: 'masks' is not a mapping of names to lists of episode numbers. Correct it."
             )
+        for mask, members in own.items():
+            short = [member for member in members if member != f"{int(member):06d}"]
+            if short:
+                raise DatasetError(
+                    f"{self.path / META}: mask '{mask}' names episode '{short[0]}'; write '{int(short[0]):06d}', as "
+                    "its file is called."
+                )
+        known = {episode.name for episode in self.episodes}
+        own = {mask: [member for member in members if member in known] for mask, members in own.items()}
         derived = split_masks(self.episodes)
         # A failure may agree with the base data in every step; it is still not worth imitating.
         good = set(derived.get("success", ()))
@@ -149,6 +160,15 @@ class Dataset:
         return read_episode(episode.path, names)[1]
 
 
+def episode_files(path: Path) -> list[Path]:
+    """Episode files of the dataset folder ``path``, in the order of their numbers.
+
+    Anything else in the folder, such as a copy named ``000003 (copy).hdf5``, is no episode; ``data check`` names it.
+    """
+    files = (path / EPISODES).glob("*.hdf5")
+    return sorted(file for file in files if file.stem.isascii() and file.stem.isdecimal())
+
+
 def _is_mask(members: object) -> bool:
     return isinstance(members, list) and all(isinstance(name, str) and name.isdecimal() for name in members)
 
@@ -176,6 +196,9 @@ def read_meta(path: Path) -> dict[str, Any]:
     for key in ("embodiment", "tasks"):
         if not isinstance(meta.get(key), Mapping):
             raise DatasetError(f"{file}: key '{key}' is missing or not a mapping.")
+    for name, task in meta["tasks"].items():
+        if not isinstance(task, Mapping):
+            raise DatasetError(f"{file}: tasks.{name} is {task!r:.60}; expected a mapping. Restore it from a copy.")
     return meta
 
 

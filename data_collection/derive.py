@@ -22,9 +22,8 @@ from simtoreal.data_collection.dataset import EPISODES, META, Dataset, read_meta
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors
 from simtoreal.data_collection.filters import FOLDER as FILTERS
 from simtoreal.data_collection.filters import Filter, FilteredEpisode, action_digest, read_filter, write_filter
-from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.data_collection.writer import new_dataset
 from simtoreal.envs.embodiment import Embodiment
-from simtoreal.envs.errors import DatasetError
 from simtoreal.envs.files import atomic_path, write_json
 
 DERIVED = "derived"
@@ -75,20 +74,19 @@ def derive(
     ``meta.json`` gets the masks of the sources and, under ``derived``, where every episode comes from.
 
     Raises:
-        DatasetError: ``output`` holds episodes already, a filter of a source is damaged, or the disk is full.
+        DatasetError: ``output`` holds something already, a filter of a source is damaged, or the disk is full.
     """
-    if (output / EPISODES).exists() and any((output / EPISODES).iterdir()):
-        raise DatasetError(f"{output}: already holds episodes. Choose a new folder.")
-    names: list[str] = []
-    with DatasetWriter(output, embodiment, tasks) as writer:
+    names = [f"{number:06d}" for number in range(len(members))]
+    filters, notes = _carry_filters(members, names, output)
+    masks = _carry_masks(members, names)
+    with new_dataset(output, embodiment, tasks) as writer:
         for member in members:
             if member.rewritten is not None:
-                path = writer.add(*member.rewritten)
+                writer.add(*member.rewritten)
             else:
-                path = writer.next_path()
-                link_or_copy(Path(str(member.episode.path)), path)
-            names.append(path.stem)
-        notes = _carry_filters(members, names, output)
+                link_or_copy(Path(str(member.episode.path)), writer.next_path())
+        for one in filters:
+            write_filter(writer.path, one)
         origins = {
             name: {
                 "dataset": str(member.dataset.path.resolve()),
@@ -97,11 +95,11 @@ def derive(
             }
             for name, member in zip(names, members, strict=True)
         }
-        meta = read_meta(output)
-        meta["masks"] = _carry_masks(members, names)
+        meta = read_meta(writer.path)
+        meta["masks"] = masks
         meta[DERIVED] = {"operation": operation, "episodes": origins}
-        with disk_errors(output / META):
-            write_json(output / META, json.loads(json.dumps(meta)))
+        with disk_errors(writer.path / META):
+            write_json(writer.path / META, json.loads(json.dumps(meta)))
     return Derivation(dataset=Dataset.open(output), names=tuple(names), notes=tuple(notes))
 
 
@@ -124,11 +122,11 @@ def _carry_masks(members: Sequence[Member], names: Sequence[str]) -> dict[str, l
     return {mask: chosen for mask, chosen in masks.items() if chosen}
 
 
-def _carry_filters(members: Sequence[Member], names: Sequence[str], output: Path) -> list[str]:
-    """Write the filters that all sources have in the same form or are the base data of; say which are left out."""
+def _carry_filters(members: Sequence[Member], names: Sequence[str], output: Path) -> tuple[list[Filter], list[str]]:
+    """Return the filters that all sources have in the same form or are the base data of; say which are left out."""
     sources = _sources(members)
     known = sorted({path.stem for source in sources for path in (source.path / FILTERS).glob("*.json")})
-    notes = []
+    filters, notes = [], []
     for name in known:
         having = [source for source in sources if (source.path / FILTERS / f"{name}.json").is_file()]
         stored = {id(source): read_filter(source.path, name) for source in having}
@@ -154,9 +152,8 @@ def _carry_filters(members: Sequence[Member], names: Sequence[str], output: Path
         if cut:
             notes.append(f"filter '{name}' no longer covers {len(cut)} episodes that were cut; run it again")
         if pairs:
-            carried = _select(first, [(new, one, member.episode.name) for new, one, member in pairs])
-            write_filter(output, carried)
-    return notes
+            filters.append(_select(first, [(new, one, member.episode.name) for new, one, member in pairs]))
+    return filters, notes
 
 
 def _kept_whole(like: Filter, base: Dataset) -> Filter | None:

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from simtoreal.data_collection.dataset import EPISODES, META, Dataset, read_meta
+from simtoreal.data_collection.dataset import EPISODES, META, Dataset, episode_files, read_meta
 from simtoreal.data_collection.derive import Derivation, Member, derive
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo, open_episode, read_episode, read_info
+from simtoreal.data_collection.filters import FOLDER as FILTERS
+from simtoreal.data_collection.filters import read_filter, write_filter
 from simtoreal.data_collection.takes import EmptyPartError, read_part
-from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.data_collection.writer import DAMAGED, DatasetWriter
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError, DatasetError, DiskError
 from simtoreal.envs.files import fsync_folder, write_json
-
-DAMAGED = "damaged"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ def recover(path: str | Path) -> Recovery:
 
     Parts of killed writers become episodes with ``failure="aborted"`` (not used for training by default),
     files that cannot be read to the last value move to ``damaged/``, and the description is rebuilt from what is there.
+    Masks and filters forget the episodes that are gone.
 
     Raises:
         DatasetError: not a dataset, being written by a process, or the disk is full.
@@ -54,13 +57,13 @@ def recover(path: str | Path) -> Recovery:
     emptied: list[Path] = []
     set_aside: list[tuple[Path, str]] = []
     with DatasetWriter(path, Embodiment.from_dict(meta["embodiment"]), {}) as writer:
-        for file in sorted(episodes.glob("[0-9]*.hdf5")):
+        for file in episode_files(path):
             try:
                 read_episode(file)
             except DatasetError as error:
                 set_aside.append((_set_aside(file, path), str(error)))
         listed = meta["episodes"] if isinstance(meta.get("episodes"), dict) else {}
-        missing = sorted(set(listed) - {file.stem for file in episodes.glob("[0-9]*.hdf5")})
+        missing = sorted(set(listed) - {file.stem for file in episode_files(path)})
         missing = [name for name in missing if name not in {file.stem for file, _ in set_aside}]
         for part in sorted(episodes.glob("*.part")):
             try:
@@ -72,7 +75,7 @@ def recover(path: str | Path) -> Recovery:
                 else:
                     set_aside.append((_set_aside(part, path), str(error)))
                 continue
-            if _already_stored(info, arrays, episodes):
+            if _already_stored(info, arrays, path):
                 # Killed after the episode was written and before its journal was removed.
                 part.unlink()
                 emptied.append(part)
@@ -87,20 +90,51 @@ def recover(path: str | Path) -> Recovery:
             part.unlink()
             with open_episode(target) as handle:
                 recovered.append(read_info(handle, target))
-        # Dropping lost episodes from the list is the user's decision, made by running this command.
-        write_json(path / META, {**meta, "episodes": {}})
+        # Dropping lost episodes is the user's decision, made by running this command.
+        existing = {file.stem for file in episode_files(path)}
+        _drop_from_filters(path, existing)
+        write_json(path / META, {**meta, "episodes": {}, "masks": _without_lost(meta.get("masks", {}), existing)})
     return Recovery(
         recovered=tuple(recovered), emptied=tuple(emptied), set_aside=tuple(set_aside), missing=tuple(missing)
     )
 
 
-def _already_stored(info: EpisodeInfo, arrays: Arrays, episodes: Path) -> bool:
-    for file in sorted(episodes.glob("[0-9]*.hdf5")):
+def _without_lost(masks: Any, existing: Container[str]) -> Any:
+    """Masks without episodes that do not exist; what is damaged otherwise is left for its own error."""
+    if not isinstance(masks, dict) or not all(isinstance(members, list) for members in masks.values()):
+        return masks
+    kept = {mask: [one for one in members if not _is_name(one) or one in existing] for mask, members in masks.items()}
+    return {mask: members for mask, members in kept.items() if members}
+
+
+def _is_name(member: object) -> bool:
+    return isinstance(member, str) and member.isdecimal() and member == f"{int(member):06d}"
+
+
+def _drop_from_filters(path: Path, existing: Container[str]) -> None:
+    """Take verdicts on episodes that do not exist out of the filters, so that no later episode inherits them."""
+    for file in sorted((path / FILTERS).glob("*.json")):
+        try:
+            stored = read_filter(path, file.stem)
+        except DatasetError:
+            continue  # Damaged: whoever uses it is told.
+        kept = [name for name in stored.episodes if name in existing]
+        if not kept:
+            file.unlink()
+            file.with_suffix(".npz").unlink(missing_ok=True)
+        elif len(kept) < len(stored.episodes):
+            write_filter(path, stored.only(kept))
+
+
+def _already_stored(info: EpisodeInfo, arrays: Arrays, path: Path) -> bool:
+    for file in episode_files(path):
         with open_episode(file) as handle:
             stored = read_info(handle, file)
         if (stored.started, stored.seed, stored.steps) == (info.started, info.seed, info.steps):
             content = read_episode(file)[1]
-            if all(np.array_equal(content.get(name), array) for name, array in arrays.items()):
+            # An operator's verdict is in the rewards and dones of the episode, not in those of its journal.
+            compared = {name: array for name, array in arrays.items() if name not in ("rewards", "dones")}
+            if all(np.array_equal(content.get(name), array) for name, array in compared.items()):
                 return True
     return False
 
@@ -176,10 +210,13 @@ def split(
     empty = [name for name, members in chosen.items() if not members]
     if empty:
         raise ConfigError(f"part '{empty[0]}' would be empty: {fractions[empty[0]]:g} of {count} episodes.")
-    return {
-        name: derive(
-            [Member(dataset=dataset, episode=dataset.episodes[i]) for i in members], dataset.embodiment, dataset.tasks,
-            Path(output) / name, operation="split",
-        )
-        for name, members in chosen.items()
-    }  # fmt: skip
+    parts: dict[str, Derivation] = {}
+    try:
+        for name, numbers in chosen.items():
+            members = [Member(dataset=dataset, episode=dataset.episodes[i]) for i in numbers]
+            parts[name] = derive(members, dataset.embodiment, dataset.tasks, Path(output) / name, operation="split")
+    except BaseException:
+        for part in parts.values():
+            shutil.rmtree(part.dataset.path, ignore_errors=True)
+        raise
+    return parts

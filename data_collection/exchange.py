@@ -16,10 +16,10 @@ from typing import Any, Protocol, Self
 
 import numpy as np
 
-from simtoreal.data_collection.dataset import EPISODES, META, VIEW, Dataset, read_meta, step_shapes
+from simtoreal.data_collection.dataset import META, Dataset, read_meta, step_shapes
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors
 from simtoreal.data_collection.foreign_embodiment import IMAGE_SUFFIX
-from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.data_collection.writer import new_dataset
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import DatasetError
 from simtoreal.envs.files import write_json
@@ -85,13 +85,14 @@ def import_dataset(reader: Reader, output: Path, *, progress: Progress | None = 
     """Store every episode of ``reader`` in the new dataset folder ``output``.
 
     Raises:
-        DatasetError: ``output`` is a dataset already, the disk is full, or not one episode could be used.
+        DatasetError: ``output`` holds something already, the disk is full, or not one episode could be used; nothing
+            is left behind.
     """
     refuse_existing(output)
     skipped: list[str] = []
     stored: dict[str, str] = {}
     steps = successes = 0
-    with DatasetWriter(output, reader.embodiment, reader.tasks) as writer:
+    with new_dataset(output, reader.embodiment, reader.tasks) as writer:
         for done, name in enumerate(reader.episodes):
             try:
                 arrays, info = reader.read(name)
@@ -109,19 +110,19 @@ def import_dataset(reader: Reader, output: Path, *, progress: Progress | None = 
                     skipped.append(f"episode {name}: {error}")
             if progress is not None:
                 progress(done + 1, len(reader.episodes))
+        if not stored:
+            listed = "\n  ".join(skipped[:5])
+            raise DatasetError(f"no episode could be imported to {output}:\n  {listed or 'the source holds none'}")
         masks = {key: [stored[name] for name in names if name in stored] for key, names in reader.masks.items()}
+        if not (masks.get("train") and masks.get("valid")):
+            # One of them without the other, as of a source that is a part of its dataset, would overlap with the other
+            # one as derived here.
+            masks = {key: names for key, names in masks.items() if key not in ("train", "valid")}
         # Masks that follow from the episodes stay derived, so that they grow with the dataset.
-        derived = Dataset.open(output).masks
+        derived = Dataset.open(writer.path).masks
         own = {key: names for key, names in masks.items() if names and names != derived.get(key)}
-        with disk_errors(output / META):
-            write_json(output / META, {**read_meta(output), "masks": own})
-    if not stored:
-        # So that the corrected source can be imported to the same folder.
-        for name in (META, VIEW):
-            (output / name).unlink(missing_ok=True)
-        (output / EPISODES).rmdir()
-        listed = "\n  ".join(skipped[:5])
-        raise DatasetError(f"no episode could be imported to {output}:\n  {listed or 'the source holds none'}")
+        with disk_errors(writer.path / META):
+            write_json(writer.path / META, {**read_meta(writer.path), "masks": own})
     return ImportResult(
         episodes=len(stored), successes=successes, steps=steps, skipped=tuple(skipped), notes=tuple(reader.notes)
     )

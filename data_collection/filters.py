@@ -102,6 +102,15 @@ class Filter:
             row["bad_share"] = row["bad_steps"] / max(row["steps"], 1)
         return [rows[key] for key in sorted(rows, key=lambda key: (not key[1], key[0]))]
 
+    def only(self, names: Sequence[str]) -> Filter:
+        """The same filter with its verdicts on the episodes ``names`` only."""
+        return dataclasses.replace(
+            self,
+            episodes={name: self.episodes[name] for name in names},
+            keep={name: self.keep[name] for name in names},
+            scores={name: self.scores[name] for name in names},
+        )
+
 
 def action_digest(actions: np.ndarray) -> str:
     """Digest of recorded actions, which identifies an episode wherever it is linked."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from simtoreal.data_collection.dataset import EPISODES, Dataset
+from simtoreal.data_collection.dataset import EPISODES, Dataset, episode_files
 from simtoreal.data_collection.episode import array_names, open_episode
 from simtoreal.data_collection.sensor_health import over_episodes
 
@@ -36,7 +36,7 @@ def summarize(path: str | Path) -> dict[str, Any]:
         "tasks": dict(Counter(episode.task for episode in episodes)) or dict.fromkeys(dataset.tasks, 0),
         "episodes": len(episodes),
         "steps": steps,
-        "bytes": sum(file.stat().st_size for file in (Path(path) / EPISODES).glob("[0-9]*.hdf5")),
+        "bytes": sum(file.stat().st_size for file in episode_files(Path(path))),
         "successes": sum(episode.success for episode in episodes),
         "failures": dict(Counter(episode.failure for episode in episodes if not episode.success)),
         "length_steps": [min(lengths), int(np.median(lengths)), max(lengths)] if lengths else [],

@@ -6,12 +6,21 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from simtoreal.data_collection.dataset import EPISODES, FORMAT, FORMAT_VERSION, META, Dataset, read_meta
+from simtoreal.data_collection.dataset import (
+    EPISODES,
+    FORMAT,
+    FORMAT_VERSION,
+    META,
+    Dataset,
+    episode_files,
+    read_meta,
+)
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors, embodiment_digest, write_episode
 from simtoreal.data_collection.statistics import dataset_statistics
 from simtoreal.data_collection.view import write_view
@@ -19,6 +28,11 @@ from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import DatasetError
 from simtoreal.envs.files import fsync_folder, write_json
 from simtoreal.envs.provenance import git_commit, versions
+
+DAMAGED = "damaged"
+"""Folder in a dataset with the files that ``data recover`` has set aside."""
+UNFINISHED = ".unfinished"
+"""Ending of a dataset folder that :func:`new_dataset` is still writing, or was when its process was killed."""
 
 
 class DatasetWriter:
@@ -49,15 +63,16 @@ class DatasetWriter:
         self.path, self.embodiment = Path(path), embodiment
         self._lock = lock_folder(self.path)
         try:
-            self._describe(dict(tasks), collection)
+            meta = self._describe(dict(tasks), collection)
         except BaseException:
             self._lock.close()
             raise
         _clear_temporaries(self.path)
-        self._next = _after(self.path, "hdf5")
+        listed = meta.get("episodes", {})
+        self._next = _after(self.path, "hdf5", listed if isinstance(listed, dict) else {})
         self._next_part = max(self._next, _after(self.path, "part"))
 
-    def _describe(self, tasks: dict[str, Any], collection: Mapping[str, Any] | None) -> None:
+    def _describe(self, tasks: dict[str, Any], collection: Mapping[str, Any] | None) -> dict[str, Any]:
         tasks = json.loads(json.dumps(tasks))
         (self.path / EPISODES).mkdir(parents=True, exist_ok=True)
         if (self.path / META).exists():
@@ -71,7 +86,7 @@ class DatasetWriter:
                         f"{self.path}: holds episodes of another specification of task '{name}'. Write to a new folder."
                     )
         else:
-            if any((self.path / EPISODES).glob("[0-9]*.hdf5")):
+            if episode_files(self.path):
                 raise DatasetError(f"{self.path}: has episodes but no {META}; restore it or write to a new folder.")
             meta = {
                 "format": FORMAT,
@@ -89,6 +104,7 @@ class DatasetWriter:
             meta["collection"] = dict(collection)
         with disk_errors(self.path / META):
             write_json(self.path / META, meta)
+        return meta
 
     def __enter__(self) -> DatasetWriter:
         return self
@@ -102,7 +118,7 @@ class DatasetWriter:
             # Rebuilding needs space and readable files; the reason we leave must not be hidden by its failure.
             with contextlib.suppress(DatasetError):
                 rebuild(self.path)
-            self._lock.close()
+            self.release()
 
     def next_path(self) -> Path:
         """Path for the next episode file; every call returns another one."""
@@ -146,7 +162,11 @@ class DatasetWriter:
         try:
             rebuild(self.path)
         finally:
-            self._lock.close()
+            self.release()
+
+    def release(self) -> None:
+        """Let other processes write, without rebuilding."""
+        self._lock.close()
 
 
 def _clear_temporaries(path: Path) -> None:
@@ -156,9 +176,52 @@ def _clear_temporaries(path: Path) -> None:
             file.unlink(missing_ok=True)
 
 
-def _after(path: Path, suffix: str) -> int:
-    """First number above those of the existing files."""
-    return max((int(file.stem) for file in (path / EPISODES).glob(f"[0-9]*.{suffix}")), default=-1) + 1
+@contextlib.contextmanager
+def new_dataset(
+    output: Path, embodiment: Embodiment, tasks: Mapping[str, Mapping[str, Any]]
+) -> Iterator[DatasetWriter]:
+    """Write a dataset that is at ``output`` when it is complete, and nowhere if anything goes wrong.
+
+    Until then it is beside it, with the ending :data:`UNFINISHED`; there a killed process leaves it, and the next call
+    removes it.
+
+    Args:
+        output: folder of the dataset, which does not exist or is empty.
+        embodiment, tasks: see :class:`DatasetWriter`, which is yielded.
+
+    Raises:
+        DatasetError: ``output`` holds something, another process is writing it, or the disk is full.
+    """
+    output = output.resolve()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise DatasetError(f"{output}: already exists and is not an empty folder. Choose a new folder.")
+    folder = output.with_name(f"{output.name}{UNFINISHED}")
+    lock_folder(folder).close()
+    try:
+        with disk_errors(folder):
+            shutil.rmtree(folder)
+        writer = DatasetWriter(folder, embodiment, tasks)
+        try:
+            yield writer
+            rebuild(folder)
+        finally:
+            writer.release()
+        with disk_errors(output):
+            os.replace(folder, output)
+            fsync_folder(output.parent)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _after(path: Path, suffix: str, listed: Iterable[str] = ()) -> int:
+    """First number above those of the existing files, of those set aside, and of the episodes that are ``listed``.
+
+    A number that was another episode's must not come back: masks and filters would take the new episode for it.
+    """
+    files = [*(path / EPISODES).glob(f"*.{suffix}"), *(path / DAMAGED).glob("*")]
+    numbers = [name.partition(".")[0] for name in (*(file.name for file in files), *listed)]
+    return max((int(number) for number in numbers if number.isascii() and number.isdecimal()), default=-1) + 1
 
 
 def lock_folder(path: Path) -> Any:

@@ -217,6 +217,15 @@ def test_recover_sets_episodes_aside_whose_values_cannot_be_used(dataset: Datase
     assert len(Dataset.open(dataset.path).episodes) == len(dataset.episodes) - 1
 
 
+def test_recover_takes_lost_episodes_out_of_filters(dataset: Dataset) -> None:
+    add_filter(dataset)
+    names = list(read_filter(dataset.path, "compatible").episodes)
+    dataset.episodes[1].path.unlink()
+    recover(dataset.path)
+    assert list(read_filter(dataset.path, "compatible").episodes) == [name for name in names if name != "000001"]
+    assert check(dataset.path).problems == ()
+
+
 def test_what_recover_and_rebuild_make_is_right_again(dataset: Dataset) -> None:
     (dataset.path / VIEW).unlink()
     change_meta(dataset, "statistics", value={})
@@ -335,6 +344,6 @@ def test_edits_that_make_no_sense(dataset: Dataset, tmp_path: Path) -> None:
         edit(dataset.path, tmp_path / "e", Edit(remove=frozenset(range(6))))
     with pytest.raises(DatasetError, match="has no mask 'chose'"):
         edit(dataset.path, tmp_path / "e", Edit(keep_mask="chose"))
-    with pytest.raises(DatasetError, match="already holds episodes"):
+    with pytest.raises(DatasetError, match="already exists and is not an empty folder"):
         edit(dataset.path, dataset.path, Edit(operator="bob"))
     assert not (tmp_path / "e").exists()

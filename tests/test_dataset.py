@@ -13,11 +13,14 @@ import h5py
 import numpy as np
 import pytest
 
+from simtoreal.data_collection import derive
+from simtoreal.data_collection.check import check
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.derive import link_or_copy
 from simtoreal.data_collection.edit import merge, recover, split
 from simtoreal.data_collection.episode import EpisodeInfo, embodiment_digest, read_episode, write_episode
 from simtoreal.data_collection.preview import contact_sheet
+from simtoreal.data_collection.robomimic_export import export_robomimic
 from simtoreal.data_collection.summary import summarize
 from simtoreal.data_collection.takes import StreamTake, read_part
 from simtoreal.data_collection.windows import WindowSampler
@@ -357,12 +360,92 @@ def test_merge_and_split_link_the_same_files(tmp_path: Path) -> None:
     assert seeds["train"] | seeds["test"] == {episode.seed for episode in merged.episodes}
     assert parts["test"].dataset.episodes == Dataset.open(tmp_path / "parts/test").episodes
     assert len(Dataset.open(first.path).episodes) == 7
-    with pytest.raises(DatasetError, match="already holds episodes"):
+    with pytest.raises(DatasetError, match="already exists and is not an empty folder"):
         merge([first.path], tmp_path / "c")
     with pytest.raises(ConfigError, match="at most 1"):
         split(merged.path, tmp_path / "more", {"a": 0.8, "b": 0.8})
     with pytest.raises(ConfigError, match="'b' would be empty"):
         split(merged.path, tmp_path / "more", {"a": 0.9, "b": 0.01})
+
+
+def test_what_is_interrupted_leaves_nothing_that_looks_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    a = make_dataset(tmp_path / "a", episodes=4)
+    made = []
+
+    def interrupted(source: Path, target: Path) -> None:
+        made.append(target)
+        if len(made) == 3:
+            assert not (tmp_path / "out").exists()
+            raise KeyboardInterrupt
+        link_or_copy(source, target)
+
+    monkeypatch.setattr(derive, "link_or_copy", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        merge([a.path], tmp_path / "out")
+    made.clear()
+    with pytest.raises(KeyboardInterrupt):  # in the second part, when the first one is there
+        split(a.path, tmp_path / "parts", {"first": 0.5, "second": 0.5})
+    monkeypatch.undo()
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["a", "parts"]
+    assert list((tmp_path / "parts").iterdir()) == []
+    # What SIGKILL leaves has another name, and the next call clears it away.
+    (tmp_path / "out.unfinished/episodes").mkdir(parents=True)
+    (tmp_path / "out.unfinished/episodes/000000.hdf5").write_text("half")
+    assert len(merge([a.path], tmp_path / "out").dataset.episodes) == 4
+    assert not (tmp_path / "out.unfinished").exists()
+    writing = DatasetWriter(tmp_path / "more.unfinished", EMBODIMENT, TASKS)
+    with writing, pytest.raises(DatasetError, match="is being written by another process"):
+        merge([a.path], tmp_path / "more")
+    assert (tmp_path / "more.unfinished/meta.json").exists()
+
+
+def test_a_copied_file_is_no_episode(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "d", episodes=3)
+    copied = dataset.path / "episodes/000001 (copy).hdf5"
+    copied.write_bytes(dataset.episodes[1].path.read_bytes())
+    assert [one.name for one in Dataset.open(dataset.path).episodes] == ["000000", "000001", "000002"]
+    assert [(one.where, one.what) for one in check(dataset.path).problems] == [
+        ("episodes/000001 (copy).hdf5", "does not belong here")
+    ]
+    assert export_robomimic(Dataset.open(dataset.path), tmp_path / "all.hdf5") == dataset.meta["statistics"]["steps"]
+    with DatasetWriter(dataset.path, EMBODIMENT, TASKS) as writer:
+        assert writer.add(make_arrays(5), make_info(5)).name == "000003.hdf5"
+    assert recover(dataset.path).set_aside == ()
+    assert copied.exists()
+
+
+def test_later_episodes_inherit_nothing_from_lost_ones(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "d", episodes=5)
+    set_masks(dataset.path, good=["000000", "000003", "000004"], last=["000004"])
+    dataset.episodes[3].path.unlink()
+    dataset.episodes[4].path.write_bytes(b"damaged")
+    recover(dataset.path)
+    assert Dataset.open(dataset.path).meta["masks"] == {"good": ["000000"]}
+    with DatasetWriter(dataset.path, EMBODIMENT, TASKS) as writer:
+        assert writer.add(make_arrays(7), make_info(7)).name == "000005.hdf5"  # damaged/ holds 000004
+    Dataset.open(dataset.path).episodes[-1].path.unlink()
+    writer = DatasetWriter(dataset.path, EMBODIMENT, TASKS)
+    assert writer.next_path().name == "000006.hdf5"  # meta.json lists 000005
+    writer.release()
+
+
+def set_masks(path: Path, **masks: list[str]) -> None:
+    meta = json.loads((path / "meta.json").read_text())
+    (path / "meta.json").write_text(json.dumps({**meta, "masks": masks}))
+
+
+def test_masks_name_episodes_as_their_files_do(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "d", episodes=3)
+    set_masks(dataset.path, good=["000000", "2"])
+    with pytest.raises(DatasetError, match="mask 'good' names episode '2'; write '000002'"):
+        Dataset.open(dataset.path).filter("good")
+    # Masks may still name what an earlier recovery set aside.
+    set_masks(dataset.path, good=["000000", "000009"])
+    assert Dataset.open(dataset.path).masks["good"] == ["000000"]
+    found = [one.what for one in check(dataset.path).problems]
+    assert "mask 'good' names 1 episodes that do not exist, e.g. 000009" in found
 
 
 def test_without_hard_links_files_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -570,6 +653,12 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             data_split.main(data_split.Config(dataset=merged, output=tmp_path / "e", parts=(part,)))
     with pytest.raises(ConfigError, match="'a' occurs twice"):
         data_split.main(data_split.Config(dataset=merged, output=tmp_path / "e", parts=("a=0.1", "a=0.2")))
+    with pytest.raises(ConfigError, match="c is a dataset; choose another folder"):
+        data_split.main(data_split.Config(dataset=merged, output=merged))
+    assert "merge" in json.loads((merged / "results.json").read_text())
+    with pytest.raises(DatasetError, match="is not an empty folder"):  # it holds the results of another command
+        data_merge.main(data_merge.Config(datasets=(merged,), output=parts))
+    assert "split" in json.loads((parts / "results.json").read_text())
     data_info.main(data_info.Config(dataset=merged))
     printed = capsys.readouterr().out
     assert "10 of 10" in printed

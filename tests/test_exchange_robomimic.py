@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import toy_dataset
 from exchange_damage import read_all, survive_damage
 from exchange_data import LENGTHS, assert_same, make_dataset
 
@@ -173,6 +174,26 @@ def test_constants_that_json_cannot_say_are_left_out_with_a_note(tmp_path: Path)
     assert (result.episodes, result.skipped) == (2, ())
     assert result.notes.count("left out 'limit', which is too large or not finite") == 1
     assert Dataset.open(tmp_path / "out").episodes[0].extra["constants"] == {"mass": [1.5]}
+
+
+def test_part_of_a_dataset_is_split_anew(tmp_path: Path) -> None:
+    source = toy_dataset.make_dataset(tmp_path / "toy", episodes=4)
+    export_robomimic(source, tmp_path / "train.hdf5", episodes=source.filter("train"))
+    masks = imported(tmp_path / "train.hdf5", tmp_path / "back").masks
+    assert (masks["train"], masks["valid"]) == (["000000", "000001"], ["000002"])
+
+
+def test_interrupted_import_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(self: RobomimicReader, name: str) -> object:
+        if name == "demo_10":
+            raise KeyboardInterrupt
+        return read(self, name)
+
+    read = RobomimicReader.read
+    monkeypatch.setattr(RobomimicReader, "read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        imported(foreign_file(tmp_path / "lift.hdf5"), tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["lift.hdf5"]
 
 
 def test_failed_import_leaves_the_folder_for_the_next(tmp_path: Path) -> None:

@@ -53,7 +53,9 @@ def main(config: Config) -> None:
     from simtoreal.data_collection.edit import split
     from simtoreal.envs.files import write_json
     from simtoreal.envs.provenance import provenance
+    from simtoreal.evaluation.results import require_own_folder
 
+    require_own_folder(config.output, "split")
     parts = split(config.dataset, config.output, read_parts(config.parts), seed=config.seed)
     counts = {name: len(part.names) for name, part in parts.items()}
     result = {"source": str(config.dataset), "parts": counts}
