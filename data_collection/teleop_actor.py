@@ -35,7 +35,7 @@ class TeleopActor:
     def reset(self, slots: np.ndarray, seeds: Sequence[int]) -> None:
         """Ask for a fresh press; see :class:`~simtoreal.envs.rollout.Actor`."""
         self._hub.interrupt()
-        self._hub.gripper = 1.0
+        self._hub.open_gripper()
         if self._pace is not None:
             self._pace.restart()
 

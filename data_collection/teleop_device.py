@@ -78,6 +78,9 @@ class Device(Protocol):
 
     Attributes:
         name: shown to the operator, and stored with the episodes.
+
+    A device with an attribute ``gripper_open`` (because one button closes and opens) has it set to True whenever an
+    attempt begins with open fingers.
     """
 
     name: str

@@ -124,8 +124,11 @@ class InputHub:
         self._leader = None
 
     def open_gripper(self) -> None:
-        """Latch the gripper open, as it is after a reset."""
+        """Latch the gripper open, as it is after a reset, and say so to devices whose button closes and opens it."""
         self.gripper = 1.0
+        for device, _ in self._devices:
+            if hasattr(device, "gripper_open"):
+                device.gripper_open = True
 
     def close(self) -> None:
         """Close every device."""

@@ -80,7 +80,7 @@ class TerminalKeyboard:
         self._speed = DEFAULT_SPEED
         self._until_ns = 0
         self._escape, self._escape_ns = "", 0
-        self._open = True
+        self.gripper_open = True
         self._lost = False
 
     def read(self) -> OperatorInput | None:
@@ -100,16 +100,14 @@ class TerminalKeyboard:
                 self._motion[axis] = sign * self._speed
                 self._until_ns = now + HOLD_NS
             elif key == GRIPPER_KEY:
-                self._open = not self._open
-                gripper = 1.0 if self._open else -1.0
+                self.gripper_open = not self.gripper_open
+                gripper = 1.0 if self.gripper_open else -1.0
                 # Pressing it is a wish to move like any other key.
                 self._motion, self._until_ns = np.zeros(6), now + HOLD_NS
             elif key.isdigit():
                 self._speed = int(key) / 10 or 1.0
             elif key in EVENT_KEYS:
                 events.append(EVENT_KEYS[key])
-                # Whatever it was, a new attempt begins with open fingers.
-                self._open = True
         return OperatorInput(
             motion=self._motion.copy(),
             gripper=gripper,

@@ -214,8 +214,7 @@ class TeleopSession(Listener):
         goal = "goal reached" if self._success else "goal not reached"
         if self.options.judge == "operator":
             goal = "accept if the goal was reached"
-        failed = self._result.failure if self._result and self._result.failure not in ("", "timeout") else ""
-        note = self._remark(failed or goal)
+        note = self._remark(f"{self._fault}; accepting stores this take as a failure" if self._fault else goal)
         shown = {"verdict": found.verdict, "take": found.pictures}
         self.board.post(state=REVIEW, note=note, review=shown, active=False, alarm=self._alarm)
 
@@ -245,8 +244,9 @@ class TeleopSession(Listener):
         self.board.post(state=READY if self._waiting else PREPARING, review=None, note=note, seed=self._seed)
 
     def _keep(self, *, overridden: bool) -> None:
-        success = self._success or self.options.judge == "operator"
-        failure = "" if success else "not_reached"
+        # Accepting says that the goal was reached, not that what broke the take off did not happen.
+        success = not self._fault and (self._success or self.options.judge == "operator")
+        failure = "" if success else (self._fault or "not_reached")
         kept, message = self._store.keep(success=success, failure=failure, overridden=overridden)
         self.board.episodes = self._store.episodes()
         self.board.post(kept=self.board.snapshot.kept + kept, note=message, alarm=self._alarm)
@@ -320,6 +320,12 @@ class TeleopSession(Listener):
         rescued = self._store.rescue(finished=self._state == REVIEW, goal_reached=reached)
         self.board.episodes = self._store.episodes()
         return rescued
+
+    @property
+    def _fault(self) -> str:
+        """Why the take ended by itself, as by a sensor that fell silent; empty if it did not."""
+        failure = self._result.failure if self._result is not None else ""
+        return "" if failure == "timeout" else failure
 
     @property
     def _alarm(self) -> str:

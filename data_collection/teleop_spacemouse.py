@@ -45,7 +45,7 @@ class SpaceMouse:
         self._state = self._device.read()
         self._buttons = tuple(bool(button) for button in self._state.buttons)
         self._report = self._state.t
-        self._open = True
+        self.gripper_open = True
 
     def read(self) -> OperatorInput | None:
         """See :class:`~simtoreal.data_collection.teleop_device.Device`; None for good once it is unplugged."""
@@ -69,13 +69,11 @@ class SpaceMouse:
             released = released or not self._deflected(state)
             for pressed in self._pressed(state):
                 if pressed == 0:
-                    self._open = not self._open
-                    gripper = 1.0 if self._open else -1.0
+                    self.gripper_open = not self.gripper_open
+                    gripper = 1.0 if self.gripper_open else -1.0
                     self._gripper_until_ns = now + HOLD_NS
                 elif pressed == 1:
                     events.append("right")
-                    # Whatever it was, a new attempt begins with open fingers.
-                    self._open = True
         deflected = now - self._reported_ns < HOLD_NS and self._deflected(self._state)
         motion = self._axes(self._state) if deflected else np.zeros(6)
         return OperatorInput(

@@ -143,6 +143,14 @@ class TakeStore(Listener):
         return self._take
 
     def _store(self, arrays: Arrays, info: EpisodeInfo) -> None:
+        if info.success and not arrays["dones"].any():
+            # Only the operator saw the goal reached, at the end of the take.
+            last = np.arange(len(arrays["dones"])) == len(arrays["dones"]) - 1
+            arrays = {
+                **arrays,
+                "rewards": np.where(last, np.float32(1), arrays["rewards"]),
+                "dones": last.astype(np.int8),
+            }
         path = self._writer.add(arrays, info)
         self._known.append(_row(dataclasses.replace(info, path=path, steps=len(arrays["actions"]))))
 

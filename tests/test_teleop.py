@@ -613,7 +613,12 @@ def test_on_a_robot_the_operator_judges_by_accepting(tmp_path):
         ("ready", 0, ("record",)), ("recording", 5, ("finish",)), ("review", 0, ("accept",)), ("ready", 0, ("stop",)),
     ]  # fmt: skip
     run_session(tmp_path / "data", lines, judge="operator", practice=False)
-    assert [e.success for e in Dataset.open(tmp_path / "data").episodes] == [True]
+    dataset = Dataset.open(tmp_path / "data")
+    (episode,) = dataset.episodes
+    assert episode.success
+    arrays, ends = dataset.read(episode), [0] * (episode.steps - 1) + [1]
+    assert arrays["rewards"].tolist() == arrays["dones"].tolist() == ends
+    assert (arrays["rewards"].dtype, arrays["dones"].dtype) == (np.float32, np.int8)
 
 
 def test_a_rejected_take_is_shown_beside_a_reference_and_kept_only_on_purpose(tmp_path):

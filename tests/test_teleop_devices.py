@@ -17,6 +17,7 @@ import pytest
 
 from simtoreal.data_collection.teleop_command import CommandShaper
 from simtoreal.data_collection.teleop_device import open_device
+from simtoreal.data_collection.teleop_hub import InputHub
 from simtoreal.data_collection.teleop_keyboard import HOLD_NS, MOTION_KEYS, TerminalKeyboard
 from simtoreal.data_collection.teleop_spacemouse import SpaceMouse
 from simtoreal.envs.errors import ConfigError, MissingDependencyError, RobotError
@@ -101,6 +102,10 @@ def test_gripper_and_events(terminal) -> None:
     assert terminal.type("g").gripper == 1
     terminal.type("g")
     assert terminal.type("\x1b[C\x1bOD").events == ("right", "left")
+    assert terminal.type("g").gripper == 1, "the session may ignore an event, and then the fingers are still closed"
+    terminal.type("g")
+    hub = InputHub([terminal.device], panda_embodiment(16))
+    hub.open_gripper()
     assert terminal.type("g").gripper == -1, "a new attempt begins with open fingers"
     assert terminal.type("\rnx").events == ("right", "next", "discard")
     assert terminal.device.read().events == (), "events are delivered once"

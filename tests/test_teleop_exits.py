@@ -25,6 +25,7 @@ from simtoreal.commands import teleop
 from simtoreal.data_collection import teleop_take, writer
 from simtoreal.data_collection.coaching import Review
 from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.edit import recover
 from simtoreal.data_collection.episode import EpisodeInfo
 from simtoreal.data_collection.takes import read_part
 from simtoreal.data_collection.teleop_device import OperatorInput
@@ -190,6 +191,35 @@ def test_an_unreviewed_take_is_no_success_but_says_what_the_environment_saw(
     (episode,) = opened.run()
     assert (episode.success, episode.failure) == (False, "unreviewed")
     assert episode.extra.get("goal_reached") == reached
+
+
+def test_a_take_that_a_sensor_ended_says_so_although_it_was_accepted(tmp_path: Path):
+    notes: list[str] = []
+    opened = Session(tmp_path / "data", "review", events=("accept",), judge="operator", practice=False)
+    opened.board.watch(lambda: notes.append(opened.board.snapshot.note))
+    step, silent = opened.env.step, "nothing received on /camera for 1.3 s (held for 1.0 s)"
+
+    def failing(action: np.ndarray) -> Any:
+        observation, reward, terminated, truncated, info = step(action)
+        ended = opened.board.snapshot.steps >= STEPS
+        return observation, reward, terminated, truncated or ended, {**info, "sim_fault": silent if ended else ""}
+
+    opened.env.step = failing
+    (episode,) = opened.run()
+    assert (episode.success, episode.failure) == (False, silent)
+    assert f"{silent}; accepting stores this take as a failure" in notes
+
+
+def test_an_accepted_take_whose_journal_is_still_there_is_not_recovered_twice(tmp_path: Path):
+    opened = Session(tmp_path / "data", "review", events=("accept",), judge="operator", practice=False)
+    unlink = Path.unlink
+    with pytest.MonkeyPatch.context() as patch:  # killed after the episode was stored
+        patch.setattr(Path, "unlink", lambda path, **more: None if path.suffix == ".part" else unlink(path, **more))
+        (episode,) = opened.run()
+    assert episode.success
+    assert len(opened.parts()) == 1
+    assert recover(opened.folder).recovered == ()
+    assert len(Dataset.open(opened.folder).episodes) == 1
 
 
 @pytest.mark.parametrize("error", [RobotError("the arm is lost"), DatasetError("odd step")])
