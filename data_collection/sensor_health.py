@@ -51,7 +51,7 @@ class SensorTrack:
             sensor = self._sensors.get(name) or _Sensor(self._control_ns)
             sensor.add(observed, newest, int(capture), int(info["receive_ns"][name]))
             if name in received:
-                sensor.received, sensor.dropped = int(received[name]), int(dropped[name])
+                sensor.count(int(received[name]), int(dropped[name]))
             # Only now: displays read from other threads, and a sensor without a measurement has no state.
             self._sensors[name] = sensor
 
@@ -70,8 +70,8 @@ class SensorTrack:
         observation minus this one's (median, max). ``delay_ms``: receive minus capture (median, max). ``period_ms``:
         of the frames used. ``late``: observations in which the frame was older than a period of the sensor or of the
         control, whichever is longer. ``repeated``: observations that show the same frame as the one before.
-        ``received``, ``dropped``: frames that arrived, and that are missing between them by their stamps; a sensor
-        that does not report them is counted by the frames used.
+        ``received``, ``dropped``: frames that arrived, and that are missing between them by their stamps, since the
+        first observation; a sensor that does not report them is counted by the frames used.
         """
         return {name: sensor.summary() for name, sensor in self._sensors.items()}
 
@@ -85,8 +85,8 @@ class _Sensor:
         self._gaps: list[int] = []
         self._capture: int | None = None
         self._used = self._late = self._repeated = 0
-        self.received: int | None = None
-        self.dropped: int | None = None
+        self._first: tuple[int, int] | None = None
+        self._received = self._dropped = 0
 
     def add(self, observed: int, newest: int, capture: int, receive: int) -> None:
         self._ages.append(observed - capture)
@@ -101,14 +101,19 @@ class _Sensor:
         self._capture = capture
         self._late += self._ages[-1] > self._period_ns()
 
+    def count(self, received: int, dropped: int) -> None:
+        """Take the counts of the robot, which go on from episode to episode and begin before a take does."""
+        self._first = self._first or (received, dropped)
+        self._received, self._dropped = received - self._first[0], dropped - self._first[1]
+
     def _period_ns(self) -> int:
         """Own period by the frames used, which cannot be shorter than the control's."""
         gaps = sorted(self._gaps[-_PERIOD_GAPS:])
         return max(self._control_ns, gaps[len(gaps) // 2] if gaps else 0)
 
     def _counts(self) -> dict[str, int]:
-        if self.received is not None and self.dropped is not None:
-            return {"received": self.received, "dropped": self.dropped}
+        if self._first is not None:
+            return {"received": self._received, "dropped": self._dropped}
         period = self._period_ns()
         return {"received": self._used, "dropped": sum(max(0, round(gap / period) - 1) for gap in self._gaps)}
 

@@ -200,18 +200,20 @@ def test_frames_that_the_environment_counts_are_stored(tmp_path: Path, capsys: p
     class Counting(StampedEnv):
         def _info(self, success):
             info = super()._info(success)
-            info["received_frames"] = {"arm": np.array([70]), "camera": np.array([7])}
-            info["dropped_frames"] = {"arm": np.array([2]), "camera": np.array([0])}
+            # As a robot counts: 40 and 30 frames were dropped before the episode begins.
+            info["received_frames"] = {"arm": np.array([500 + 10 * self.at]), "camera": np.array([600 + self.at])}
+            info["dropped_frames"] = {"arm": np.array([40 + 2 * (self.at > 3)]), "camera": np.array([30])}
             return info
 
-    sensors = record_stamped(tmp_path, Counting(1)).episodes[0].extra["sensors"]
-    assert [(sensor["received"], sensor["dropped"]) for sensor in sensors.values()] == [(70, 2), (7, 0)]
+    (episode,) = record_stamped(tmp_path, Counting(1)).episodes
+    counted = [(sensor["received"], sensor["dropped"]) for sensor in episode.extra["sensors"].values()]
+    assert counted == [(10 * episode.steps, 2), (episode.steps, 0)]
     summary = summarize(tmp_path)["sensors"]
     assert summary["arm"]["dropped"] == 2
     assert summary["camera"]["age_max_ms"] == pytest.approx(80.0)
     data_info.main(data_info.Config(dataset=tmp_path))
     (row,) = [line for line in capsys.readouterr().out.splitlines() if "camera " in line and "80.0" in line]
-    assert [cell.strip() for cell in row.strip("│").split("│")][3:5] == ["7", "0"]
+    assert [cell.strip() for cell in row.strip("│").split("│")][3:5] == [str(episode.steps), "0"]
 
 
 def test_sensors_that_no_recorder_wrote_are_named(tmp_path: Path) -> None:
