@@ -178,10 +178,24 @@ def observation_names(keys: Iterable[str], images: Iterable[str], *, taken: Iter
     return names
 
 
-def to_image(frames: np.ndarray, where: str) -> np.ndarray:
+def pixel_scale(episodes: Iterable[np.ndarray]) -> float:
+    """Return the factor that brings the pixels of a camera to [0, 255]: 255 if its floats are in [0, 1], otherwise 1.
+
+    Decided by all ``episodes`` of the source, of which those after the first value above 1 are not asked for: of one
+    episode in the dark, whose pixels are 0 and 1, it could not be told.
+    """
+    return 255.0 if all(frames.dtype.kind == "f" and frames.max(initial=0) <= 1 for frames in episodes) else 1.0
+
+
+def to_image(frames: np.ndarray, where: str, scale: float) -> np.ndarray:
     """Return frames ``(T, H, W, 3)`` of any numeric type as uint8 RGB.
 
     Floats are accepted in [0, 1] or [0, 255] (diffusion_policy stores whole numbers as float32).
+
+    Args:
+        frames: of an episode.
+        where: named in errors.
+        scale: see :func:`pixel_scale`.
 
     Raises:
         DatasetError: values outside of both ranges.
@@ -189,9 +203,8 @@ def to_image(frames: np.ndarray, where: str) -> np.ndarray:
     if frames.dtype == np.uint8:
         return frames
     low, high = float(frames.min(initial=0)), float(frames.max(initial=0))
-    if not (low >= 0 and high <= 255):
+    if not (low >= 0 and high * scale <= 255):
         raise DatasetError(f"{where}: pixel values from {low:g} to {high:g}; expected 0 to 1 or 0 to 255")
-    scale = 255.0 if high <= 1 and frames.dtype.kind == "f" else 1.0
     return np.rint(frames * scale).astype(np.uint8)
 
 

@@ -21,7 +21,6 @@ from simtoreal.data_collection.exchange import (
     observation_names,
     require_size,
     single_precision,
-    to_image,
     unique_name,
 )
 from simtoreal.data_collection.filters import action_digest
@@ -309,7 +308,7 @@ def _decode_image(encoded: bytes, shape: tuple[int, ...], where: str) -> np.ndar
     image = cv2.imdecode(np.frombuffer(encoded, np.uint8), cv2.IMREAD_COLOR_RGB)
     if image is None or image.shape != shape:
         raise DatasetError(f"{where}: is not an image of {shape[1]} x {shape[0]} pixels.")
-    return to_image(image, where)
+    return image
 
 
 def _read_arrays(path: Path) -> Arrays:

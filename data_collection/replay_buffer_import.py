@@ -7,9 +7,11 @@ step, so that the action of a step is what the step leads to.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from simtoreal.data_collection.exchange import (
     MOST_EPISODES,
     is_image_shape,
     observation_names,
+    pixel_scale,
     require_size,
     single_precision,
     to_image,
@@ -113,6 +116,7 @@ class ReplayBufferReader:
         observed = [key for key in kept if not _UMI_BOUNDARY.fullmatch(key)]
         self._observations = observation_names(observed, images)
         self._images = frozenset(images)
+        self._scales: dict[str, float] = {}
         self._extra = [key for key in own if key not in observed]
         self.notes += [
             f"observation '{key}' is called '{name}' here" for key, name in self._observations.items() if key != name
@@ -145,7 +149,8 @@ class ReplayBufferReader:
         for key, name in self._observations.items():
             values = self._arrays[key].rows(start, stop)
             image = key in self._images
-            arrays[f"obs/{name}"] = to_image(values, self._arrays[key].where) if image else single_precision(values)
+            where = self._arrays[key].where
+            arrays[f"obs/{name}"] = to_image(values, where, self._scale(key)) if image else single_precision(values)
         for key in self._extra:
             arrays[f"step/{key}"] = self._arrays[key].rows(start, stop)
         info = EpisodeInfo(
@@ -155,6 +160,17 @@ class ReplayBufferReader:
             extra={"imported_from": self.path.name, "source_episode": index, "success_assumed": True},
         )  # fmt: skip
         return arrays, info
+
+    def _scale(self, key: str) -> float:
+        if key not in self._scales:
+            self._scales[key] = pixel_scale(self._readable(key))
+        return self._scales[key]
+
+    def _readable(self, key: str) -> Iterator[np.ndarray]:
+        """Rows of an array, episode by episode, as far as they are not damaged."""
+        for start, stop in itertools.pairwise((0, *self._ends.tolist())):
+            with contextlib.suppress(DatasetError):
+                yield self._arrays[key].rows(start, stop)
 
     def _actions(self, start: int, stop: int) -> np.ndarray:
         def flat(array: StoredArray) -> np.ndarray:

@@ -5,8 +5,9 @@ Files of our own (:mod:`simtoreal.data_collection.robomimic_export`) say themsel
 
 from __future__ import annotations
 
+import contextlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from simtoreal.data_collection.exchange import (
     judge_success,
     observation_names,
     parse_object,
+    pixel_scale,
     require_size,
     single_precision,
     to_image,
@@ -63,6 +65,7 @@ class RobomimicReader:
     def __init__(self, path: Path, *, control_hz: float | None = None, task: str | None = None) -> None:
         self.path = path
         self.notes: list[str] = []
+        self._scales: dict[str, float] = {}
         if path.is_symlink() or not path.is_file():
             raise DatasetError(f"{path}: is not a file (links are refused); expected a robomimic HDF5 file.")
         try:
@@ -146,11 +149,25 @@ class RobomimicReader:
             raise DatasetError(f"{self.path}: '{demo.name}/actions' is missing or not of shape (steps, dimensions).")
         return int(actions.shape[1])
 
+    def _scale(self, key: str) -> float:
+        if key not in self._scales:
+            self._scales[key] = pixel_scale(self._readable(key))
+        return self._scales[key]
+
+    def _readable(self, key: str) -> Iterator[np.ndarray]:
+        """Values of an observation, demo by demo, as far as they are not damaged."""
+        for name in self.episodes:
+            with contextlib.suppress(DatasetError, *_DAMAGE):
+                dataset = self._demo(name)[f"obs/{key}"]
+                require_size(dataset.nbytes, f"{self.path}: '{dataset.name}'")
+                yield dataset[()]
+
     def _rewards(self, name: str) -> np.ndarray:
-        rewards = self._demo(name).get("rewards")
-        if not isinstance(rewards, h5py.Dataset) or rewards.ndim != 1:
+        demo = self._demo(name)
+        rewards = demo.get("rewards")
+        if not isinstance(rewards, h5py.Dataset) or rewards.size != len(demo["actions"]):
             return np.empty(0)
-        return rewards[()]
+        return rewards[()].reshape(-1)
 
     def _read_masks(self) -> dict[str, list[str]]:
         masks: dict[str, list[str]] = {}
@@ -194,12 +211,16 @@ class RobomimicReader:
         for name, dataset in _datasets(demo).items():
             head, _, key = name.partition("/")
             if name in ("rewards", "dones", "states"):
-                arrays[name] = dataset[()].astype(arrays[name].dtype)
+                if name != "states" and dataset.size != steps:
+                    raise DatasetError(f"{where}: '{name}' has shape {dataset.shape}; expected a number per step.")
+                values = dataset[()].astype(arrays[name].dtype)
+                arrays[name] = values if name == "states" else values.reshape(steps)  # some programs write (steps, 1)
             elif head == "obs" and key in self._names and key not in self._unusable:
                 own = self._names[key]
                 values = dataset[()]
                 image = own.endswith(IMAGE_SUFFIX)
-                arrays[f"obs/{own}"] = to_image(values, f"{where} '{name}'") if image else single_precision(values)
+                shown = f"{where} '{name}'"
+                arrays[f"obs/{own}"] = to_image(values, shown, self._scale(key)) if image else single_precision(values)
             elif name != "actions" and head not in ("obs", "next_obs"):
                 # Extras per step (robomimic 0.5: actions_abs, action_dict) stay with them, others with the episode.
                 if dataset.ndim and len(dataset) == steps:

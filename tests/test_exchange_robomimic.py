@@ -206,6 +206,37 @@ def test_failed_import_leaves_the_folder_for_the_next(tmp_path: Path) -> None:
     assert len(imported(foreign_file(tmp_path / "right.hdf5"), tmp_path / "out").episodes) == 2
 
 
+def test_rewards_in_a_column_mark_success(tmp_path: Path) -> None:
+    file = foreign_file(tmp_path / "lift.hdf5")
+    with h5py.File(file, "a") as handle:
+        for demo in handle["data"].values():
+            for name in ("rewards", "dones"):
+                values = demo[name][()]
+                del demo[name]
+                demo[name] = values[:, None]
+    dataset = imported(file, tmp_path / "lift")
+    assert [episode.success for episode in dataset.episodes] == [False, True]
+    arrays = dataset.read(dataset.episodes[1])
+    assert arrays["rewards"].tolist() == arrays["dones"].tolist() == [0, 0, 0, 0, 1]
+    with h5py.File(file, "a") as handle:
+        del handle["data/demo_2/rewards"]
+        handle["data/demo_2/rewards"] = np.zeros((FOREIGN_STEPS[1], 2))
+    with RobomimicReader(file) as reader, pytest.raises(DatasetError, match=r"'rewards' has shape \(8, 2\)"):
+        reader.read("demo_2")
+
+
+def test_brightness_is_that_of_the_file_and_not_of_a_demo(tmp_path: Path) -> None:
+    file = foreign_file(tmp_path / "lift.hdf5")
+    with h5py.File(file, "a") as handle:
+        for demo, largest in (("demo_2", 1), ("demo_10", 255)):
+            steps = len(handle[f"data/{demo}/actions"])
+            del handle[f"data/{demo}/obs/agentview_image"]
+            handle[f"data/{demo}/obs/agentview_image"] = np.full((steps, 12, 10, 3), largest, np.float32)
+    dataset = imported(file, tmp_path / "lift")
+    images = [dataset.read(episode, ["obs/agentview_image"])["obs/agentview_image"] for episode in dataset.episodes]
+    assert [int(image.max()) for image in images] == [1, 255]
+
+
 def test_dense_rewards_do_not_mark_success(tmp_path: Path) -> None:
     file = foreign_file(tmp_path / "dense.hdf5")
     with h5py.File(file, "a") as handle:
@@ -280,6 +311,10 @@ def test_commands_export_and_import(dataset: Dataset, tmp_path: Path, capsys: py
     assert "3 episodes, 24 steps as robomimic" in text
     assert "3 episodes (2 successes), 24 steps, 0 skipped" in text
     assert json.loads((back / "results.json").read_text())["import"]["format"] == "robomimic"
+    with pytest.raises(
+        ConfigError, match=r"--image-size-px is for MCAP recordings of another program, and .* is robomimic"
+    ):
+        cli.run(["data", "import", str(file), "--output", str(tmp_path / "more"), "--image-size-px", "32"])
     with pytest.raises(DatasetError, match="is a simtoreal dataset already"):
         cli.run(["data", "import", str(back), "--output", str(tmp_path / "more")])
 

@@ -138,6 +138,17 @@ def test_chunks_across_every_axis_and_missing_ones(tmp_path: Path) -> None:
     np.testing.assert_array_equal(state[9:], arrays["state"][14:16])
 
 
+@pytest.mark.parametrize(("largest", "scale"), [(255, 1), (1, 255)])
+def test_brightness_is_that_of_the_store_and_not_of_an_episode(tmp_path: Path, largest: int, scale: int) -> None:
+    arrays = pusht()
+    arrays["img"] = np.minimum(arrays["img"], largest)
+    arrays["img"][:10] = np.minimum(arrays["img"][:10], 1)  # of 255, or of 1
+    dataset, _ = run_import(write_store(tmp_path / "s.zarr", arrays), tmp_path / "out")
+    first, second = (dataset.read(dataset.episodes[number])["obs/camera_image"] for number in (0, 1))
+    np.testing.assert_array_equal(first, arrays["img"][:10] * scale)
+    np.testing.assert_array_equal(second, arrays["img"][10:17] * scale)
+
+
 def test_fill_values_are_those_of_the_description(tmp_path: Path) -> None:
     store = write_store(tmp_path / "s.zarr", pusht())
     for chunk in (store / "data/state").glob("1.*"):
