@@ -87,6 +87,10 @@ def edit(source: str | Path, output: str | Path, changes: Edit) -> EditResult:
         DatasetError: the source is damaged, a mask does not exist, or ``output`` holds episodes.
     """
     dataset = Dataset.open(source)
+    if changes.only and not changes.rewrites:
+        raise ConfigError(
+            "--episodes says what a change applies to: give --relabel-instruction, --set-operator or --trim-idle too"
+        )
     if not (changes.remove or changes.keep_mask or changes.rewrites):
         raise ConfigError("nothing to change: give --remove, --keep-mask, --relabel-instruction, --set-operator, ...")
     known = {int(episode.name) for episode in dataset.episodes}
@@ -131,7 +135,8 @@ def _change(episode: EpisodeInfo, changes: Edit, scale: MotionScale | None) -> t
         # Cut twice, an episode still says where its steps were when it was recorded.
         earlier = info.extra.get("trimmed", {"start": 0, "steps": info.steps})
         trimmed = {"start": earlier["start"] + start, "steps": earlier["steps"]}
-        fields["extra"] = {**info.extra, "trimmed": trimmed}
+        # What is known about the sensors was measured over all steps.
+        fields["extra"] = {**{key: value for key, value in info.extra.items() if key != "sensors"}, "trimmed": trimmed}
         fields["duration_s"] = info.duration_s * (stop - start) / info.steps
     return (arrays, dataclasses.replace(info, **fields)) if fields else None
 

@@ -71,8 +71,16 @@ class Ledger:
 
     def _resume(self) -> None:
         path = self.writer.path
-        for line in _complete_lines(path / LOG):
-            outcome = Outcome(**json.loads(line))
+        for number, line in enumerate(_complete_lines(path / LOG), 1):
+            try:
+                outcome = Outcome(**json.loads(line))
+                if not (isinstance(outcome.seed, int) and isinstance(outcome.steps, int)):
+                    raise ValueError("seed and steps must be integers")
+            except (ValueError, TypeError) as error:
+                raise DatasetError(
+                    f"{path / LOG}: line {number} is not the outcome of a seed ({error}). Delete the line; its seed is "
+                    "tried again unless its episode is stored."
+                ) from error
             self.outcomes[outcome.seed] = outcome
         for info in Dataset.open(path).episodes:
             self._committed.add(info.seed)
@@ -195,4 +203,4 @@ def _complete_lines(path: Path) -> list[str]:
     if len(complete) < len(content):
         with open(path, "r+b") as handle:
             handle.truncate(len(complete))
-    return complete.decode().splitlines()
+    return complete.decode(errors="replace").splitlines()

@@ -190,6 +190,23 @@ def test_a_filter_of_other_episodes_is_found(dataset: Dataset, tmp_path: Path) -
     assert "judged another episode 000000" in texts(check(other.path))
 
 
+def test_names_are_printed_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arrays, info = make_episode(0)
+    with DatasetWriter(tmp_path / "d", EMBODIMENT, TASKS) as writer:
+        writer.add(arrays, dataclasses.replace(info, operator="ann [/b]", instruction="[red]stack[/]"))
+    cli.run(["data", "info", str(tmp_path / "d")])
+    cli.run(["data", "inspect", str(tmp_path / "d"), "--output", str(tmp_path / "report")])
+    printed = capsys.readouterr().out
+    assert "ann [/b] (1)" in printed
+    assert "[red]stack[/] (1)" in printed
+
+
+def test_a_task_of_another_kind_is_named(dataset: Dataset) -> None:
+    change_meta(dataset, "tasks", value={"toy": "toy"})
+    with pytest.raises(DatasetError, match=r"meta.json: tasks.toy is 'toy'; expected a mapping"):
+        Dataset.open(dataset.path)
+
+
 @pytest.mark.parametrize("listed", [None, 5, "000001", ["000001"]])
 def test_an_episode_list_of_another_kind_is_named_and_recovered(dataset: Dataset, listed: object) -> None:
     change_meta(dataset, "episodes", value=listed)
@@ -302,6 +319,7 @@ def test_edit_by_links(dataset: Dataset, tmp_path: Path) -> None:
 
 def test_trimming_takes_rest_and_nothing_else(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "a", episodes=5, rest=6)
+    change_attribute(dataset, extra={"score": 3, "sensors": {"front": {"received": 24}}})
     add_filter(dataset)
     result = edit(dataset.path, tmp_path / "t", Edit(trim_idle=True))
     trimmed = result.derivation.dataset
@@ -309,7 +327,7 @@ def test_trimming_takes_rest_and_nothing_else(tmp_path: Path) -> None:
     for old, new in zip(dataset.episodes, trimmed.episodes, strict=True):
         before, after = dataset.read(old), trimmed.read(new)
         assert all(np.array_equal(after[name], before[name][4:]) for name in before)
-        assert new.extra["trimmed"] == {"start": 4, "steps": old.steps}
+        assert new.extra == {"score": old.seed, "trimmed": {"start": 4, "steps": old.steps}}, "no sensors of all steps"
         assert new.duration_s == pytest.approx(new.steps * 0.05)
     assert "no longer covers 5 episodes" in result.derivation.notes[0]
     assert check(trimmed.path).problems == ()
@@ -338,6 +356,8 @@ def test_edits_that_make_no_sense(dataset: Dataset, tmp_path: Path) -> None:
             parse_numbers([word], "--remove")
     with pytest.raises(ConfigError, match="nothing to change"):
         edit(dataset.path, tmp_path / "e", Edit())
+    with pytest.raises(ConfigError, match="--episodes says what a change applies to"):
+        edit(dataset.path, tmp_path / "e", Edit(remove=frozenset({3}), only=frozenset({5})))
     with pytest.raises(ConfigError, match="no episode 8; it has 0-5"):
         edit(dataset.path, tmp_path / "e", Edit(remove=frozenset({8})))
     with pytest.raises(ConfigError, match="would be left"):

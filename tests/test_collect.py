@@ -171,6 +171,15 @@ def test_log_torn_by_a_crash_is_repaired(tmp_path: Path, reference: str) -> None
     assert content_digest(tmp_path / "a") == reference
 
 
+@pytest.mark.parametrize("line", ["garbage", '{"seed": 1}', '{"seed": "a", "success": true}', "[]", "\udcff"])
+def test_damaged_log_is_named(tmp_path: Path, line: str) -> None:
+    log = tmp_path / "collection.jsonl"
+    log.write_bytes(line.encode(errors="surrogateescape") + b"\n")
+    with pytest.raises(DatasetError, match=r"collection.jsonl: line 1 is not the outcome of a seed .* Delete the line"):
+        collect(make_plan(tmp_path), setup=point_world.setup)
+    log.unlink()
+
+
 def dying_setup(plan: CollectionPlan) -> tuple:
     env, expert = point_world.setup(plan)
     calls = iter(range(1000))

@@ -204,6 +204,8 @@ def test_execution_flags_reach_the_policy_and_are_stored(checkpoint: Path, tmp_p
         command.Config(**common, output=tmp_path, execute_steps=3, ensembling=0.01)
     with pytest.raises(ConfigError, match="are for policies"):
         command.Config(actor="expert", task="reach", output=tmp_path, execute_steps=3)
+    with pytest.raises(ConfigError, match="are for policies in a foreign environment"):
+        command.Config(actor="expert", task="reach", output=tmp_path, horizon=5)
 
 
 def test_full_disk_keeps_the_episodes_before(tmp_path: Path) -> None:

@@ -199,6 +199,20 @@ def test_newest_is_never_newer_than_the_tick_and_goes_by_capture_time() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--control-hz", "5"], "--control-hz does not apply: recordings are imported at the rate of their robot"),
+        (["--success"], "--success is for MCAP recordings of another program, and .* says itself what it holds"),
+        (["--topics", "nonsense"], "--topics is for MCAP recordings of another program"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(dataset: Dataset, tmp_path: Path, flags: list[str], expected: str):
+    export_recording(dataset, tmp_path / "all.mcap", ROBOT, episodes=dataset.episodes[:1])
+    with pytest.raises(ConfigError, match=expected):
+        cli.run(["data", "import", str(tmp_path / "all.mcap"), "--output", str(tmp_path / "back"), *flags])
+
+
 def test_commands_export_and_import(dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "bag"  # a rosbag2 folder is imported by its only file
     file, again = folder / "bag_0.mcap", tmp_path / "again"

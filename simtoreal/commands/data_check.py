@@ -39,14 +39,14 @@ def main(config: Config) -> None:
 
     if config.output is not None:
         require_own_folder(config.output, "check")
-    console = Console()
+    console = Console(markup=False)
     result = check(config.dataset)
     if config.output is not None:
         write_json(
             config.output / "results.json", {"check": dataclasses.asdict(result), "provenance": provenance()}
         )  # fmt: skip
     for note in result.notes:
-        console.print(f"note: {note}", style="yellow", markup=False, soft_wrap=True)
+        console.print(f"note: {note}", style="yellow", soft_wrap=True)
     if not result.problems:
         console.print(
             f"{config.dataset}: {result.episodes} episodes, {result.steps} steps, {result.arrays} arrays: no problem",
@@ -58,6 +58,6 @@ def main(config: Config) -> None:
         table.add_column(name, overflow="fold")
     for problem in result.problems:
         table.add_row(problem.where, problem.what, problem.remedy)
-    console.print(table, markup=False)
-    console.print(f"{config.dataset}: {len(result.problems)} problems", style="red", markup=False, soft_wrap=True)
+    console.print(table)
+    console.print(f"{config.dataset}: {len(result.problems)} problems", style="red", soft_wrap=True)
     raise SystemExit(EXIT_PROBLEMS)

@@ -33,7 +33,7 @@ def main(config: Config) -> None:
     from simtoreal.data_collection.dataset import Dataset
     from simtoreal.data_collection.diversity import dataset_diversity
 
-    console = Console()
+    console = Console(markup=False)
     dataset = Dataset.open(config.dataset)
     if not any(task.get("behaviors") for task in dataset.tasks.values()):
         _show_unlabelled(dataset, config, console)

@@ -39,7 +39,7 @@ def main(config: Config) -> None:
     from simtoreal.envs.files import write_json
     from simtoreal.envs.provenance import provenance
 
-    console = Console()
+    console = Console(markup=False)
     changes = Edit(
         remove=parse_numbers(config.remove, "--remove"),
         keep_mask=config.keep_mask,
@@ -60,7 +60,7 @@ def main(config: Config) -> None:
     }
     write_json(config.output / "results.json", {"edit": content, "provenance": provenance()})
     for note in result.derivation.notes:
-        console.print(note, style="yellow", markup=False, soft_wrap=True)
+        console.print(note, style="yellow", soft_wrap=True)
     console.print(
         f"{config.output}: {content['episodes']} episodes, {len(result.removed)} removed, {len(result.rewritten)} "
         f"rewritten, {result.trimmed_steps} steps trimmed, the others linked",

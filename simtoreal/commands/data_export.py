@@ -42,7 +42,7 @@ def main(config: Config) -> None:
     check_flags(config)
     dataset = Dataset.open(config.dataset)
     episodes = dataset.filter(config.mask)
-    console = Console()
+    console = Console(markup=False)
     columns = (TextColumn("exporting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
         row = bar.add_task("", total=len(episodes))

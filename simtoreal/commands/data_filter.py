@@ -82,7 +82,7 @@ def main(config: Config) -> None:
     base, dataset = Dataset.open(config.against), Dataset.open(config.dataset)
     require_same_task(base, {episode.task for episode in dataset.episodes}, str(config.dataset))
     features = make_features(base, config.keys, config.encoder, device)
-    console = Console()
+    console = Console(markup=False)
     with console.status("training the scorer, or reading it"):
         scorer = open_scorer(base, features, scorer_config(config), device=device)
     result = filter_dataset(
@@ -153,7 +153,7 @@ def _show(console: Any, config: Config, result: Filter) -> None:
             most += f" or {100 * limits['tolerance_share']:.1f} %, whichever is more"
         console.print(f"{mode}: {values}, {most} ({source})", soft_wrap=True)
     for mode, text in result.report["warnings"].items():
-        console.print(f"[yellow]{mode}: {text}[/yellow]", soft_wrap=True)
+        console.print(f"{mode}: {text}", style="yellow", soft_wrap=True)
     if entropy := result.report["entropy"]:
         after = f"{entropy['after']['entropy']:.2f}" if entropy["after"] else "none accepted"
         console.print(f"behaviour entropy: {entropy['before']['entropy']:.2f} -> {after} (accepted episodes)")

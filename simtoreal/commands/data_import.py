@@ -56,7 +56,7 @@ def main(config: Config) -> None:
     from simtoreal.envs.files import write_json
     from simtoreal.envs.provenance import provenance
 
-    console = Console()
+    console = Console(markup=False)
     kind = detect_format(config.source) if config.format == "auto" else config.format
     columns = (TextColumn("importing {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -66,9 +66,9 @@ def main(config: Config) -> None:
     write_json(config.output / "results.json", {"import": content, "provenance": provenance()})
     for kind_of_line, lines in (("not readable: ", result.damaged), ("skipped ", result.skipped)):
         for line in lines:
-            console.print(f"{kind_of_line}{line}", style="yellow", markup=False, soft_wrap=True)
+            console.print(f"{kind_of_line}{line}", style="yellow", soft_wrap=True)
     for line in result.notes:
-        console.print(f"note: {line}", markup=False, soft_wrap=True)
+        console.print(f"note: {line}", soft_wrap=True)
     console.print(
         f"{config.output}: {result.episodes} episodes ({result.successes} successes), {result.steps} steps, "
         f"{len(result.skipped)} skipped",
@@ -85,6 +85,7 @@ def run_import(kind: str, config: Config, progress: Progress) -> ImportResult:
     """
     if kind == "mcap":
         return _import_recording(config)
+    _refuse_recording_flags(config, f"{config.source} is {kind}")
     from simtoreal.data_collection.exchange import import_dataset, refuse_existing
 
     refuse_existing(config.output)
@@ -109,13 +110,26 @@ def open_reader(kind: str, config: Config) -> Reader:
     return LeRobotReader(config.source, task=config.task)
 
 
+def _refuse_recording_flags(config: Config, why: str) -> None:
+    for name in ("topics", "image_size_px", "success"):
+        if getattr(config, name) != getattr(Config, name):
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--{flag} is for MCAP recordings of another program, and {why}; omit it")
+
+
 def _import_recording(config: Config) -> ImportResult:
+    from simtoreal.data_collection.exchange import refuse_existing
     from simtoreal.data_collection.exchange_formats import recording_file
     from simtoreal.envs import load_task, panda_embodiment
+    from simtoreal.evaluation.results import require_own_folder
     from simtoreal.robot.bag_import import Description, import_recording, read_description
     from simtoreal.robot.topics import load_robot_config
 
+    refuse_existing(config.output)
+    require_own_folder(config.output, "import")
     recording = recording_file(config.source)
+    if config.control_hz is not None:
+        raise ConfigError("--control-hz does not apply: recordings are imported at the rate of their robot")
     description = read_description(recording)
     if description is None:
         if config.task is None:
@@ -127,4 +141,6 @@ def _import_recording(config: Config) -> ImportResult:
         )
     elif config.task is not None:
         raise ConfigError(f"{recording} says itself that it shows '{description.task['name']}'; omit --task.")
+    else:
+        _refuse_recording_flags(config, f"{recording} says itself what it holds")
     return import_recording(recording, config.output, description, success=config.success)

@@ -27,7 +27,7 @@ def main(config: Config) -> None:
 
     from simtoreal.data_collection.summary import summarize
 
-    console = Console()
+    console = Console(markup=False)
     summary = summarize(config.dataset)
     table = Table(title=str(config.dataset), show_header=False)
     table.add_row("tasks", ", ".join(f"{name} ({count})" for name, count in summary["tasks"].items()))

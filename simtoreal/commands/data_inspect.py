@@ -42,7 +42,7 @@ def main(config: Config) -> None:
     from simtoreal.evaluation.results import require_own_folder
 
     require_own_folder(config.output, "inspect")
-    console = Console()
+    console = Console(markup=False)
     with console.status("reading episodes") as status:
         inspection = inspect(
             config.dataset,

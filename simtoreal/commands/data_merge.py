@@ -35,9 +35,9 @@ def main(config: Config) -> None:
         "notes": list(merged.notes),
     }
     write_json(config.output / "results.json", {"merge": result, "provenance": provenance()})
-    console = Console()
+    console = Console(markup=False)
     for note in merged.notes:
-        console.print(note, style="yellow", markup=False, soft_wrap=True)
+        console.print(note, style="yellow", soft_wrap=True)
     console.print(
         f"{config.output}: {result['episodes']} episodes of {len(config.datasets)} datasets, {result['steps']} steps",
         soft_wrap=True,

@@ -24,7 +24,7 @@ def main(config: Config) -> None:
     from simtoreal.data_collection.dataset import Dataset
     from simtoreal.data_collection.edit import recover
 
-    console = Console()
+    console = Console(markup=False)
     recovery = recover(config.dataset)
     table = Table(title=str(config.dataset))
     for name in ("file", "what was done"):

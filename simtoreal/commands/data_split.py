@@ -61,4 +61,4 @@ def main(config: Config) -> None:
     result = {"source": str(config.dataset), "parts": counts}
     write_json(config.output / "results.json", {"split": result, "provenance": provenance([config.seed])})
     listed = ", ".join(f"{name} {count}" for name, count in counts.items())
-    Console().print(f"{config.output}: episodes per part: {listed}", soft_wrap=True)
+    Console(markup=False).print(f"{config.output}: episodes per part: {listed}", soft_wrap=True)

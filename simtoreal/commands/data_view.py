@@ -54,4 +54,6 @@ def main(config: Config) -> None:
         path = show_in_rerun(dataset, chosen[0], config.output or config.dataset / "preview.rrd")
     else:
         path = contact_sheet(dataset, chosen, config.camera, config.output or config.dataset / "preview.mp4")
-    Console().print(f"{len(chosen) if not config.rerun else 1} of {len(found)} episodes: {path}", soft_wrap=True)
+    Console(markup=False).print(
+        f"{len(chosen) if not config.rerun else 1} of {len(found)} episodes: {path}", soft_wrap=True
+    )

@@ -88,6 +88,8 @@ class Config:
             raise ConfigError("--execute-steps and --ensembling are for policies; the expert predicts no chunks")
         if self.actor == "expert" and self.policy is not None:
             raise ConfigError("--policy and --actor expert exclude each other")
+        if self.actor == "expert" and (self.horizon is not None or self.success_key or self.observations):
+            raise ConfigError("--horizon, --success-key and --observations are for policies in a foreign environment")
         if self.actor == "expert" and self.task is None:
             raise ConfigError("--task is missing: the expert needs to know what to do")
         if self.env is not None and self.diversity:
