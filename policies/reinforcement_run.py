@@ -72,7 +72,7 @@ def reinforce(
     learner: Learner | None = None,
     most_control_steps: int | None = None,
     seeds: Sequence[int] = (),
-    checkpoint_every: int = 5,
+    checkpoint_every: int = 1,
     device: str | None = None,
     on_iteration: Callable[[int, dict[str, Any]], None] = lambda iteration, metrics: None,
 ) -> ReinforcementResult:

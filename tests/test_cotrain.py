@@ -30,7 +30,7 @@ from simtoreal.data_collection.rollouts import record_rollouts
 from simtoreal.demo_report import measured_folders
 from simtoreal.envs import load_task, make_vector_env
 from simtoreal.envs.config import build_config, read_yaml
-from simtoreal.envs.errors import ConfigError, DatasetError, EmbodimentMismatchError
+from simtoreal.envs.errors import ConfigError, DatasetError, EmbodimentMismatchError, SimtorealError
 from simtoreal.envs.tabletop_vector import TabletopVectorEnv
 from simtoreal.evaluation.policies import checkpoint_digest
 from simtoreal.evaluation.report import ReportSources, write_report
@@ -46,16 +46,18 @@ from simtoreal.policies.reinforcement_run import reinforce
 from simtoreal.policies.trainer import train
 from simtoreal.policies.training_data import batch_indices, open_training_data
 from simtoreal.policies.training_log import read_metrics
-from simtoreal.world_models import cotrain_measurement, trainer
+from simtoreal.world_models import cotrain_measurement, ranking, trainer
 from simtoreal.world_models.checkpoint import load_world_model
 from simtoreal.world_models.config import StageConfig, WorldModelConfig
 from simtoreal.world_models.cotrain_anchor import anchor_on
 from simtoreal.world_models.cotrain_config import KeyframeConfig, MeasurementConfig, RlcoConfig, WovrConfig
 from simtoreal.world_models.cotrain_measurement import World
 from simtoreal.world_models.cotrain_stages import LEARNING, REAL
-from simtoreal.world_models.ranking import compare_ranks, reached_probability
+from simtoreal.world_models.learned_episodes import learned_seeds
+from simtoreal.world_models.ranking import compare_ranks, rank_rollouts, reached_probability
 from simtoreal.world_models.reward_calibration import LEAST_THRESHOLD, MOST_THRESHOLD, matching_threshold
 from simtoreal.world_models.rlco import Rlco
+from simtoreal.world_models.video_data import open_video_data
 from simtoreal.world_models.wovr import Wovr
 
 torch.set_num_threads(1)
@@ -138,6 +140,8 @@ def outcome(output: Path) -> tuple:
     results = results_of(output)
     for measurement in results["measurements"]:
         measurement.pop("seconds", None)
+        if measurement["policy"] == "base":  # Where it lies, seen from the output.
+            measurement.pop("run")
     kept = (
         "base",
         "final",
@@ -189,9 +193,9 @@ def test_the_whole_loop_leaves_a_policy_and_what_it_found(finished, policy):
 def test_rollouts_from_the_same_start_are_ranked_before_practising(finished):
     results = results_of(finished)
     assert [one["world_model"] for one in results["rankings"]] == ["calibrated_model_0", "calibrated_model_1"]
-    for ranking in results["rankings"]:
-        assert (ranking["starts"], ranking["rollouts"]) == (2, 6)
-        assert 0 <= ranking["imagined_success"] <= 1
+    for found in results["rankings"]:
+        assert (found["starts"], found["rollouts"]) == (2, 6)
+        assert 0 <= found["imagined_success"] <= 1
     # They are evaluations, and nothing learns from them.
     taken = [row for row in results["ledger"] if row["stage"].startswith("rank_model")]
     assert [(row["purpose"], row["episodes"]) for row in taken] == [("evaluation", 6)] * 2
@@ -227,6 +231,32 @@ def test_the_matching_threshold_lets_as_many_succeed():
     # A model that sees no success anywhere, or everywhere, is not believed whatever it says.
     assert matching_threshold(np.array([0.01, 0.001]), 1) == LEAST_THRESHOLD
     assert matching_threshold(np.ones(3), 1) == MOST_THRESHOLD < 1
+    # Policies that always or never succeeded.
+    assert matching_threshold(reached, 0) == pytest.approx(0.95)
+    assert matching_threshold(reached, 4) == pytest.approx(0.1)
+    # Where many reach the same, the nearer number, and of two as near the stricter.
+    tied = np.array([0.9, 0.9, 0.9, 0.3])
+    assert [(tied >= matching_threshold(tied, count)).sum() for count in range(5)] == [0, 0, 3, 3, 4]
+    tied = np.array([0.9, 0.9])
+    assert (tied >= matching_threshold(tied, 1)).sum() == 0
+
+
+def test_rollouts_that_could_not_be_imagined_do_not_count_in_the_ranking(finished, monkeypatch):
+    data = open_video_data([finished / "measurements" / "rank_model_0" / f"rollouts_{number}" for number in (0, 1)])
+    model = load_world_model(finished / "calibrated_model_0").model
+
+    def ranked(bad: int) -> dict:
+        reached = np.linspace(0.1, 0.9, len(data.ends))
+        reached[:bad] = np.nan
+        monkeypatch.setattr(ranking, "reached_probability", lambda *_: reached)
+        return rank_rollouts(model, data, graded=True)
+
+    assert (ranked(0)["rollouts"], ranked(0)["dropped"]) == (4, 0)
+    found = ranked(1)
+    assert (found["rollouts"], found["dropped"]) == (3, 1)
+    json.dumps(found, allow_nan=False)
+    with pytest.raises(SimtorealError, match="none of 4 rollouts"):
+        ranked(4)
 
 
 def test_a_model_that_only_knows_which_scenes_are_hard_ranks_nothing():
@@ -316,7 +346,7 @@ def test_interrupted_anywhere_it_ends_as_if_nothing_had_happened(finished, data,
         (TabletopVectorEnv, "step"): 100,
         (trainer._Training, "_metrics"): 2,
         (Reinforcement, "update"): 1,
-        (Reinforcement, "iterate"): 3,
+        (Reinforcement, "iterate"): 2,
     }
     # The same folder may be written in two ways.
     spellings = itertools.cycle([tmp_path, Path(os.path.relpath(tmp_path))])
@@ -362,6 +392,9 @@ def test_arms_of_a_comparison_share_what_they_have_in_common(finished, data, pol
     assert [line["iteration"] for line in results["iterations"]] == [1, 2, 3]
     points = [(point["policy"], point["iteration"]) for point in results["measurements"] if "imagined" in point]
     assert points == [("base", 0), ("policy_0_2", 2), ("policy_0", 3)]
+    # What was measured on the way is there to be used.
+    steps = [load_policy(tmp_path / "arm" / point["run"]).training["step"] for point in results["measurements"]]
+    assert steps[2:] == [2, 2, 3, 3]
     assert results["iterations"][:2] == old[:2]
     assert not (tmp_path / "arm" / "rollouts_1").exists()
     # What was adopted is as it was.
@@ -440,6 +473,11 @@ def test_what_does_not_fit_is_refused_before_anything_is_done(finished, data, po
     demonstrated = Dataset.open(data).episodes[0].seed
     with pytest.raises(ConfigError, match="are among those that the demonstrations began in"):
         rlco(output, data, measurement=dataclasses.replace(MEASUREMENT, first_seed=demonstrated))
+    # A world model that remembers how the measured episodes went.
+    model = finished / "world_model_0"
+    remembered = MeasurementConfig(first_seed=max(learned_seeds(load_world_model(model).training["data"])), episodes=2)
+    with pytest.raises(ConfigError, match="world_model_0 was trained on"):
+        wovr(output, data, policy, world_model=model, measurement=remembered)
     # A world model of another render profile, or one that is none.
     copy = tmp_path / "world_model"
     shutil.copytree(finished / "world_model_0" / "checkpoints" / "last", copy)
@@ -459,16 +497,16 @@ def test_what_does_not_fit_is_refused_before_anything_is_done(finished, data, po
 
 def test_a_policy_that_got_worse_is_not_recommended(tmp_path):
     config = cotrain.Config(output=tmp_path, demonstrations=(Path("data"),), policy=Path("base"))
-    points = [("base", 96), ("imitation", 98), ("policy_0", 77)]
+    points = [("base", 96, "../base"), ("policy_0_10", 98, "policy_0_10"), ("policy_0", 77, "reinforcement_0")]
     results = {
         "comparison": {"difference_interval": [-0.18, -0.02]},
         "measurements": [
-            {"policy": name, "real": {"success_rate": count / 200, "successes": count, "n": 200}}
-            for name, count in points
+            {"policy": name, "run": run, "real": {"success_rate": count / 200, "successes": count, "n": 200}}
+            for name, count, run in points
         ],
     }
     text = cotrain.advice(results, config)
-    assert f"'imitation' in {tmp_path / 'imitation'} (49 %" in text
+    assert f"'policy_0_10' in {tmp_path / 'policy_0_10'} (49 %" in text
     assert cotrain.advice({**results, "comparison": {"difference_interval": [-0.08, 0.02]}}, config) == ""
     assert cotrain.advice({**results, "comparison": None}, config) == ""
 

@@ -269,6 +269,8 @@ def test_the_command_judges_before_and_after(folder, runs, inverse, tmp_path, ca
     assert results["measures"]["held_out_reward"]["before"]["n"] == 2
     # Trained on the same folder as the world model: said in the notes.
     assert any("in common" in note for note in results["notes"])
+    # And on the episodes that are judged.
+    assert any("of the 2 initial conditions judged" in note for note in results["notes"])
     assert "post-trained" in capsys.readouterr().out
     # The result is a world model like any other.
     assert load_world_model(output).training["stage"] == "posttrain"

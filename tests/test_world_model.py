@@ -379,6 +379,19 @@ def test_other_settings_cannot_continue_a_run(data, tmp_path):
         train_world_model(RESIDUAL, other, data, tmp_path, resume=True, device="cpu")
 
 
+def test_an_episode_that_ended_at_once_can_be_held_out(folder, tmp_path):
+    """Nothing of it is imagined; the classifier is judged on it all the same."""
+    dataset, held_out = Dataset.open(folder), np.flatnonzero(open_video_data([folder]).held_out)
+    with DatasetWriter(tmp_path / "short", dataset.embodiment, dataset.tasks) as writer:
+        for number, episode in enumerate(dataset.episodes):
+            steps = 1 if number == held_out[0] else episode.steps
+            arrays = {key: values[:steps] for key, values in dataset.read(episode).items()}
+            writer.add(arrays, dataclasses.replace(episode, steps=steps))
+    short = open_video_data([tmp_path / "short"])
+    assert (short.ends - short.starts)[short.held_out].min() == 1
+    train_world_model(RESIDUAL, MOMENT, short, tmp_path / "run", device="cpu")
+
+
 def test_training_on_keeps_the_tokenizer(trained, data, tmp_path):
     result = train_world_model(RESIDUAL, MOMENT, data, tmp_path, initial=trained.run, device="cpu")
     before, after = (load_world_model(run).model for run in (trained.run, tmp_path))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
+from safetensors.torch import save_file
 from small_world import MOMENT, RESIDUAL, make_world_data
 
 from simtoreal.cli import run as command_line
@@ -22,7 +24,9 @@ from simtoreal.envs.errors import ConfigError, DatasetError, EmbodimentMismatchE
 from simtoreal.envs.panda import panda_embodiment
 from simtoreal.envs.video import read_video
 from simtoreal.evaluation.bootstrap import curve_with_interval, explained_variance, mean_with_interval
+from simtoreal.evaluation.results import EvaluationError
 from simtoreal.evaluation.validity import mean_maximum_rank_violation, policy_validity
+from simtoreal.policies.checkpoint import load_tensors
 from simtoreal.policies.config import BCConfig, TrainerConfig, VisionConfig
 from simtoreal.policies.trainer import train
 from simtoreal.policies.training_data import open_training_data
@@ -330,6 +334,19 @@ def test_the_command_writes_results_page_and_videos(folder, run, tmp_path, capsy
     command_line(arguments)
     assert (tmp_path / "out/judge/checkpoints/last/model.safetensors").stat().st_mtime_ns == stamp
     assert "warnings" in capsys.readouterr().out
+
+
+def test_outcomes_of_a_model_that_was_replaced_are_not_taken_for_those_of_the_new_one(folder, loaded, tmp_path):
+    policies = [tiny_policy(folder, tmp_path / "policy", 0)]
+    model = dataclasses.replace(loaded, folder=tmp_path / "model")
+    shutil.copytree(loaded.folder, model.folder)
+    evaluate_policies(model, policies, tmp_path / "out", conditions=2, videos=0, device="cpu")
+    weights = model.folder / "model.safetensors"
+    tensors = load_tensors(weights)
+    tensors["classifier.threshold"] += 0.1
+    save_file(tensors, weights)
+    with pytest.raises(EvaluationError, match="world_model_checkpoint"):
+        evaluate_policies(model, policies, tmp_path / "out", conditions=2, videos=0, device="cpu")
 
 
 def test_play_shows_columns(folder, run, tmp_path):

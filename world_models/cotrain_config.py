@@ -67,9 +67,9 @@ class WovrConfig:
     iterations: int = 30
     """Iterations of reinforcement with each world model; 0 trains no world model and imitates only."""
     ranked_starts: int = 0
-    """Initial conditions, the first of the measurement, from which the policy acts eight times in the real world, with
-    the noise of reinforcement, before it practises in a world model: does the model rank these rollouts as reality
-    does? 0 leaves it out. These real episodes are counted as evaluation."""
+    """Initial conditions, the first of the measurement and no more than it has, from which the policy acts eight times
+    in the real world, with the noise of reinforcement, before it practises in a world model: does the model rank these
+    rollouts as reality does? 0 leaves it out. These real episodes are counted as evaluation."""
     calibrated_episodes: int = 0
     """Real episodes of the policy that practises, at most, whose beginnings it begins in once more, in imagination: the
     classifier's threshold becomes that at which it succeeds as often there as it really did. 0 keeps the one that is

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from simtoreal.world_models.checkpoint import load_world_model
 from simtoreal.world_models.cotrain_config import MeasurementConfig
 from simtoreal.world_models.cotrain_stages import EVALUATION, REAL, SIMULATION, steps_taken
 from simtoreal.world_models.hallucination import film_both_worlds, first_frames, places_by_seed, world_gap
+from simtoreal.world_models.learned_episodes import learned_seeds
 from simtoreal.world_models.ranking import rank_rollouts
 from simtoreal.world_models.vector_env import WorldModelVectorEnv
 from simtoreal.world_models.video_data import VideoData, open_video_data
@@ -93,6 +95,16 @@ class Measurements:
         loaded, _ = load_actor(policy, device="cpu")
         self.require_apart(training_seeds(loaded), f"{policy} was trained on")
 
+    def require_new_to(self, model: Path) -> None:
+        """Refuse to measure on what a world model was trained on: there it imagines what it remembers.
+
+        Raises:
+            CheckpointError: the model cannot be loaded.
+            ConfigError: initial conditions overlap.
+        """
+        described = load_world_model(model, "cpu").training.get("data") or {}
+        self.require_apart(learned_seeds(described), f"world model {model} was trained on")
+
     def require_apart(self, seeds: Collection[int], where: str) -> None:
         """Refuse to measure on initial conditions ``seeds`` that are learned from; ``where`` says by whom.
 
@@ -106,6 +118,21 @@ class Measurements:
                 f"conditions to measure on ({common[0]} to {common[-1]}) are among those that {where}. Choose another "
                 "--measurement.first-seed."
             )
+
+    def keep(self, name: str, run: Path) -> Path:
+        """Copy the newest checkpoint of a run that goes on, so that what is measured can be used; return the folder.
+
+        Args:
+            name: folder below the output; left alone if it is there.
+            run: run folder.
+        """
+        kept = self.output / name
+        if not kept.exists():
+            copy = kept.with_name(f".{name}.tmp")
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(find_checkpoint(run), copy)
+            os.replace(copy, kept)
+        return kept
 
     def in_world(self, name: str, policy: Path, *, world: World | None = None) -> tuple[dict[str, Any], dict[str, Any]]:
         """Measure a policy in a world; return rate and what it took.
@@ -136,7 +163,7 @@ class Measurements:
         folder = self.folder(name, IMAGINED)
         env = self._imagination(model, min(self.imagined_envs, self.config.episodes))
         settings = {
-            "world_model": self._name(model),
+            "world_model": self.name_of(model),
             "world_model_checkpoint": checkpoint_digest(find_checkpoint(model)),
         }
         self._evaluate(policy, env, folder, "world_model", settings)
@@ -162,7 +189,7 @@ class Measurements:
             name: folder below ``measurements``.
             policy, model: run or checkpoint folders.
             reinforcement: whose noise, denoising steps and length the rollouts have.
-            starts: number of initial conditions, the first ones.
+            starts: number of initial conditions, the first ones; no more than are measured.
             graded: whether what comes close to success is rewarded, too.
         """
         loaded, _ = load_actor(policy, device=self._device())
@@ -193,7 +220,7 @@ class Measurements:
     def _device(self) -> str:
         return self.device or "auto"
 
-    def _name(self, run: Path) -> str:
+    def name_of(self, run: Path) -> str:
         """What to call a run: relative to the output, which may be moved, or written another way, and continued."""
         return os.path.relpath(run.resolve(), self.output.resolve())
 
@@ -210,7 +237,7 @@ class Measurements:
         loaded, actor = load_actor(policy, device=self._device(), seed=self.seed)
         task = self.real.task
         identity = {
-            "task": task.name, "label": loaded.config.type, "policy": self._name(policy),
+            "task": task.name, "label": loaded.config.type, "policy": self.name_of(policy),
             "checkpoint": checkpoint_digest(loaded.folder), "horizon": task.horizon, "backend": backend,
             "first_seed": self.config.first_seed, "policy_seed": self.seed, **settings,
         }  # fmt: skip

@@ -125,6 +125,8 @@ def evaluate_policies(
             folder = output / label / world
             try:
                 settings = {**shared, "backend": world}
+                if world == "imagined":
+                    settings["world_model_checkpoint"] = checkpoint_digest(loaded.folder)
                 results[world] = evaluate(env, actor, seeds, folder, settings, videos=videos, listeners=listeners)
             finally:
                 env.close()

@@ -75,6 +75,7 @@ def run_posttraining(
     loaded = load_world_model(model, chosen)
     data = open_video_data(paths, embodiment=loaded.embodiment)
     judged, learned = choose_episodes(loaded, data, episodes)
+    judged_seeds = {data.seeds[episode] for episode in judged}
     rewarding, described = load_inverse_dynamics(inverse, chosen)
     require_judge(rewarding, data, inverse)
     # What would stop the training in the end is said before the judges are trained.
@@ -108,7 +109,7 @@ def run_posttraining(
             moment: {name: [_number(value) for value in values] for name, values in scores.items()}
             for moment, scores in (("before", before), ("after", after))
         },
-        "notes": [*data.notes, *judges.positions.notes, *_overlap(loaded, described.training)],
+        "notes": [*data.notes, *judges.positions.notes, *_overlap(loaded, described.training, judged_seeds)],
         "provenance": provenance([config.seed]),
     }  # fmt: skip
     write_json(output / RESULTS_FILE, results)
@@ -133,12 +134,18 @@ def _require_other(judge: Path, rewarding: Path) -> None:
         )
 
 
-def _overlap(loaded: LoadedWorldModel, inverse: dict[str, Any]) -> list[str]:
-    """A note if the rewarding model learned from the episodes of the world model."""
-    common = learned_seeds(loaded.training.get("data") or {}) & set((inverse.get("data") or {}).get("seeds", ()))
-    if not common:
-        return []
-    return [
-        f"the inverse-dynamics model and the world model saw {len(common)} initial conditions in common: the reward "
-        "partly knows what the data look like instead of what actions do; train it on other episodes"
-    ]
+def _overlap(loaded: LoadedWorldModel, inverse: dict[str, Any], judged: set[int]) -> list[str]:
+    """Notes if the rewarding model learned from the episodes of the world model, or from those that are judged."""
+    seen, notes = set((inverse.get("data") or {}).get("seeds", ())), []
+    if common := learned_seeds(loaded.training.get("data") or {}) & seen:
+        notes.append(
+            f"the inverse-dynamics model and the world model saw {len(common)} initial conditions in common: the "
+            "reward partly knows what the data look like instead of what actions do; train it on other episodes"
+        )
+    if common := judged & seen:
+        notes.append(
+            f"the inverse-dynamics model learned from {len(common)} of the {len(judged)} initial conditions judged: "
+            "its error on real videos, which scales the reward, is too small, and 'training_reward' is partly "
+            "remembered; train it on other episodes"
+        )
+    return notes

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from simtoreal.envs.errors import SimtorealError
 from simtoreal.world_models.classifier import highest_threshold
 from simtoreal.world_models.clips import Clips, imagine_clips
 from simtoreal.world_models.vector_env import closeness
@@ -34,15 +35,24 @@ def rank_rollouts(
         seed: of the noise of a ``flow`` model.
 
     Returns:
-        See :func:`compare_ranks`.
+        See :func:`compare_ranks`; and ``dropped``, the rollouts left out because their imagination was not finite.
 
     Raises:
         EmbodimentMismatchError: model and data are of different embodiments.
+        SimtorealError: all of them were.
     """
     clips = imagine_clips(model, data, np.arange(len(data.ends)), seed=seed)
     reached = reached_probability(clips, model.config.classifier.consecutive, most_steps)
     success = data.success if most_steps is None else data.success & (data.ends - data.starts <= most_steps)
-    return compare_ranks(reached, float(model.classifier.threshold), success, np.array(data.seeds), graded=graded)
+    # What the reinforcement would drop does not count here either.
+    finite = np.isfinite(reached)
+    if not finite.any():
+        raise SimtorealError(f"none of {len(finite)} rollouts could be imagined without values that are not finite")
+    found = compare_ranks(
+        reached[finite], float(model.classifier.threshold), success[finite], np.array(data.seeds)[finite],
+        graded=graded,
+    )  # fmt: skip
+    return {**found, "dropped": int((~finite).sum())}
 
 
 def compare_ranks(
@@ -80,6 +90,8 @@ def compare_ranks(
 
 def reached_probability(clips: Clips, consecutive: int, most_steps: int | None = None) -> np.ndarray:
     """Return ``(E,)``: the highest threshold at which each episode would count as a success, 0 if it is too short.
+
+    NaN where the imagination is not finite.
 
     Args:
         clips: imagined episodes.

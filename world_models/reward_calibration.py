@@ -50,8 +50,7 @@ def calibrate_reward(env: WorldModelVectorEnv, actor: Actor, success: np.ndarray
 
     Returns:
         ``threshold``, and ``before``, the model's own one; ``real``, ``imagined`` and ``imagined_before``: shares of
-        success, really and in imagination with either threshold; ``episodes``. The threshold stays as it is when all
-        or none of the episodes succeeded, which says nothing about where between them it belongs.
+        success, really and in imagination with either threshold; ``episodes``.
     """
     before = env.threshold
     env.threshold = NEVER
@@ -61,7 +60,7 @@ def calibrate_reward(env: WorldModelVectorEnv, actor: Actor, success: np.ndarray
     finally:
         env.threshold = before
     reached = np.array([highest_threshold(listener.probability[row], env.consecutive) for row in range(len(success))])
-    threshold = matching_threshold(reached, int(success.sum())) if 0 < success.sum() < len(success) else before
+    threshold = matching_threshold(reached, int(success.sum()))
     found = {
         "threshold": threshold, "before": before, "episodes": len(success), "real": float(success.mean()),
         "imagined": float((reached >= threshold).mean()), "imagined_before": float((reached >= before).mean()),
@@ -90,12 +89,18 @@ def save_calibrated(loaded: LoadedWorldModel, found: Mapping[str, Any], run: Pat
 
 
 def matching_threshold(reached: np.ndarray, successes: int) -> float:
-    """Return the threshold that ``successes`` of the episodes reach, or the nearest sensible one.
+    """Return the threshold that ``successes`` of the episodes reach, or as nearly as many as a sensible one allows.
+
+    Of two that miss by as much, the stricter one: a reward that is too kind is exploited.
 
     Args:
         reached: ``(E,)`` probability that every episode reaches.
-        successes: more than 0 and fewer than E.
+        successes: from 0 to E.
     """
-    ordered = np.sort(reached)[::-1]
-    middle = (ordered[successes - 1] + ordered[successes]) / 2
-    return float(np.clip(middle, LEAST_THRESHOLD, MOST_THRESHOLD))
+    ordered = np.unique(reached)
+    between = [ordered[:1] / 2, (ordered[:-1] + ordered[1:]) / 2, (ordered[-1:] + 1) / 2]
+    candidates = np.clip(np.concatenate(between), LEAST_THRESHOLD, MOST_THRESHOLD)
+    beyond = (reached >= candidates[:, None]).sum(1) - successes
+    nearest = np.flatnonzero(np.abs(beyond) == np.abs(beyond).min())
+    strict = nearest[beyond[nearest] <= 0]
+    return float(candidates[strict[0] if len(strict) else nearest[-1]])

@@ -114,6 +114,8 @@ class Rlco:
         )
         if policy is not None:
             self.measurements.require_unseen(policy)
+        if world_model is not None:
+            self.measurements.require_new_to(world_model)
 
     def _check(self) -> None:
         """Find out now what does not fit."""
@@ -146,6 +148,8 @@ class Rlco:
             ends = [*range(every, self.config.iterations, every), self.config.iterations]
             for target in ends if self.config.iterations else ():
                 current, name = self._reinforce(base, before, target), f"policy_{target}"
+                if target != self.config.iterations:
+                    current = self.measurements.keep(name, current)
                 self._measure(name, current, target)
                 before = target
             return write_report(
@@ -249,7 +253,8 @@ class Rlco:
             else:
                 _, other = self.measurements.in_world(name, policy, world=self.practice)
                 gap = world_gap(real, self.measurements.folder(name, SIMULATION), SIMULATION)
-            return {"taken": [taken, other], "measurement": {"iteration": iteration, "policy": name, **gap}}
+            where = {"iteration": iteration, "policy": name, "run": self.measurements.name_of(policy)}
+            return {"taken": [taken, other], "measurement": {**where, **gap}}
 
         title = f"measuring the policy after {iteration} iterations in {self.measurement.episodes} episodes per world"
         self.stages.run(f"measure_{name}", title, work)

@@ -267,7 +267,8 @@ class ClassifierStage(Stage):
         model.classifier.threshold.fill_(threshold)
 
         def says(episodes: list[np.ndarray]) -> np.ndarray:
-            return np.array([shows_success(one, threshold, consecutive)[-1] for one in episodes])
+            # Of an episode of one frame nothing is imagined.
+            return np.array([len(one) > 0 and shows_success(one, threshold, consecutive)[-1] for one in episodes])
 
         told, dreamt = says(real), says(imagined)
         return {

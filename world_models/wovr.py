@@ -113,6 +113,8 @@ class Wovr:
             require_same_embodiment(self.loaded, world_model)
         self.measurements = Measurements(measurement, real, self.output, device, seed, config.imagined_envs)
         self.measurements.require_unseen(self.policy)
+        if world_model is not None:
+            self.measurements.require_new_to(world_model)
         self.measurements.require_apart(demonstrated_seeds(self.demonstrations), "the demonstrations began in")
         own = config.imitation_rollouts + config.rollouts + config.refreshes * config.refresh_rollouts
         self.measurements.require_apart(
@@ -293,8 +295,9 @@ class Wovr:
             self._reinforce(turn, before, target, run, policy, model)
             before = target
             name = f"policy_{turn}" if last else f"policy_{turn}_{target}"
-            self._measure_real(name, run, target)
-            self._measure_imagined(f"imagined_{name}", run, model, target, name, videos=last)
+            measured = run if last else self.measurements.keep(name, run)
+            self._measure_real(name, measured, target)
+            self._measure_imagined(f"imagined_{name}", measured, model, target, name, videos=last)
         return run
 
     def _reinforce(self, turn: int, before: int, target: int, run: Path, policy: Path, model: Path) -> None:
@@ -337,7 +340,8 @@ class Wovr:
     def _measure_real(self, name: str, policy: Path, iteration: int) -> None:
         def work() -> dict[str, Any]:
             rate, taken = self.measurements.in_world(name, policy)
-            return {"taken": [taken], "measurement": {"iteration": iteration, "policy": name, "real": rate}}
+            where = {"iteration": iteration, "policy": name, "run": self.measurements.name_of(policy)}
+            return {"taken": [taken], "measurement": {**where, "real": rate}}
 
         title = f"measuring {name} in {self.measurement.episodes} real episodes"
         self.stages.run(f"measure_{name}", title, work, f"{MEASUREMENTS}/{name}")
@@ -352,14 +356,17 @@ class Wovr:
             if videos:
                 paths, shown = self.measurements.film(name, policy, model)
                 entries.append(shown)
-            where = {"iteration": iteration, "policy": real, "world_model": str(model.relative_to(self.output))}
+            where = {
+                "iteration": iteration, "policy": real, "run": self.measurements.name_of(policy),
+                "world_model": str(model.relative_to(self.output)),
+            }  # fmt: skip
             return {"taken": entries, "measurement": {**where, **gap}, "videos": paths}
 
         title = f"imagining the same {self.measurement.episodes} episodes"
         self.stages.run(f"measure_{name}", title, work, f"{MEASUREMENTS}/{name}")
 
     def _rank(self, turn: int, policy: Path, model: Path) -> None:
-        name, starts = f"rank_model_{turn}", self.config.ranked_starts
+        name, starts = f"rank_model_{turn}", min(self.config.ranked_starts, self.measurement.episodes)
 
         def work() -> dict[str, Any]:
             found, taken = self.measurements.ranked(

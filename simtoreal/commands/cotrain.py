@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -130,12 +131,11 @@ def advice(results: Mapping[str, Any], config: Config) -> str:
     if pair is None or pair["difference_interval"][1] >= 0:
         return ""
     best = max(results["measurements"], key=lambda point: float(point["real"]["success_rate"]))
-    place = {"base": config.policy, "imitation": config.output / "imitation"}.get(best["policy"])
+    place = os.path.normpath(config.output / best.get("run", "."))
     rate = format_rate(best["real"]["successes"], best["real"]["n"])
     return (
-        f"This run made the policy worse. The best one measured is '{best['policy']}' in {place or config.output} "
-        f"({rate}). How imagined and real success parted, and what to do about it: docs/world-models.md, 'Reading the "
-        "hallucination'"
+        f"This run made the policy worse. The best one measured is '{best['policy']}' in {place} ({rate}). How "
+        "imagined and real success parted, and what to do about it: docs/world-models.md, 'Reading the hallucination'"
     )
 
 
