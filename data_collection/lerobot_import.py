@@ -81,9 +81,12 @@ class LeRobotReader:
         self._kinds: dict[str, str] = {}
         for feature, described in self.index.features.items():
             kind, shape = described["dtype"], described["shape"]
+            # Depth may also be an array of numbers. What an export of ours holds says itself what it is.
+            observed = self._own is None and feature.startswith(("observation.", f"{layout.OWN}obs."))
+            spatial = kind in IMAGE_TYPES or (observed and len(shape) == 3)
             if kind in _SKIPPED_TYPES:
                 self.notes.append(f"left out feature '{feature}' of type {kind}")
-            elif kind in IMAGE_TYPES and not is_image_shape(shape):
+            elif spatial and not (kind in IMAGE_TYPES and is_image_shape(shape)):
                 self.notes.append(f"left out feature '{feature}' of shape {shape}, which is no RGB image")
             else:
                 self._kinds[feature] = kind
@@ -151,9 +154,9 @@ class LeRobotReader:
             raise DatasetError(f"{sidecar}: is damaged ({error!r}).") from error
         if any(kind.kind not in "iufb" or min(shape, default=0) < 0 for shape, kind in self._shapes.values()):
             raise DatasetError(f"{sidecar}: 'shapes' names types that are not numbers, or negative sizes.")
-        missing = [feature for feature in self._own_arrays.values() if feature not in self.index.features]
+        missing = [feature for feature in self._own_arrays.values() if feature not in self._kinds]
         if missing:
-            raise DatasetError(f"{sidecar}: names the feature '{missing[0]}', which info.json does not have.")
+            raise DatasetError(f"{sidecar}: names the feature '{missing[0]}', which info.json does not have like that.")
         self._task = next(iter(self.tasks), self.root.name)
 
     def _describe_foreign(self, task: str) -> None:

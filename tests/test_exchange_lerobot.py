@@ -534,10 +534,12 @@ def test_image_shapes_are_understood_and_what_is_no_rgb_image_is_left_out(copy: 
     features = info_of(plain(copy))["features"]
     features["observation.images.front"]["shape"] = [3, 16, 16]
     features["observation.images.depth"] = {"dtype": "image", "shape": [16, 16, 1], "names": None}
+    features["observation.range"] = {"dtype": "float32", "shape": [16, 16, 1], "names": None}
     change_info(copy, features=features)
     with LeRobotReader(copy) as reader:
         result = import_dataset(reader, tmp_path / "back")
-    assert "left out feature 'observation.images.depth' of shape (16, 16, 1), which is no RGB image" in result.notes
+    for name in ("images.depth", "range"):
+        assert f"left out feature 'observation.{name}' of shape (16, 16, 1), which is no RGB image" in result.notes
     dataset = Dataset.open(tmp_path / "back")
     assert dataset.embodiment.image_keys == ("front_image", "wrist_image")
     assert dataset.read(dataset.episodes[0])["obs/front_image"].shape == (9, 16, 16, 3)
