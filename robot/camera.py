@@ -16,8 +16,8 @@ from simtoreal.robot.stream_counter import StreamCounter
 
 # Quartz clocks differ by up to ~100 ppm; a transport delay that grows faster than this is a queue filling up.
 CLOCK_DRIFT = 200e-6
-# A jump of the delay beyond this is a clock being set, not a late image.
-CLOCK_STEP_NS = 10_000_000_000
+# Less than this is the jitter of stamps, more is a clock being set.
+CLOCK_STEP_NS = 50_000_000
 FROZEN_FRAMES = 10
 
 
@@ -52,6 +52,11 @@ class StampClock:
 
     The offset between the clocks is unknown, so the least delay between stamp and arrival seen so far counts as
     zero: a constant part of the delay stays invisible, any growth of it shows as age.
+
+    A clock that is set back makes the delay grow, too. What tells it from late messages is that its stamps go back:
+    messages of one sender wait in a queue, but do not overtake each other. The offset then moves by as much as the
+    delay did, so that what was late before remains late. A step smaller than the time between two messages, or than
+    ``CLOCK_STEP_NS``, cannot be told from lateness, and shows as age until the drift has made up for it.
     """
 
     def __init__(self) -> None:
@@ -64,11 +69,13 @@ class StampClock:
             # A repeated stamp is the same moment, whatever the drift allowed since.
             return stamp_ns + self._offset_ns
         delay = arrived_ns - stamp_ns
-        if not self._started or abs(delay - self._delay_ns) > CLOCK_STEP_NS:
+        if not self._started:
             self._started, self._offset_ns = True, delay
         else:
+            grown = delay - self._delay_ns
+            moved = grown if stamp_ns < self._stamp_ns and grown > CLOCK_STEP_NS else 0
             drift = int(CLOCK_DRIFT * (arrived_ns - self._arrived_ns))
-            self._offset_ns = min(delay, self._offset_ns + drift)
+            self._offset_ns = min(delay, self._offset_ns + moved + drift)
         self._delay_ns, self._arrived_ns, self._stamp_ns = delay, arrived_ns, stamp_ns
         return stamp_ns + self._offset_ns
 
@@ -126,8 +133,11 @@ class Camera(ABC):
             raise StaleObservationError(f"camera '{self.name}' has delivered no image{refused}")
         age_s = (time.monotonic_ns() - frame.capture_ns) * 1e-9
         if age_s > max_age_s:
+            # Images that come in time but have old stamps.
+            behind = (time.monotonic_ns() - frame.receive_ns) * 1e-9 <= max_age_s
+            clock = " by its stamp although it has just come: is it late, or was its clock set?" if behind else ""
             raise StaleObservationError(
-                f"newest image of camera '{self.name}' is {age_s:.2f} s old (at most {max_age_s:g} s){refused}"
+                f"newest image of camera '{self.name}' is {age_s:.2f} s old (at most {max_age_s:g} s){clock}{refused}"
             )
         self._excused = min(self._excused, frame.identical) if moving else frame.identical
         if frame.identical - self._excused >= self.frozen_frames:

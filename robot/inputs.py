@@ -12,18 +12,19 @@ import numpy as np
 
 from simtoreal.envs.embodiment import CameraSpec, Embodiment
 from simtoreal.envs.errors import RobotError, StaleObservationError
-from simtoreal.robot.camera import FrozenCameraError, StampClock
+from simtoreal.robot.camera import StampClock
 from simtoreal.robot.images import fit_image
 from simtoreal.robot.stream_counter import FrameCounts, StreamCounter
-from simtoreal.robot.topics import RobotConfig, Topic, start_ros
+from simtoreal.robot.topics import RobotConfig, Topic, ros_graph, start_ros
 
 if TYPE_CHECKING:
     from simtoreal.robot.camera import Camera
 
 # What one message on the joint states topic measures.
 ARM_SENSORS = ("joint_states", "gripper")
-# Sum of absolute joint motion between two readings that must change what a camera sees.
-MOVING_RAD = 0.02
+# Sum of absolute joint motion since an image last changed that must have changed what the camera sees: some
+# centimetres, as images may have few pixels.
+MOVED_RAD = 0.2
 # Encoders overshoot limits by little; degrees or millimetres overshoot by a lot.
 JOINT_MARGIN_RAD = 0.15
 FINGER_MARGIN = 0.25
@@ -110,6 +111,15 @@ class JointStates:
         return np.array([names.index(name) for name in self.names])
 
 
+@dataclass
+class _Unchanged:
+    """What is known since an image of a camera last changed: its ``sequence``, and where the arm was at first sight."""
+
+    first: int
+    joint_positions_rad: np.ndarray
+    moved: bool = False
+
+
 @dataclass(frozen=True)
 class Images:
     """Checked images.
@@ -159,8 +169,7 @@ class RobotInputs:
         self._newest: dict[str, tuple[Any, int]] = {}
         self._joint_clock, self._joint_frames = StampClock(), StreamCounter()
         self._joints: tuple[Any, int, int] | None = None
-        self._previous_arm: np.ndarray | None = None
-        self._frozen: set[str] = set()
+        self._unchanged: dict[str, _Unchanged] = {}
         self._context = start_ros()
         from rclpy.executors import SingleThreadedExecutor
         from rclpy.node import Node
@@ -242,37 +251,38 @@ class RobotInputs:
         # By its stamp: a driver that sends old measurements again is as dead as one that is silent.
         age_s = (time.monotonic_ns() - found[2]) * 1e-9
         if age_s > self.config.staleness.joint_states_s:
-            raise StaleObservationError(f"no message on {name} for {age_s:.2f} s (by the stamps of the messages)")
+            behind = (time.monotonic_ns() - found[1]) * 1e-9 <= self.config.staleness.joint_states_s
+            why = "the last one was late, or the clock of its sender was set" if behind else "no newer one has come"
+            raise StaleObservationError(
+                f"no message on {name} for {age_s:.2f} s (by the stamps of the messages; {why})"
+            )
         return self.joints.read(*found)
 
     def read_images(self, arm: Arm, after_ns: int = 0) -> Images:
         """Return the newest image of every camera, checked and in the embodiment's size.
 
         Args:
-            arm: tells by its motion since the last call whether an image that does not change is suspicious.
+            arm: tells by its motion since an image last changed whether that is suspicious.
             after_ns: monotonic time; what arrived before does not count.
 
         Raises:
             StaleObservationError: silent, late or frozen camera, or only torn images.
             RobotError: images of another size than the robot yaml says.
         """
-        # At a first look nobody knows: since it stopped, cameras may have shown the same for long.
-        before = arm.joint_positions_rad if self._previous_arm is None else self._previous_arm
-        moving = float(np.abs(arm.joint_positions_rad - before).sum()) > MOVING_RAD
-        self._previous_arm = arm.joint_positions_rad
         images, captured, received = {}, {}, {}
         oldest = time.monotonic_ns()
         for name, (spec, camera) in self.cameras.items():
-            # The arm rests while a camera is frozen; that must not excuse the camera.
-            try:
-                frame = camera.read(self.config.staleness.camera_s, moving=moving or name in self._frozen)
-            except FrozenCameraError:
-                self._frozen.add(name)
-                raise
+            since = self._unchanged.get(name)
+            frame = camera.read(self.config.staleness.camera_s, moving=since is not None and since.moved)
+            first = frame.sequence - frame.identical
+            if since is None or since.first != first:
+                self._unchanged[name] = _Unchanged(first, arm.joint_positions_rad)
+            elif float(np.abs(arm.joint_positions_rad - since.joint_positions_rad).sum()) > MOVED_RAD:
+                # Also when the arm rests later, as it does for a frozen camera: the image has to change.
+                since.moved = True
             if frame.receive_ns < after_ns:
                 raise StaleObservationError(f"camera '{name}' has delivered no image yet")
             self._check_size(spec, frame.image)
-            self._frozen.discard(name)
             images[f"{name}_image"] = fit_image(frame.image, spec.height, spec.width).copy()
             captured[name], received[name] = frame.capture_ns, frame.receive_ns
             oldest = min(oldest, frame.receive_ns)
@@ -304,7 +314,7 @@ class RobotInputs:
         """
         deadline = time.monotonic_ns() + int(timeout_s * 1e9)
         # Nobody may have looked for seconds, in which the arm moved, came to rest, and was seen at rest for long.
-        self._previous_arm = None
+        self._unchanged.clear()
         while True:
             try:
                 arm = self.read_arm(after_ns)
@@ -315,8 +325,8 @@ class RobotInputs:
                 self.check_robot()
                 if time.monotonic_ns() > deadline:
                     raise StaleObservationError(
-                        f"the robot is not ready after {timeout_s:g} s: {error}. Start its driver or `simtoreal twin`, "
-                        "in the same ROS_DOMAIN_ID, with the topic names of the robot yaml."
+                        f"the robot is not ready after {timeout_s:g} s: {error}. Start its driver or `simtoreal twin` "
+                        f"where it can be heard in {ros_graph()}, with the topic names of the robot yaml."
                     ) from error
                 time.sleep(0.01)
         self._check_single_publisher()

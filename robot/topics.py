@@ -27,6 +27,9 @@ TOPIC_TYPES = {
     "twin_command": "std_msgs/msg/String",
     "twin_truth": "std_msgs/msg/String",
 }
+# Larger domains have no UDP ports left on Linux.
+MAX_DOMAIN_ID = 232
+DISCOVERY_RANGES = ("SUBNET", "LOCALHOST", "OFF", "SYSTEM_DEFAULT")
 _ROS_NAME = re.compile(r"(/[A-Za-z_][A-Za-z0-9_]*)+")
 
 
@@ -251,14 +254,35 @@ def load_robot_config(name: str | Path = "panda_ros2") -> RobotConfig:
         return load_config(RobotConfig, path)
 
 
+def check_ros_environment() -> None:
+    """Raise ``ConfigError`` if ``ROS_DOMAIN_ID`` or ``ROS_AUTOMATIC_DISCOVERY_RANGE`` is not valid."""
+    domain = os.environ.get("ROS_DOMAIN_ID", "")
+    if domain and not (domain.isascii() and domain.isdigit() and int(domain) <= MAX_DOMAIN_ID):
+        raise ConfigError(
+            f"ROS_DOMAIN_ID is '{domain}'; expected a whole number from 0 to {MAX_DOMAIN_ID}. Export another one, "
+            "the same as the robot's, or unset it for 0."
+        )
+    reach = os.environ.get("ROS_AUTOMATIC_DISCOVERY_RANGE", "")
+    if reach and reach not in DISCOVERY_RANGES:
+        raise ConfigError(f"ROS_AUTOMATIC_DISCOVERY_RANGE is '{reach}'. {closest(reach, DISCOVERY_RANGES)}")
+
+
+def ros_graph() -> str:
+    """Name the ROS graph of this process, for messages about what is not found on it."""
+    domain = os.environ.get("ROS_DOMAIN_ID") or "0"
+    return f"ROS_DOMAIN_ID {domain} (discovery {os.environ.get('ROS_AUTOMATIC_DISCOVERY_RANGE') or 'LOCALHOST'})"
+
+
 def start_ros() -> Any:
     """Return a new ``rclpy`` context, discovering only this machine unless the environment says otherwise.
 
     Every node of ours gets its own context, so that several can live in one process and stop one by one.
 
     Raises:
+        ConfigError: a ROS variable of the environment is not valid.
         MissingDependencyError: rclpy cannot be imported.
     """
+    check_ros_environment()
     # DDS would otherwise greet every host of the local network, and any of them could move the arm.
     os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
     require("rclpy", "ros")

@@ -108,9 +108,36 @@ def test_stamps_of_another_clock_become_monotonic_and_a_growing_delay_shows():
     # 230 ms late, seen as such up to the drift allowed to the clocks.
     captured = clock.to_monotonic(stamp + 200 * MS, arrival + 400 * MS)
     assert arrival + 170 * MS <= captured <= arrival + 171 * MS
-    # The other clock is set back by an hour: a new offset, not an hour of delay.
-    hour = 3_600_000 * MS
-    assert clock.to_monotonic(stamp - hour, arrival + 500 * MS) == arrival + 500 * MS
+
+
+@pytest.mark.parametrize("back_ms", [80, 300, 2000, 3_600_000])
+@pytest.mark.parametrize("late_ms", [0, 400])
+def test_a_clock_that_is_set_back_changes_no_age_and_a_queue_does_not_look_like_one(back_ms, late_ms):
+    clock, ages = StampClock(), []
+    for index in range(300):
+        taken = (1_000 + 10 * index) * MS
+        # From then on everything waits in a queue; only its growth shows, as a pause.
+        arrival = taken + (0 if index < 100 else late_ms) * MS
+        set_back = 0 if index < 200 else back_ms
+        ages.append(arrival - clock.to_monotonic(taken + (50_000 - set_back) * MS, arrival))
+    assert max(ages[:100]) == 0
+    # Late is late, up to the drift allowed to the clocks, before and after the other clock was set.
+    np.testing.assert_allclose(np.array(ages[100:]) / MS, late_ms, atol=1.0)
+
+
+def test_a_clock_that_is_set_forward_and_corrected_is_followed_at_once():
+    clock = StampClock()
+    for index in range(300):
+        arrival = (1_000 + 10 * index) * MS
+        ahead = 300 if 100 <= index < 200 else 0
+        assert arrival - clock.to_monotonic(arrival + (5_000 + ahead) * MS, arrival) < MS
+
+
+def test_an_image_with_an_old_stamp_that_has_just_come_makes_its_clock_suspect():
+    camera = HandFed("front")
+    camera.offer(1, age_s=0.5)
+    with pytest.raises(StaleObservationError, match=r"0\.5\d s old .*although it has just come.*was its clock set"):
+        camera.read(0.2)
 
 
 @pytest.fixture
