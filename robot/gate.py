@@ -18,7 +18,7 @@ import numpy as np
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import SafetyError
 from simtoreal.robot.gate_limits import GateLimits
-from simtoreal.robot.gate_messages import ARM, CLOSE, MAX_BYTES, TARGET, WATCH, GateStatus, Request
+from simtoreal.robot.gate_messages import ARM, CLOSE, MAX_BYTES, REST, TARGET, WATCH, GateStatus, Request
 from simtoreal.robot.topics import RobotConfig
 
 START_TIMEOUT_S = 30.0
@@ -53,7 +53,8 @@ class SafetyGate:
             config: topics and staleness limits.
             limits: motion limits; usually ``GateLimits.for_embodiment(embodiment, config.limits)``.
             embodiment: robot model, workspace and control rate.
-            require_estop: refuse to arm while nobody publishes the emergency stop.
+            require_estop: refuse to arm until the emergency stop has said that it is not pressed, and stop when its
+                publisher vanishes.
 
         Raises:
             SafetyError: the process does not come up.
@@ -104,6 +105,8 @@ class SafetyGate:
         Raises:
             SafetyError: the gate refuses; the message says why.
         """
+        # What was seen before, perhaps minutes ago, says nothing about the cameras now.
+        self._observation_ns = 0
         deadline = time.monotonic() + timeout_s
         while True:
             self._send(Request(ARM, self._next(), episode=episode))
@@ -118,7 +121,7 @@ class SafetyGate:
     def report_observation(self, observation_ns: int) -> None:
         """Tell when the oldest camera image in use arrived (monotonic ns); goes along with the next target.
 
-        Once reported, the gate holds when it gets older than ``staleness.camera_s``.
+        Once reported, the gate holds when it gets older than ``staleness.camera_s``, until :meth:`begin_episode`.
         """
         self._observation_ns = int(observation_ns)
 
@@ -141,6 +144,14 @@ class SafetyGate:
         self._drain()
         if self._status.state not in ("armed", "hold"):
             raise SafetyError(f"the safety gate is {self._status.state}: {self._status.reason}")
+
+    def end_episode(self) -> None:
+        """Bring the robot to rest because the episode is over: the silence that follows is no fault.
+
+        Raises:
+            SafetyError: the gate is gone.
+        """
+        self._send(Request(REST, self._next()))
 
     def status(self) -> GateStatus:
         """Newest status, at most a quarter of a second old.

@@ -20,6 +20,11 @@ SlowDown = Callable[[np.ndarray, np.ndarray], float]
 
 # Part of the acceleration that approaching a goal may use; the rest corrects the direction meanwhile.
 APPROACH_SHARE = 0.7
+# The arm lags behind its command by its stiffness and delay; farther than this it is blocked, or is not the arm
+# that the model describes. A target may not be farther ahead of the commanded pose either.
+MAX_TRACKING_ERROR_M = 0.15
+# Of that, what a target may get ahead while the commanded pose changes its direction at its full acceleration.
+REVERSAL_M = 0.075
 # Keeps results inside the limits whatever the rounding of the last operation.
 ROUNDING = 1.0 - 1e-9
 
@@ -61,6 +66,19 @@ class MotionLimits:
                 raise ValueError(f"{field.name} is {value}; expected a positive finite number")
         if self.joint_speed_share > 1:
             raise ValueError(f"joint_speed_share is {self.joint_speed_share}; expected at most 1")
+
+    def target_step(self, period_s: float) -> tuple[float, float]:
+        """How far a target may be from the one before it, so that the commanded pose can follow.
+
+        Args:
+            period_s: seconds between targets.
+
+        Returns:
+            Metres and radians. Turning may lag behind, as nothing is hit by it; only jumps are refused.
+        """
+        # A reversal at speed v takes 2 v / a, in which the target gets (2 v)^2 / (2 a) ahead.
+        speed = min(self.max_speed_m_s, math.sqrt(self.max_acceleration_m_s2 * REVERSAL_M / 2))
+        return min(speed * period_s, self.max_step_m), self.max_step_rad
 
 
 @dataclass(frozen=True, kw_only=True)

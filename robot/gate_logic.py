@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from simtoreal.envs import rotation
-from simtoreal.robot.gate_limits import GateLimits, PoseLimiter, rotation_between
+from simtoreal.robot.gate_limits import MAX_TRACKING_ERROR_M, GateLimits, PoseLimiter, rotation_between
 from simtoreal.robot.gate_messages import GateStatus, Request
 from simtoreal.robot.joint_guard import JointGuard
 from simtoreal.robot.target_interpolation import TargetInterpolator
@@ -20,9 +20,6 @@ from simtoreal.robot.topics import RobotConfig
 
 # Targets further ahead than this come from a wrong clock.
 HORIZON_NS = 1_000_000_000
-# The arm lags behind its command by its stiffness and delay; farther than this it is blocked, or is not the arm
-# that the model describes.
-MAX_TRACKING_ERROR_M = 0.15
 # A pose this far outside the workspace may still be armed, and then only moves inwards.
 START_TOLERANCE_M = 0.05
 # Stops that mean that the arm, or what is around it, is not as it should be: a person has to look before it moves on.
@@ -56,10 +53,18 @@ class GateLogic:
         guard: joint limits of the arm.
         dt: seconds between ticks.
         control_period_s: seconds between targets; also the length of the smoothing window.
+        require_estop: arm only once the emergency stop has said that it is not pressed.
     """
 
     def __init__(
-        self, config: RobotConfig, limits: GateLimits, guard: JointGuard, dt: float, control_period_s: float
+        self,
+        config: RobotConfig,
+        limits: GateLimits,
+        guard: JointGuard,
+        dt: float,
+        control_period_s: float,
+        *,
+        require_estop: bool = False,
     ) -> None:
         self.limits = limits
         self.state = "idle"
@@ -91,6 +96,9 @@ class GateLogic:
         self._observation_ns = 0
         self._hold_since_ns = 0
         self._estop_pressed = False
+        self._estop_name = config.topics.estop.name
+        # A gate that has just started does not know whether the button is pressed.
+        self._estop_awaited = require_estop
         self._foreign = ""
         self._no_estop = ""
         self._commanding = False  # from the first target until idle again; before, there is no pose to hold
@@ -127,7 +135,7 @@ class GateLogic:
         Args:
             names: joint names of the message.
             positions: radians, in the order of ``names``.
-            speeds: rad/s, or empty when not measured.
+            speeds: rad/s, or empty when not measured; NaN for joints whose speed is not measured.
             stamp_ns: stamp of the message on the robot's clock; only compared with its predecessor.
             now_ns: when it arrived.
         """
@@ -144,6 +152,9 @@ class GateLogic:
         order = [index[name] for name in self._joint_names]
         measured = np.array([positions[i] for i in order], dtype=np.float64)
         rates = np.array([speeds[i] for i in order], dtype=np.float64) if len(speeds) == len(names) else None
+        if rates is not None:
+            # ros2_control publishes NaN for joints without a velocity interface.
+            rates = np.where(np.isnan(rates), 0.0, rates)
         if not np.isfinite(measured).all() or (rates is not None and not np.isfinite(rates).all()):
             self._joints_problem = "joint_states is not finite"
             self.faults["joint_states_not_finite"] += 1
@@ -165,14 +176,21 @@ class GateLogic:
     def on_estop(self, pressed: bool) -> None:
         """The emergency stop button; pressing latches."""
         self._estop_pressed = pressed
+        self._estop_awaited = self._estop_awaited and pressed
         if pressed and self.state != "estopped":
             self.faults["estop"] += 1
             self.state, self.kind, self.latched = "estopped", "estop", True
             self.reason = "emergency stop pressed; release it and call the re-arm service"
 
     def on_missing_estop(self, problem: str) -> None:
-        """Why arming has to wait for an emergency stop button (empty: there is one, or none is needed)."""
+        """Why there is no emergency stop button although one is needed (empty: there is one, or none is needed).
+
+        Without it the arm stops. A button that comes back may be pressed, and has to say that it is not.
+        """
         self._no_estop = problem
+        if problem:
+            self._estop_awaited = True
+            self.stop("estop_missing", problem)
 
     def on_foreign_publishers(self, description: str) -> None:
         """Others who publish commands or joint states (empty: nobody)."""
@@ -254,6 +272,11 @@ class GateLogic:
             self.state, self.reason, self.kind, self._commanding = "armed", "", "", False
         return self.refusal
 
+    def rest(self, reason: str) -> None:
+        """Bring the arm to rest because nothing more is wanted of it, which is no fault."""
+        if self._moving_allowed:
+            self.state, self.reason, self.kind = "stopped", reason, ""
+
     def stop(self, kind: str, reason: str) -> None:
         """Bring the arm to rest because of something outside (a process died)."""
         if self._moving_allowed:
@@ -312,8 +335,11 @@ class GateLogic:
         joints = self._joint_problem(now_ns)
         if joints:
             return "joint_states_stale", joints
-        if self._observation_ns and now_ns - self._observation_ns > self._camera_timeout_ns:
-            return "camera_stale", f"newest camera image is {(now_ns - self._observation_ns) * 1e-6:.0f} ms old"
+        age_ns = now_ns - self._observation_ns if self._observation_ns else 0
+        # One from the future would never get old.
+        if abs(age_ns) > self._camera_timeout_ns:
+            when = "ms old" if age_ns > 0 else "ms in the future; its time is not that of the monotonic clock"
+            return "camera_stale", f"newest camera image is {abs(age_ns) * 1e-6:.0f} {when}"
         if self._target_ns is not None and now_ns - self._target_ns > self._command_timeout_ns:
             why = f" (last one refused: {self._rejected})" if self._rejected else ""
             return "command_silent", f"no target for {(now_ns - self._target_ns) * 1e-6:.0f} ms{why}"
@@ -347,7 +373,14 @@ class GateLogic:
             return "the arm is still moving"
         if self._foreign:
             return f"somebody else publishes: {self._foreign}"
-        problem = self._no_estop or self._joint_problem(now_ns) or self._joints_problem
+        if self._no_estop:
+            return self._no_estop
+        if self._estop_awaited:
+            return (
+                f"the emergency stop {self._estop_name} has a publisher, but it has not said since the gate started "
+                "that it is not pressed (false). Let its node publish periodically, or latched (transient local)"
+            )
+        problem = self._joint_problem(now_ns) or self._joints_problem
         if problem:
             return problem
         position = self._guard.tcp_position()

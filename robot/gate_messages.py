@@ -8,7 +8,7 @@ import struct
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-TARGET, ARM, WATCH, CLOSE = range(1, 5)
+TARGET, ARM, WATCH, REST, CLOSE = range(1, 6)
 # kind, sequence number, at_ns, episode, observation_ns or process id, 10 target values
 _REQUEST = struct.Struct("<IIqqq10d")
 MAX_BYTES = 65536
@@ -18,7 +18,7 @@ class Request(NamedTuple):
     """One message of the runtime.
 
     Attributes:
-        kind: ``TARGET``, ``ARM``, ``WATCH`` or ``CLOSE``.
+        kind: ``TARGET``, ``ARM``, ``WATCH``, ``REST`` (the episode is over) or ``CLOSE``.
         sequence: counts the messages; the status names the last one that was handled.
         at_ns: monotonic time at which the target should be reached.
         episode: episode the target belongs to.
@@ -63,7 +63,7 @@ class GateStatus:
         latched: whether the re-arm service has to be called before it can be armed again: after an emergency stop,
             and after faults that say that something is wrong with the arm or its surroundings.
         reason: why it is not armed, for people.
-        kind: kind of the fault that stopped it, without numbers; empty when not stopped.
+        kind: kind of the fault that stopped it, without numbers; empty when it was not a fault.
         handled: sequence number of the last message handled.
         refusal: why the last request to arm was refused, or empty.
         fault_counts: kind of fault -> number of times.

@@ -19,11 +19,11 @@ from simtoreal.envs.config import build_config
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.robot.gate_limits import GateLimits
 from simtoreal.robot.gate_logic import Command, GateLogic
-from simtoreal.robot.gate_messages import ARM, CLOSE, MAX_BYTES, TARGET, GateStatus, Request
+from simtoreal.robot.gate_messages import ARM, CLOSE, MAX_BYTES, REST, TARGET, GateStatus, Request
 from simtoreal.robot.joint_guard import JointGuard
 from simtoreal.robot.kinematics import Kinematics
 from simtoreal.robot.timing import PeriodicClock, realtime
-from simtoreal.robot.topics import RobotConfig, Topic, start_ros
+from simtoreal.robot.topics import RobotConfig, Topic, ros_graph, start_ros
 
 PERIOD_S = 0.008  # 125 Hz
 REALTIME_PRIORITY = 20
@@ -68,7 +68,10 @@ class GateNode:
         self._executor = SingleThreadedExecutor(context=self._context)
         self._executor.add_node(self._node)
         kinematics = Kinematics(embodiment)
-        self._logic = GateLogic(config, limits, JointGuard(kinematics, limits), PERIOD_S, embodiment.control_period_s)
+        self._logic = GateLogic(
+            config, limits, JointGuard(kinematics, limits), PERIOD_S, embodiment.control_period_s,
+            require_estop=require_estop,
+        )  # fmt: skip
         topics = config.topics
         self._inputs: list[tuple[Any, type, Callable[[Any], None]]] = []
         self._subscribe(topics.joint_states, topics.joint_states.qos(), self._on_joint_state)
@@ -143,6 +146,7 @@ class GateNode:
             self._executor.spin_once(timeout_sec=0.0)
         if self._ticks % GRAPH_TICKS == 0:
             self._logic.on_foreign_publishers(self._foreign_publishers())
+            self._logic.on_missing_estop(self._missing_estop())
         command = self._logic.tick(now_ns)
         if command is None:
             self._published_ns = None
@@ -183,7 +187,9 @@ class GateNode:
             self._logic.arm(request.episode, now_ns)
         elif request.kind == CLOSE:
             self._closing = True
-            self._logic.stop("closed", "closed by the runtime")
+            self._logic.rest("closed by the runtime")
+        elif request.kind == REST:
+            self._logic.rest("the episode is over")
         else:
             self._watch(request.extra)
         self._handled = request.sequence
@@ -237,13 +243,18 @@ class GateNode:
         return response
 
     def _missing_estop(self) -> str:
-        name = self._config.topics.estop.name
-        if not self._require_estop or self._node.count_publishers(name):
+        topic = self._config.topics.estop
+        if not self._require_estop:
             return ""
+        types = [info.topic_type for info in self._node.get_publishers_info_by_topic(topic.name)]
+        if topic.type in types:
+            return ""
+        # What is published as another type is never heard.
+        others = f" (only as {', '.join(sorted(set(types)))})" if types else ""
         return (
-            f"nobody publishes the emergency stop {name} in ROS_DOMAIN_ID {os.environ.get('ROS_DOMAIN_ID', '0')}. "
-            "Start the node of its button (std_msgs/msg/Bool, true: pressed), or set 'require_estop: false' in the "
-            "robot yaml when the arm's own emergency stop is in your hand"
+            f"nobody publishes the emergency stop {topic.name} as {topic.type}{others} in {ros_graph()}. "
+            "Start the node of its button (true: pressed), or set 'require_estop: false' in the robot yaml when the "
+            "arm's own emergency stop is in your hand"
         )
 
     def _foreign_publishers(self) -> str:
@@ -260,11 +271,10 @@ class GateNode:
         return "; ".join(found)
 
     def _publish(self, command: Command) -> None:
-        stamp = self._node.get_clock().now().to_msg()
         if self._joints is not None:
             if command.starting:
                 self._joints.restart(self._logic.measured_joints)
-            problem = self._joints.publish(command.position, command.quaternion, stamp)
+            problem = self._joints.publish(command.position, command.quaternion)
             if problem:
                 self._logic.stop("unreachable", problem)
         else:
@@ -272,7 +282,7 @@ class GateNode:
             pose.position.x, pose.position.y, pose.position.z = command.position.tolist()
             q = pose.orientation
             q.w, q.x, q.y, q.z = command.quaternion.tolist()
-            self._pose.header.stamp = stamp
+            self._pose.header.stamp = self._node.get_clock().now().to_msg()
             self._pose_publisher.publish(self._pose)
         now_ns = time.monotonic_ns()
         self._published += 1

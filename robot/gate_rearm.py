@@ -45,6 +45,10 @@ class RearmingGate:
         """See :meth:`SafetyGate.report_observation`."""
         self._gate.report_observation(observation_ns)
 
+    def end_episode(self) -> None:
+        """See :meth:`SafetyGate.end_episode`."""
+        self._gate.end_episode()
+
     def send_target(self, target: np.ndarray, at_ns: int, episode: int) -> None:
         """See :meth:`SafetyGate.send_target`."""
         self._gate.send_target(target, at_ns, episode)

@@ -39,6 +39,8 @@ class JointCommands:
         self._point = JointTrajectoryPoint()
         self._point.time_from_start.nanosec = round(dt * 1e9)
         self._message = JointTrajectory(joint_names=list(config.joint_names), points=[self._point])
+        # The stamp stays zero, which means "begin now": controllers refuse a point that is due in the past, as one with
+        # a stamp of before the inverse kinematics may be.
         self._message.header.frame_id = config.base_frame
         # The first solution imports and compiles; that must not happen while the arm moves.
         kinematics.solve_ik(*kinematics.forward(home), home)
@@ -47,7 +49,7 @@ class JointCommands:
         """Solutions are near ``measured`` ``(7,)`` radians from now on."""
         self._joints = np.array(measured)
 
-    def publish(self, position: np.ndarray, quaternion: np.ndarray, stamp: Any) -> str:
+    def publish(self, position: np.ndarray, quaternion: np.ndarray) -> str:
         """Publish the joint positions of a pose; returns why not, or an empty string.
 
         Joints never move by more than their speed limits (times ``MAX_SPEED_SHARE``) per pose; what is left of the
@@ -67,6 +69,5 @@ class JointCommands:
             problem = str(error)
         if self._joints is not None:
             self._point.positions = self._joints.tolist()
-            self._message.header.stamp = stamp
             self._publisher.publish(self._message)
         return problem

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 import uuid
@@ -18,6 +19,7 @@ from simtoreal.envs.errors import ConfigError, RobotError, SafetyError, StaleObs
 from simtoreal.envs.rollout import Observation
 from simtoreal.envs.scene_motion import SceneMotion, load_motion
 from simtoreal.envs.task import TaskSpec, sample_initial_condition
+from simtoreal.robot.gate_limits import ROUNDING, rotation_between
 from simtoreal.robot.homing import path_home
 from simtoreal.robot.inputs import ARM_SENSORS, Arm, RobotInputs
 from simtoreal.robot.kinematics import Kinematics
@@ -43,6 +45,9 @@ class TargetSink(Protocol):
 
     def report_observation(self, observation_ns: int) -> None:
         """Tell when the oldest image in use arrived (monotonic ns)."""
+
+    def end_episode(self) -> None:
+        """Come to rest: no more targets follow, and that is no fault."""
 
     def send_target(self, target: np.ndarray, at_ns: int, episode: int) -> None:
         """Move towards ``target`` ``(10,)`` (``TARGET_NAMES``), to be reached at monotonic time ``at_ns``."""
@@ -187,7 +192,7 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
             raise RobotError("call reset before step")
         refused = ""
         if not self._fault:
-            self._target = integrate_action(self._target, action, self.embodiment)
+            self._target = self._next_target(self._target, action)
             try:
                 self._gate.report_observation(self._observation_ns)
                 # Due at once: simulation, too, gives a target to the arm at the beginning of the period. The gate
@@ -205,9 +210,13 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         held_s = (time.monotonic_ns() - self._fault_since_ns) * 1e-9 if self._fault else 0.0
         if held_s > self.config.staleness.stop_s:
             info["sim_fault"] = f"{self._fault} (held for {held_s:.1f} s)"
-        if info["sim_fault"]:
+        failed, late = bool(info["sim_fault"]), self._steps >= self.task.horizon
+        if failed or success or late:
+            with contextlib.suppress(SafetyError):  # a gate that is gone is reported by the next episode
+                self._gate.end_episode()
+        if failed:
             return self._copy_observation(), 0.0, False, True, info
-        return self._copy_observation(), float(success), success, self._steps >= self.task.horizon, info
+        return self._copy_observation(), float(success), success, late, info
 
     def set_instruction(self, text: str) -> None:
         """Change the language instruction, also in the middle of an episode.
@@ -252,6 +261,28 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
                 return
             if time.monotonic() > deadline:
                 raise StaleObservationError(f"the episode cannot begin: {self._fault}")
+
+    def _next_target(self, target: np.ndarray, action: np.ndarray) -> np.ndarray:
+        """The target ``(10,)`` after ``target``: that of the action, or as far on the way as the gate's limits allow.
+
+        The defaults allow every action. With slower ones the policy sees in its target that it advances less, instead
+        of being stopped for commanding what the arm may not follow.
+        """
+        wanted = integrate_action(target, action, self.embodiment)
+        if self.embodiment.action.mode != "ee_delta":
+            return wanted  # an absolute target far away is a mistake, which the gate is to see
+        largest_m, largest_rad = self.config.limits.target_step(self.embodiment.control_period_s)
+        move = wanted[:3] - target[:3]
+        distance = float(np.linalg.norm(move))
+        if distance > largest_m:
+            wanted[:3] = target[:3] + move * (largest_m * ROUNDING / distance)
+        start, end = rotation.from_6d(target[3:9]), rotation.from_6d(wanted[3:9])
+        turn = rotation_between(start, end)
+        angle = float(np.linalg.norm(turn))
+        if angle > largest_rad:
+            part = rotation.from_rotation_vector(turn * (largest_rad * ROUNDING / angle))
+            wanted[3:9] = rotation.to_6d(rotation.quaternion_multiply(part, start))
+        return wanted
 
     def _observe(self) -> None:
         """Read all inputs; on a fault keep the previous observation with its stamps and remember why."""
@@ -330,7 +361,7 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
 
     def _move_home(self, arm: Arm) -> None:
         """Drive a real arm home through the gate."""
-        path = path_home(arm.joint_positions_rad, self._kinematics, self.embodiment)
+        path = path_home(arm.joint_positions_rad, self._kinematics, self.embodiment, self.config.limits)
         self.clock.restart()
         step, seen_ns = 0, time.monotonic_ns()
         while step < len(path):

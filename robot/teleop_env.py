@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from simtoreal.data_collection.teleop_hub import InputHub
-from simtoreal.envs.action import integrate_action
+from simtoreal.envs.action import action_towards, integrate_action
 from simtoreal.envs.errors import SafetyError
 from simtoreal.envs.rollout import Observation
 from simtoreal.robot.ros2_env import Ros2Env
@@ -61,6 +61,7 @@ class TeleopRos2Env(Ros2Env):
         """See :class:`Ros2Env`."""
         self._before, self._refused = self._target.copy(), ""
         # While an input is stale nothing is sent, so nothing is executed.
+        held = bool(self._fault)
         still = np.append(np.zeros(6), action[-1]).astype(np.float32)
         self._executed = still if self._fault else np.array(action, dtype=np.float32)
         self._correctable = not self._fault
@@ -69,6 +70,11 @@ class TeleopRos2Env(Ros2Env):
         finally:
             self._correctable = False
         info["executed_action"] = self._executed.copy()
+        if not held and not np.array_equal(
+            self._target, integrate_action(self._before, self._executed, self.embodiment)
+        ):
+            # The gate's limits are slower than the operator: what was executed is what the target did.
+            info["executed_action"] = action_towards(self._before, self._target, self.embodiment)
         if self._refused and not info["sim_fault"]:
             info["sim_fault"] = self._refused
             return observation, 0.0, False, True, info
@@ -84,7 +90,7 @@ class TeleopRos2Env(Ros2Env):
         action = self._hub.action()
         if (action == self._executed).all():
             return False
-        target = integrate_action(self._before, action, self.embodiment)
+        target = self._next_target(self._before, action)
         try:
             self._gate.send_target(target.copy(), time.monotonic_ns(), self._episode)
         except SafetyError as error:

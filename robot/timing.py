@@ -39,6 +39,8 @@ class TimingSummary:
         missed: deadlines that had already passed when the loop came to wait for them (its work took too long).
         p50_ms, p99_ms, max_ms: lateness of the wake-ups after their deadlines; 0 when there were none.
         histogram: wake-ups per lateness class, ``edges_ms`` and ``counts`` (the last class is open).
+
+    Percentiles, maximum and histogram are those of the last ``HISTORY`` wake-ups.
     """
 
     periods: int
@@ -104,18 +106,18 @@ class PeriodicClock:
         return deadline
 
     def summary(self) -> TimingSummary:
-        """What was recorded since construction (percentiles: of the last ``HISTORY`` wake-ups)."""
-        return summarize_lateness(self._lateness_ns, self.missed)
+        """What was recorded since construction (see :class:`TimingSummary`)."""
+        return summarize_lateness(self._lateness_ns, self.missed, self.periods)
 
 
-def summarize_lateness(lateness_ns: Sequence[int], missed: int) -> TimingSummary:
-    """Percentiles and histogram of wake-up lateness in nanoseconds."""
+def summarize_lateness(lateness_ns: Sequence[int], missed: int, periods: int) -> TimingSummary:
+    """Percentiles and histogram of wake-up lateness in nanoseconds; ``periods`` may be more than were kept."""
     late_ms = np.asarray(list(lateness_ns) or [0], dtype=np.float64) * 1e-6
     edges = [*HISTOGRAM_EDGES_MS, np.inf]
     counts = np.histogram(np.maximum(late_ms, 0.0), edges)[0] if lateness_ns else np.zeros(len(edges) - 1, dtype=int)
     p50, p99 = np.percentile(late_ms, [50, 99])
     return TimingSummary(
-        periods=len(lateness_ns),
+        periods=periods,
         missed=missed,
         p50_ms=float(p50),
         p99_ms=float(p99),

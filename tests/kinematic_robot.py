@@ -78,6 +78,9 @@ class KinematicRobot:
     def report_observation(self, observation_ns: int) -> None:
         assert 0 < observation_ns <= time.monotonic_ns()
 
+    def end_episode(self) -> None:
+        pass
+
     def send_target(self, target: np.ndarray, at_ns: int, episode: int) -> None:
         self.targets.append((target, episode))
         self.joints = self.kinematics.solve_ik(target[:3], rotation.from_6d(target[3:9]), self.joints)

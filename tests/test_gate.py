@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from simtoreal.data_collection.foreign_embodiment import foreign_embodiment
 from simtoreal.envs import rotation
 from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.panda import HOME_RAD, panda_embodiment
+from simtoreal.robot import timing
 from simtoreal.robot.gate_limits import GateLimits, PoseLimiter, rotation_between, stopping_distance
 from simtoreal.robot.gate_logic import GateLogic
 from simtoreal.robot.gate_messages import TARGET, Request
@@ -183,12 +185,15 @@ MS = 1_000_000
 class Rig:
     """The gate's logic with an arm that follows its commands exactly."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, limits: GateLimits = LIMITS, require_estop: bool = False) -> None:
         config = load_robot_config()
         embodiment = panda_embodiment()
         self.kinematics = Kinematics(embodiment)
         self.names = list(config.joint_names)
-        self.logic = GateLogic(config, LIMITS, JointGuard(self.kinematics, LIMITS), DT, embodiment.control_period_s)
+        self.logic = GateLogic(
+            config, limits, JointGuard(self.kinematics, limits), DT, embodiment.control_period_s,
+            require_estop=require_estop,
+        )  # fmt: skip
         self.now = 10_000 * MS
         self.joints = np.array(HOME_RAD)
         position, quaternion = self.kinematics.forward(self.joints)
@@ -410,7 +415,91 @@ def test_arming_waits_for_an_emergency_stop_where_one_is_needed() -> None:
     rig.logic.on_missing_estop("nobody publishes /estop")
     assert "nobody publishes" in rig.logic.arm(1, rig.now)
     rig.logic.on_missing_estop("")
+    rig.logic.on_estop(False)
     assert rig.logic.arm(1, rig.now) == ""
+
+
+def test_a_button_that_may_still_be_pressed_is_waited_for() -> None:
+    rig = Rig(require_estop=True)
+    rig.tick()
+    assert "/estop has a publisher, but it has not said" in rig.logic.arm(1, rig.now)  # the gate was restarted
+    rig.logic.on_estop(True)
+    rig.logic.on_estop(False)
+    assert "emergency stop pressed" in rig.logic.arm(1, rig.now)
+    assert rig.logic.rearm(rig.now)[0]
+    rig.move()
+    # The button vanishes while the arm moves; when its node is back, nobody knows what it will say.
+    rig.logic.on_missing_estop("nobody publishes /estop")
+    rig.tick(20)
+    assert (rig.logic.state, rig.logic.kind, rig.logic.at_rest) == ("stopped", "estop_missing", True)
+    rig.logic.on_missing_estop("")
+    assert "has not said" in rig.logic.arm(2, rig.now)
+    rig.logic.on_estop(False)
+    assert rig.logic.arm(2, rig.now) == ""
+
+
+def test_speeds_that_are_not_measured_are_no_fault() -> None:
+    rig = Rig()
+    now = rig.now
+    rig.logic.on_joint_state(rig.names, rig.joints.tolist(), [np.nan] * 7, now, now)
+    assert rig.logic.arm(1, now) == ""
+    rig.logic.on_joint_state(rig.names, rig.joints.tolist(), [np.nan, 5.0, *[np.nan] * 5], now + 1, now)
+    assert "moves at 5.00 rad/s" in rig.logic.reason  # those that are measured are looked at
+    assert rig.logic.faults == {"joint_limit": 1}
+
+
+def test_the_end_of_an_episode_is_no_fault() -> None:
+    rig = Rig()
+    rig.move()
+    rig.logic.rest("the episode is over")
+    rig.tick(200)
+    assert rig.logic.at_rest
+    assert (rig.logic.state, rig.logic.kind, rig.logic.faults) == ("stopped", "", {})
+    assert rig.logic.arm(2, rig.now) == ""
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"max_speed_m_s": 0.25, "max_step_m": 0.03}, {"max_speed_m_s": 0.08}, {"max_step_m": 0.005},
+     {"max_acceleration_m_s2": 0.5}, {"max_turn_rate_rad_s": 0.1, "max_step_rad": 0.01}],
+)  # fmt: skip
+def test_homing_and_full_speed_of_the_policy_work_with_slower_limits(changes: dict[str, float]) -> None:
+    pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra 'ros')")
+    from simtoreal.robot.homing import path_home
+    from simtoreal.robot.ros2_env import Ros2Env
+
+    embodiment = panda_embodiment()
+    limits = dataclasses.replace(LIMITS, **changes)
+    rig = Rig(limits=limits)
+    turned = rotation.quaternion_multiply(rotation.from_rotation_vector(np.array([0, 0, 0.3])), DOWN)
+    rig.joints = rig.kinematics.solve_ik(np.array([0.4, 0.25, 0.05]), turned)
+    rig.tick()
+    assert rig.logic.arm(1, rig.now) == ""
+
+    def command(target: np.ndarray) -> None:
+        rig.target = target.copy()
+        rig.send()
+        rig.tick(6)
+        assert rig.logic.state == "armed", rig.logic.reason
+
+    for target in path_home(rig.joints, rig.kinematics, embodiment, limits):
+        command(target)
+    assert np.abs(rig.joints - HOME_RAD).max() < 0.15  # Ros2Env refuses to begin further away
+    env = Ros2Env.__new__(Ros2Env)  # only what the target depends on: no graph is needed
+    env.embodiment, env.config = embodiment, dataclasses.replace(load_robot_config(), limits=limits)
+    target = rig.target.copy()
+    for step in range(90):
+        direction = 1.0 if step // 30 % 2 == 0 else -1.0
+        turning = 1.0 if step // 10 % 2 == 0 else -1.0
+        target = env._next_target(target, np.array([0, direction, 0, 0, 0, turning, 1], dtype=np.float32))
+        command(target)
+    assert rig.logic.limited or not changes
+
+
+def test_the_default_limits_allow_every_action() -> None:
+    embodiment = panda_embodiment()
+    largest_m, _ = LIMITS.target_step(embodiment.control_period_s)
+    assert np.linalg.norm(embodiment.action.limits[:3]) <= largest_m
 
 
 def test_limits_come_from_the_robot_yaml(tmp_path: Path) -> None:
@@ -446,12 +535,12 @@ class Publisher:
 
     def publish(self, message: Any) -> None:
         self.positions.append(np.array(message.points[0].positions))
+        # "Begin now": a stamp would be of before the inverse kinematics, and a point in the past is refused.
+        assert (message.header.stamp.sec, message.header.stamp.nanosec) == (0, 0)
 
 
 def test_joint_trajectories_never_move_faster_than_the_joints_may() -> None:
     pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra 'ros')")
-    from builtin_interfaces.msg import Time
-
     from simtoreal.envs.panda import JOINT_VELOCITY_LIMIT_RAD_S
     from simtoreal.robot.joint_commands import JointCommands
 
@@ -460,12 +549,12 @@ def test_joint_trajectories_never_move_faster_than_the_joints_may() -> None:
     commands.restart(home)
     position, quaternion = kinematics.forward(home)
     near, far = position + [0.0, 0.03, 0.0], position + [0.0, 0.3, 0.0]
-    assert commands.publish(near, quaternion, Time()) == ""
+    assert commands.publish(near, quaternion) == ""
     assert np.abs(publisher.positions[0] - home).max() > 0.01
     for _ in range(10):
-        assert commands.publish(near, quaternion, Time()) == ""
+        assert commands.publish(near, quaternion) == ""
     assert np.allclose(kinematics.forward(publisher.positions[-1])[0], near, atol=2e-4)
-    assert "jumps" in commands.publish(far, quaternion, Time())
+    assert "jumps" in commands.publish(far, quaternion)
     steps = np.abs(np.diff([home, *publisher.positions], axis=0))
     assert (steps <= 1.2 * DT * np.array(JOINT_VELOCITY_LIMIT_RAD_S) * (1 + 1e-9)).all()
     assert (steps[-1] == 0).all()
@@ -503,6 +592,23 @@ def test_an_old_camera_image_holds() -> None:
     rig.logic.on_target(Request(TARGET, 0, rig.now, 1, rig.now - 400 * MS, tuple(rig.target.tolist())), rig.now)
     assert rig.logic.state == "hold"
     assert "camera" in rig.logic.reason
+
+
+def test_an_image_from_the_future_does_not_keep_its_camera_fresh() -> None:
+    rig = Rig()
+    rig.move()
+    rig.logic.on_target(Request(TARGET, 0, rig.now, 1, rig.now + 10**12, tuple(rig.target.tolist())), rig.now)
+    assert rig.logic.state == "hold"
+    assert "1000000 ms in the future" in rig.logic.reason
+
+
+def test_periods_are_counted_beyond_those_that_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "HISTORY", 10)
+    clock = timing.PeriodicClock(1e-6, spin_s=0.0)
+    for _ in range(25):
+        clock.wait()
+    summary = clock.summary()
+    assert (summary.periods, sum(summary.histogram["counts"])) == (25, 10)
 
 
 def test_joints_are_kept_away_from_their_limits() -> None:

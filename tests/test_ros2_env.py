@@ -18,6 +18,7 @@ from simtoreal.envs import load_task, panda_embodiment, rotation
 from simtoreal.envs.errors import ActionError, ConfigError, RobotError, SafetyError, StaleObservationError
 from simtoreal.envs.rollout import Listener, rollout
 from simtoreal.robot import inputs, ros2_env, twin_client
+from simtoreal.robot.gate_limits import MotionLimits
 from simtoreal.robot.homing import HOMING_SPEED_M_S, path_home
 from simtoreal.robot.images import decode_image, fit_image
 from simtoreal.robot.inputs import JointStates
@@ -107,14 +108,15 @@ def test_an_arm_in_the_scene_rises_before_it_goes_home() -> None:
     low, down = np.array([0.6, 0.2, 0.05]), np.array([0.0, 1.0, 0.0, 0.0])
     joints = kinematics.solve_ik(low, down)
     begin, home = kinematics.forward(joints)[0], kinematics.forward(HOME)[0]
-    path = np.array(path_home(joints, kinematics, EMBODIMENT))
+    path = np.array(path_home(joints, kinematics, EMBODIMENT, MotionLimits()))
     moved_aside = np.linalg.norm(path[:, :2] - begin[:2], axis=1) > 1e-9
     assert (path[moved_aside, 2] >= home[2] - 1e-9).all()
     assert (np.diff(path[~moved_aside, 2]) > 0).all()
     assert (~moved_aside).sum() > 10
     np.testing.assert_allclose(path[-1, :3], home)
     assert (path[:, 9] == 1.0).all()
-    np.testing.assert_allclose(path_home(HOME, kinematics, EMBODIMENT)[0][:3], home, atol=1e-9)
+    stays = path_home(HOME, kinematics, EMBODIMENT, MotionLimits())
+    np.testing.assert_allclose(stays[0][:3], home, atol=1e-9)
 
 
 def test_an_operator_who_does_not_agree_stops_the_arm(make, robot) -> None:
@@ -192,7 +194,9 @@ def test_an_input_that_stalls_before_the_first_observation_is_waited_for(make, r
     assert next(stalls, None) is None
     # And what is silent for good is said.
     env._align_clock = lambda: (align(), robot.silent.add("joint_states"), time.sleep(config.staleness.camera_s + 0.1))
-    with pytest.raises(StaleObservationError, match=r"not ready after 3 s.*joint_states"):
+    with pytest.raises(
+        StaleObservationError, match=r"not ready after 3 s.*joint_states.*ROS_DOMAIN_ID \d+ \(discovery LOCALHOST\)"
+    ):
         env.reset(seed=0)
 
 
@@ -339,6 +343,19 @@ def test_a_frozen_camera_is_noticed_while_the_arm_moves(make, robot) -> None:
     assert "frozen" in info["sim_fault"]
 
 
+def test_a_frozen_camera_is_noticed_while_the_arm_moves_slowly(make, robot) -> None:
+    env = make()
+    env.reset(seed=0)
+    robot.frozen |= {"front", "wrist"}
+    slowly = np.array([0, 0.2, 0, 0, 0, 0, 1], dtype=np.float32)  # 0.08 m/s
+    for _ in range(80):
+        _, _, _, truncated, info = env.step(slowly)
+        if truncated:
+            break
+    assert truncated
+    assert "frozen" in info["sim_fault"]
+
+
 def test_an_arm_that_came_to_rest_unseen_is_no_frozen_camera(make, robot, config) -> None:
     # Pictures change again as soon as a person has agreed to the motion.
     env = make(operator=lambda text: robot.frozen.clear())
@@ -350,6 +367,27 @@ def test_an_arm_that_came_to_rest_unseen_is_no_frozen_camera(make, robot, config
     time.sleep(2 * config.staleness.frozen_frames / EMBODIMENT.control_hz)
     env.reset(seed=1)
     assert not env.step(STILL)[4]["robot_fault"]
+
+
+def test_slower_limits_slow_the_target_and_what_is_recorded_of_an_operator(make, robot, config) -> None:
+    from simtoreal.data_collection.teleop_hub import InputHub
+    from simtoreal.robot.teleop_env import TeleopRos2Env
+
+    slow = dataclasses.replace(config, limits=MotionLimits(max_speed_m_s=0.1))
+    hub = InputHub([], EMBODIMENT)
+    env = TeleopRos2Env(
+        load_task("pick_place"), embodiment=EMBODIMENT, config=slow, gate=robot, operator=lambda text: None, hub=hub
+    )
+    try:
+        before = env.reset(seed=0)[1]["target"]
+        env.reactive = False
+        info = env.step(FORWARD)[4]  # 1 cm: 0.2 m/s
+    finally:
+        env.close()
+        hub.close()
+    np.testing.assert_allclose(info["target"] - before, [0.005, *[0] * 9], atol=1e-9)
+    np.testing.assert_array_equal(robot.targets[-1][0], info["target"])
+    np.testing.assert_allclose(info["executed_action"], [0.25, 0, 0, 0, 0, 0, 1], atol=1e-6)
 
 
 def test_the_gate_ends_the_episode(make, robot) -> None:
