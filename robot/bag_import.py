@@ -64,6 +64,7 @@ class Description:
 class _Episode:
     """What the marks say about an episode; times by the system clock of the recorder.
 
+    Its motion ends at ``over_ns`` (0: at ``end_ns``), and a person may judge it later.
     ``described`` is all that was known about an episode that an export wrote (:mod:`simtoreal.robot.bag_export`).
     """
 
@@ -71,6 +72,7 @@ class _Episode:
     seed: int
     begin_ns: int
     end_ns: int = 0
+    over_ns: int = 0
     described: dict[str, Any] | None = None
     instructions: list[tuple[int, str]] = field(default_factory=list)
     success: bool = False
@@ -212,7 +214,7 @@ class _Rebuilder:
                 if mark["event"] == "begin":
                     if running is not None:
                         # The run was restarted, or episodes follow each other at once.
-                        running.end_ns = running.end_ns or message.arrived_ns
+                        running.end_ns = running.end_ns or running.over_ns or message.arrived_ns
                         yield running
                     self._forget_before(message.arrived_ns - HISTORY_NS)
                     running = _Episode(int(mark["episode"]), int(mark["seed"]), message.arrived_ns)
@@ -228,7 +230,9 @@ class _Rebuilder:
             running = self._unmarked(unmarked_success)
         if running is not None:
             # An episode that the recording does not see the end of lasts as long as its sensors were recorded.
-            running.end_ns = running.end_ns or max(running.begin_ns, int(self.joints.times().max(initial=0)))
+            running.end_ns = (
+                running.end_ns or running.over_ns or max(running.begin_ns, int(self.joints.times().max(initial=0)))
+            )
             yield running
 
     def _understood(self, messages: Iterator[Message]) -> Iterator[Message]:
@@ -381,8 +385,10 @@ def _parse_mark(text: str) -> dict[str, Any]:
 def _apply(mark: dict[str, Any], at_ns: int, episode: _Episode) -> None:
     if mark["event"] == "instruction":
         episode.instructions.append((at_ns, str(mark["instruction"])))
+    elif mark["event"] == "over":
+        episode.over_ns = at_ns
     elif mark["event"] == "end":
-        episode.end_ns = at_ns
+        episode.end_ns = episode.over_ns or at_ns
         episode.success = bool(mark["success"])
         episode.failure = str(mark["failure"])
         episode.milestones = {str(name): bool(reached) for name, reached in mark["milestones"].items()}

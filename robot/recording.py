@@ -79,6 +79,7 @@ class RunRecorder(Listener):
         self.path = path
         self.messages = 0
         self._problem = ""
+        self._finished = False
         description = {
             "embodiment": json.dumps(embodiment.to_dict()),
             "robot": json.dumps(dataclasses.asdict(robot)),
@@ -100,10 +101,12 @@ class RunRecorder(Listener):
     def problem(self) -> str:
         """Why recording has stopped early (disk full, recorder killed), or an empty text. Cheap enough per step."""
         if not self._problem:
+            # Asked before its last words are read, so that these count and not its end.
+            alive = self._process.is_alive()
             with contextlib.suppress(EOFError, OSError):
                 while self._link.poll():
                     self._take(self._link.recv())
-            if not self._problem and not self._process.is_alive():
+            if not self._problem and not self._finished and not alive:
                 self._problem = f"the recorder ended with exit status {self._process.exitcode}"
         return self._problem
 
@@ -111,7 +114,8 @@ class RunRecorder(Listener):
         """Note an event with its time in the recording; never waits and never fails the run.
 
         Args:
-            event: ``begin``, ``instruction`` or ``end`` of an episode, or anything of your own.
+            event: ``begin``, ``instruction`` or ``end`` of an episode; ``over`` where its motion ends before it is
+                judged; or anything of your own.
             content: JSON-compatible.
         """
         with contextlib.suppress(OSError):
@@ -123,7 +127,16 @@ class RunRecorder(Listener):
         self.mark("begin", episode=episode, seed=seed, instruction=self._instruction)
 
     def on_step(self, step: Step) -> None:
-        """See :class:`~simtoreal.envs.rollout.Listener`."""
+        """See :class:`~simtoreal.envs.rollout.Listener`.
+
+        Raises:
+            RobotError: recording has stopped. The run ends here, rather than going on unrecorded.
+        """
+        if self.problem:
+            raise RobotError(
+                f"{self.path} is not recorded any more: {self.problem}. What was recorded before is intact, and the "
+                "running episode is not counted. Mend that and run the same command again, which continues"
+            )
         instruction = str(step.info["instruction"][0]) if "instruction" in step.info else self._instruction
         if instruction != self._instruction:
             self._instruction = instruction
@@ -146,7 +159,7 @@ class RunRecorder(Listener):
         Raises:
             RobotError: recording had stopped early; what was written until then is intact.
         """
-        if self._process.is_alive() and not self.problem:
+        if not self.problem and not self._finished:
             with contextlib.suppress(OSError):
                 self._link.send(None)
             with contextlib.suppress(RobotError):
@@ -178,7 +191,7 @@ class RunRecorder(Listener):
         if kind == "failed":
             self._problem = str(content)
         elif kind == "finished":
-            self.messages = int(content)
+            self.messages, self._finished = int(content), True
         return kind
 
     def __enter__(self) -> Self:

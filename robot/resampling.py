@@ -10,7 +10,7 @@ import numpy as np
 from simtoreal.envs import rotation
 from simtoreal.envs.errors import DatasetError
 
-# Stamps further than this from their arrival belong to another computer's clock.
+# Stamps further than this before their arrival belong to another computer's clock; a delay this long is none.
 CLOCK_OFFSET_NS = 500_000_000
 
 
@@ -45,13 +45,15 @@ class Track:
     def times(self) -> np.ndarray:
         """Return the stamps ``(N,)`` int64 in the recorder's clock.
 
-        A sender on another computer has another clock; the least delay seen then counts as zero.
+        A sender on another computer has another clock; the least delay seen then counts as zero. Stamps after their
+        arrival show it for sure. A clock that is behind by less than ``CLOCK_OFFSET_NS`` looks like a delay, and is
+        taken for one.
         """
         stamps = np.array(self.stamps_ns, dtype=np.int64)
         if not len(stamps):
             return stamps
         least = int((np.array(self.arrived_ns, dtype=np.int64) - stamps).min())
-        return stamps + least if abs(least) > CLOCK_OFFSET_NS else stamps
+        return stamps + least if least < 0 or least > CLOCK_OFFSET_NS else stamps
 
     def newest(self, ticks_ns: np.ndarray, max_age_s: float) -> list[Any]:
         """Return, per tick, the newest value stamped at or before it.
