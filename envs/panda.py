@@ -83,6 +83,8 @@ FRONT_POSITION_M = (1.06, 0.0, 0.52)
 FRONT_LOOKS_AT_M = (0.47, 0.0, 0.04)
 WRIST_POSITION_M = (0.075, 0.0, 0.03)
 WRIST_LOOKS_AT_M = (0.028, 0.0, 0.115)
+# OpenGL draws no larger ones everywhere.
+MAX_IMAGE_SIZE = 4096
 
 
 def panda_cameras(image_size: int = 64) -> tuple[CameraSpec, ...]:
@@ -120,9 +122,12 @@ def panda_embodiment(
         render_profile: ``fast`` or ``high``.
 
     Raises:
-        ConfigError: unknown camera.
+        ConfigError: unknown camera, or images that cannot be drawn.
     """
     from simtoreal.envs.errors import ConfigError, closest
+
+    if not 1 <= image_size <= MAX_IMAGE_SIZE:
+        raise ConfigError(f"image size {image_size} is not possible; expected 1 to {MAX_IMAGE_SIZE} pixels")
 
     available = {camera.name: camera for camera in panda_cameras(image_size)}
     for name in cameras:

@@ -27,7 +27,7 @@ from simtoreal.robot.gate_limits import GateLimits
 from simtoreal.robot.gate_messages import GateStatus
 from simtoreal.robot.gate_rearm import RearmingGate
 from simtoreal.robot.timing import TimingSummary
-from simtoreal.robot.topics import RobotConfig
+from simtoreal.robot.topics import RobotConfig, check_ros_environment
 
 # Real-time priority of the control loop, where the system allows it; below the gate's.
 CONTROL_PRIORITY = 10
@@ -47,7 +47,11 @@ def join_graph(robot: Literal["twin", "ros"]) -> None:
     machine, because it answers to the topics of the real arm: whoever exports the domain of one must not move it by
     testing on a twin, and two deployments must not move each other's twins. Only a domain that the environment limits
     to this machine (``ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST``) is used for a twin too.
+
+    Raises:
+        ConfigError: one of these variables is not valid.
     """
+    check_ros_environment()
     named = os.environ.get("ROS_DOMAIN_ID")
     if robot == "ros" or (named and os.environ.get("ROS_AUTOMATIC_DISCOVERY_RANGE") == "LOCALHOST"):
         return
@@ -167,7 +171,7 @@ def guarded_robot(
 
 
 class JudgedByOperator(gym.Wrapper):  # type: ignore[misc]
-    """Asks a person at the end of every episode whether it succeeded: a real robot has no other judge.
+    """Asks a person at the end of every episode without a fault whether it succeeded: a real robot has no other judge.
 
     Args:
         env: ``Ros2Env``.
@@ -181,7 +185,8 @@ class JudgedByOperator(gym.Wrapper):  # type: ignore[misc]
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """See the wrapped environment; ``info["success"]`` of the last step is the judgement."""
         observation, reward, terminated, truncated, info = self.env.step(action)
-        if terminated or truncated:
+        # What a fault ended has failed, whatever it looks like.
+        if (terminated or truncated) and not info["sim_fault"]:
             info = {**info, "success": self._judge()}
         return observation, float(reward), terminated, truncated, info
 

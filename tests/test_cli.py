@@ -324,10 +324,13 @@ def test_view_films_the_expert(tmp_path, capsys):
         (["lift", "--camera", "frnt"], "Did you mean 'front'?"),
         (["lift", "--output", "picture.bmp"], "ends in .png or .mp4"),
         (["lift", "--seed", "-1"], "--seed is -1"),
+        (["lift", "--output", "file/x.png"], "file/x.png: cannot be written"),
+        (["lift", "--output", "/proc/x.mp4"], "/proc/x.mp4: writing failed"),
     ],
 )
 def test_view_explains_what_is_wrong(tmp_path, monkeypatch, capsys, arguments, expected):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
     assert exit_status(monkeypatch, "view", *arguments) == 2
     assert expected in capsys.readouterr().err
 
@@ -355,6 +358,18 @@ def test_doctor_reports_a_broken_ros_as_optional_with_its_fix(monkeypatch):
     assert finding.state == doctor.WARNING
     assert "rclpy" in finding.found
     assert "simtoreal[ros]" in finding.fix
+
+
+def test_doctor_says_what_nobody_can_find(monkeypatch):
+    monkeypatch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "OFF")
+    finding = doctor.check_ros()
+    assert (finding.state, finding.fix) == (doctor.WARNING, "export ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST")
+    assert "no node finds another" in finding.found
+
+
+def test_images_that_cannot_be_drawn_are_refused(monkeypatch, capsys):
+    assert exit_status(monkeypatch, "twin", "--image-size", "100000") == 2
+    assert "image size 100000 is not possible; expected 1 to 4096 pixels" in capsys.readouterr().err
 
 
 def test_doctor_wants_room_on_the_disk(monkeypatch, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -11,18 +12,24 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra 'ros')")
 
+from simtoreal.commands import deploy, doctor
 from simtoreal.commands.deploy import Config, main
+from simtoreal.data_collection.dataset import Dataset
 from simtoreal.envs import load_task, panda_embodiment
 from simtoreal.envs.errors import ActionError, CheckpointError, ConfigError, RobotError, SafetyError
-from simtoreal.evaluation.results import load_evaluation
-from simtoreal.robot.deployment import join_graph, running_twin
+from simtoreal.evaluation.results import load_evaluation, read_episodes
+from simtoreal.robot.bag_import import import_recording, read_description
+from simtoreal.robot.deployment import JudgedByOperator, join_graph, running_twin
+from simtoreal.robot.gate_limits import MotionLimits
 from simtoreal.robot.gate_messages import GateStatus
 from simtoreal.robot.inference import InferenceProcess
 from simtoreal.robot.topics import load_robot_config, start_ros
@@ -242,23 +249,35 @@ def test_a_robot_on_the_graph_needs_an_emergency_stop_and_a_judge(
     tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from rclpy.node import Node
+    from rclpy.qos import DurabilityPolicy, QoSProfile
 
-    monkeypatch.setattr("builtins.input", lambda question: "y")  # the person at the terminal
-    config = Config(
-        output=tmp_path / "run", policy=checkpoint, robot="ros", episodes=1, record=False, videos=0, device="cpu"
-    )
+    def think(question: str) -> str:
+        time.sleep(0.5)  # longer than images stay fresh
+        return "y"
+
+    monkeypatch.setattr("builtins.input", think)  # the person at the terminal
+    config = Config(output=tmp_path / "run", policy=checkpoint, robot="ros", episodes=2, videos=0, device="cpu")
     log = tmp_path / "robot.log"
     with running_twin("reach", panda_embodiment(), "panda_ros2", gap="none", seed=0, log=log):
         with pytest.raises(SafetyError, match="nobody publishes the emergency stop"):
             main(config)
         context = start_ros()
         button, topic = Node("button", context=context, use_global_arguments=False), load_robot_config().topics.estop
-        button.create_publisher(topic.message_class(), topic.name, topic.qos())
+        latched = QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+        button.create_publisher(topic.message_class(), topic.name, latched).publish(topic.message_class()(data=False))
         main(config)
         button.destroy_node()
         context.shutdown()
     results = load_evaluation(config.output).results
-    assert (results["backend"], results["n"], results["successes"]) == ("robot", 1, 1)
+    assert (results["backend"], results["n"], results["successes"]) == ("robot", 2, 2)
+    episodes = read_episodes(config.output)
+    recording = max(config.output.glob("run-*.mcap"))
+    description = read_description(recording)
+    assert description is not None
+    import_recording(recording, tmp_path / "data", description)
+    # What the person thought about is in no episode: that would be ten steps more.
+    for imported, run in zip(Dataset.open(tmp_path / "data").episodes, episodes, strict=True):
+        assert abs(imported.steps - run.steps) <= 5
 
 
 @pytest.mark.realtime
@@ -304,6 +323,65 @@ def test_a_latched_stop_fails_its_episode_but_not_the_evaluation(tmp_path: Path)
     assert all(isinstance(granted, bool) for granted in results["realtime"].values())
 
 
+def test_nobody_is_asked_whether_a_fault_was_a_success() -> None:
+    class Ended(gym.Env[Any, Any]):
+        fault = ""
+
+        def step(self, action: Any) -> Any:
+            return {}, 0.0, False, True, {"success": False, "sim_fault": self.fault}
+
+    def judge() -> bool:
+        asked.append(True)
+        return True
+
+    asked: list[bool] = []
+    env = Ended()
+    assert JudgedByOperator(env, judge).step(None)[4]["success"]
+    env.fault = "gate:estop"
+    assert not JudgedByOperator(env, judge).step(None)[4]["success"]
+    assert asked == [True]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ROS_DOMAIN_ID": "abc"}, "ROS_DOMAIN_ID is 'abc'; expected a whole number from 0 to 232"),
+        ({"ROS_DOMAIN_ID": "233"}, "ROS_DOMAIN_ID is '233'"),
+        ({"ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCAL"}, "Did you mean 'LOCALHOST'"),
+    ],
+)
+def test_a_graph_that_cannot_be_is_refused(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], message: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    for call in (start_ros, lambda: join_graph("ros")):
+        with pytest.raises(ConfigError, match=message):
+            call()
+    assert message.split(";")[0].split("'")[-2] in doctor.check_ros().found
+    assert "unset ROS_DOMAIN_ID" in doctor.check_ros().fix
+
+
+def test_a_policy_runs_on_the_task_it_was_trained_on_even_if_another_has_its_name(tmp_path: Path) -> None:
+    own = dataclasses.replace(load_task("reach"), horizon=7, description="our own reach")
+    inference = SimpleNamespace(description=SimpleNamespace(task=own.to_dict()))
+    task = deploy._trained_task(inference, Config(output=tmp_path, policy=tmp_path))
+    assert task == own
+    assert load_task(deploy._store_task(task, tmp_path / "new")) == own  # what the twin reads
+    blocked = tmp_path / "file"
+    blocked.touch()
+    with pytest.raises(ConfigError, match="cannot be written"):
+        deploy._store_task(task, blocked)
+
+
+def test_another_robot_in_the_same_file_is_another_deployment(tmp_path: Path) -> None:
+    config, task, robot = Config(output=tmp_path, actor="expert", task="reach"), load_task("reach"), load_robot_config()
+    slower = dataclasses.replace(robot, limits=MotionLimits(max_speed_m_s=0.2))
+    settings = [deploy._settings(config, task, each, None) for each in (robot, load_robot_config(), slower)]
+    assert settings[0] == settings[1]
+    assert {key for key in settings[0] if settings[0][key] != settings[2][key]} == {"robot_digest"}
+
+
 def test_a_missing_checkpoint_is_said_clearly(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="nowhere"):
         InferenceProcess(tmp_path / "nowhere")
@@ -316,6 +394,7 @@ def test_a_missing_checkpoint_is_said_clearly(tmp_path: Path) -> None:
         ({"actor": "expert"}, "needs --task"),
         ({"actor": "expert", "task": "reach", "robot": "ros"}, "--robot twin"),
         ({"policy": Path("x"), "episodes": 0}, "expected at least 1"),
+        ({"policy": Path("x"), "robot": "ros", "gap": "hard"}, "--gap belongs to --robot twin"),
     ],
 )
 def test_contradictory_flags_are_refused(tmp_path: Path, arguments: dict, message: str) -> None:

@@ -12,6 +12,12 @@ if TYPE_CHECKING:
     from simtoreal.envs.embodiment import Embodiment
     from simtoreal.envs.task import TaskSpec
     from simtoreal.robot.inference import InferenceProcess
+    from simtoreal.robot.recording import RunRecorder
+    from simtoreal.robot.topics import RobotConfig
+
+DEFAULT_GAP = "standard"
+# In the folder of a deployment: the task that the policy was trained on.
+TASK_FILE = "task.yaml"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +29,7 @@ class Config:
     policy: Path | None = None
     """Training run or checkpoint folder; not needed for the expert."""
     task: str | None = None
-    """Task name or yaml file; default: the task the policy was trained on."""
+    """Task name or yaml file; default: the task the policy was trained on, as it was then."""
     actor: Literal["policy", "expert"] = "policy"
     """Who acts: the policy, or the scripted expert, which reads the twin's truth (a test of the robot side)."""
     robot: Literal["twin", "ros"] = "twin"
@@ -31,8 +37,8 @@ class Config:
     exported together with ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST is used as it is). ros: a robot that is already on
     the ROS 2 graph, in the domain of the environment, with a publisher of the emergency stop topic; a person at the
     terminal arranges the scene before every episode and judges it afterwards."""
-    gap: Literal["none", "standard", "hard"] = "standard"
-    """How far the twin differs from the training simulator; unknown to policy and runtime."""
+    gap: Literal["none", "standard", "hard"] | None = None
+    """How far the twin differs from the training simulator, unknown to policy and runtime; default: standard."""
     episodes: int = 20
     """Number of initial conditions."""
     seed: int = 200_000
@@ -62,6 +68,8 @@ class Config:
             raise ConfigError("--policy is missing: give the folder of a training run, or use --actor expert")
         if self.actor == "expert" and (self.policy is not None or self.task is None or self.robot != "twin"):
             raise ConfigError("--actor expert needs --task and --robot twin (whose truth it reads), and no --policy")
+        if self.robot == "ros" and self.gap is not None:
+            raise ConfigError("--gap belongs to --robot twin; a real robot differs by itself")
 
 
 def main(config: Config) -> None:
@@ -102,6 +110,7 @@ def main(config: Config) -> None:
 
 def _deploy(config: Config, console: Any) -> dict[str, Any]:
     import contextlib
+    import functools
     import os
 
     from simtoreal.envs import load_task, panda_embodiment
@@ -140,22 +149,22 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
         else:
             embodiment = panda_embodiment(config.image_size)
         robot.require_fits(embodiment, config.topics)
-        task_name = config.task or _trained_task(inference, config)
-        task = load_task(Path(task_name) if task_name.endswith((".yaml", ".yml")) else task_name)
-        settings = _settings(config, task, inference)
+        task = load_task(config.task) if config.task else _trained_task(inference, config)
+        settings = _settings(config, task, robot, inference)
         done = _finished(config, settings, seeds)
         if done is not None:
             return done
         guarded = stack.enter_context(
             guarded_robot(
-                robot, embodiment, twin=twin, task=task_name, topics=config.topics, gap=config.gap, seed=config.seed,
-                folder=config.output,
+                robot, embodiment, twin=twin, task=config.task or _store_task(task, config.output),
+                topics=config.topics, gap=config.gap or DEFAULT_GAP, seed=config.seed, folder=config.output,
             )
         )  # fmt: skip
         gate = guarded.gate
         if inference is not None:
             gate.watch(inference.pid)
         actor, listeners = _actor(config, task, embodiment, inference)
+        ask = _ask_for_success
         if config.record:
             recorder = RunRecorder(
                 _next_recording(config.output),
@@ -166,6 +175,7 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
                 operator=settings["label"],
             )
             listeners.append(stack.enter_context(recorder))
+            ask = functools.partial(_ask_for_success, recorder)
         # From here on: this thread and all that are started below (ROS, progress bar). One that is not preferred
         # could be suspended while it holds the interpreter's lock, and the control loop would wait for it.
         granted = stack.enter_context(realtime(CONTROL_PRIORITY))
@@ -186,7 +196,7 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
         stack.callback(leaving)
         faults = GroupedFaults(env, gate)
         results = evaluate(
-            faults if twin else JudgedByOperator(faults, _ask_for_success),
+            faults if twin else JudgedByOperator(faults, ask),
             actor,
             seeds,
             config.output,
@@ -229,10 +239,24 @@ def _next_recording(folder: Path) -> Path:
     return path
 
 
-def _trained_task(inference: InferenceProcess | None, config: Config) -> str:
+def _trained_task(inference: InferenceProcess | None, config: Config) -> TaskSpec:
+    from simtoreal.envs.task_file import parse_task
+
     if inference is None or not inference.description.task:
         raise ConfigError(f"{config.policy} was trained on several tasks; say which one with --task")
-    return str(inference.description.task["name"])
+    return parse_task(inference.description.task, source=str(config.policy))
+
+
+def _store_task(task: TaskSpec, folder: Path) -> str:
+    """Write the task for the twin, which is another process and takes names and files; return the path."""
+    import yaml
+
+    from simtoreal.envs.files import atomic_path, explained_disk_errors
+
+    path = folder / TASK_FILE
+    with explained_disk_errors(path, ConfigError, "Choose another --output."), atomic_path(path) as temporary:
+        temporary.write_text(yaml.safe_dump(task.to_dict(), sort_keys=False), encoding="utf-8")
+    return str(path)
 
 
 def _actor(
@@ -249,8 +273,13 @@ def _actor(
     return actor, [actor]
 
 
-def _settings(config: Config, task: TaskSpec, inference: InferenceProcess | None) -> dict[str, Any]:
+def _settings(config: Config, task: TaskSpec, robot: RobotConfig, inference: InferenceProcess | None) -> dict[str, Any]:
     """What decides the outcome; an interrupted deployment is only continued with the same settings."""
+    import dataclasses
+    import hashlib
+    import json
+
+    described = json.dumps(dataclasses.asdict(robot), sort_keys=True)
     return {
         "task": task.name,
         "label": inference.description.type if inference else "expert",
@@ -258,11 +287,13 @@ def _settings(config: Config, task: TaskSpec, inference: InferenceProcess | None
         "checkpoint": inference.description.digest if inference else None,
         "horizon": task.horizon,
         "backend": "twin" if config.robot == "twin" else "robot",
-        "gap": config.gap if config.robot == "twin" else None,
+        "gap": (config.gap or DEFAULT_GAP) if config.robot == "twin" else None,
         "actor": config.actor,
         "first_seed": config.seed,
         "policy_seed": config.policy_seed,
         "topics": config.topics,
+        # A file of the same name may describe another robot, or other limits, by now.
+        "robot_digest": hashlib.sha256(described.encode()).hexdigest()[:16],
     }
 
 
@@ -279,7 +310,10 @@ def _ask_person(text: str) -> None:
     _ask(f"{text} Press Enter: ")
 
 
-def _ask_for_success() -> bool:
+def _ask_for_success(recorder: RunRecorder | None = None) -> bool:
+    if recorder is not None:
+        # The time that a person takes to judge belongs to no episode.
+        recorder.mark("over")
     while (answer := _ask("Did the robot succeed? [y/n] ")) not in ("y", "n", "yes", "no"):
         continue
     return answer.startswith("y")

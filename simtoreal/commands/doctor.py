@@ -224,7 +224,19 @@ def check_rendering() -> Finding:
 
 def check_ros() -> Finding:
     """ROS 2 delivers a message on this machine."""
-    reach = os.environ.get("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
+    from simtoreal.envs.errors import ConfigError
+    from simtoreal.robot.topics import check_ros_environment
+
+    try:
+        check_ros_environment()
+    except ConfigError as error:
+        fix = "unset ROS_DOMAIN_ID ROS_AUTOMATIC_DISCOVERY_RANGE   # or export valid ones"
+        return Finding(name="ROS 2", state=WARNING, found=str(error), fix=fix)
+    reach = os.environ.get("ROS_AUTOMATIC_DISCOVERY_RANGE") or "LOCALHOST"
+    if reach == "OFF":
+        found = "ROS_AUTOMATIC_DISCOVERY_RANGE is OFF: no node finds another one, not even on this machine"
+        fix = "export ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST"
+        return Finding(name="ROS 2", state=WARNING, found=found, fix=fix)
     works, line = run_script(ROS_SCRIPT, ROS_AUTOMATIC_DISCOVERY_RANGE=reach)
     if works:
         domain = os.environ.get("ROS_DOMAIN_ID", "0")

@@ -45,6 +45,8 @@ def main(config: Config) -> None:
     from rich.console import Console
 
     from simtoreal.envs import load_task, make_env
+    from simtoreal.envs.errors import ConfigError
+    from simtoreal.envs.files import explained_disk_errors
 
     task = load_task(config.task)
     env = make_env(task, observe="state", render_mode="rgb_array")
@@ -53,11 +55,12 @@ def main(config: Config) -> None:
             show(env, config.seed)
             return
         output = config.output or Path("outputs/view") / f"{task.name}.png"
-        if output.suffix == ".png":
-            picture(env, output, config.seed, config.camera)
-            what = f"initial conditions {config.seed} to {config.seed + PICTURE_CONDITIONS - 1} of {task.name}"
-        else:
-            what = film(env, output, config.seed, config.camera)
+        with explained_disk_errors(output, ConfigError, "Choose another --output."):
+            if output.suffix == ".png":
+                picture(env, output, config.seed, config.camera)
+                what = f"initial conditions {config.seed} to {config.seed + PICTURE_CONDITIONS - 1} of {task.name}"
+            else:
+                what = film(env, output, config.seed, config.camera)
         Console().print(f"{what}: {output}", soft_wrap=True, highlight=False)
     finally:
         env.close()
