@@ -1,8 +1,8 @@
 """Group relative policy optimisation over action chunks (GRPO, Shao et al. 2024, §4.1; as in WoVR, 2026, §3.3).
 
 Rollouts from the same initial condition form a group. A rollout's advantage is its return minus the mean return of the
-group, the same for all of its chunks; no value function is learned. A group in which all rollouts earned the same, all
-succeeded or all failed, says nothing and is left out. Every rollout counts alike, however many chunks it took.
+group, the same for all of its chunks; no value function is learned. A group in which all rollouts earned the same, for
+instance because all succeeded, says nothing and is left out. Every rollout counts alike, however many chunks it took.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ from simtoreal.policies.reinforcement_config import GRPOConfig
 
 # Returns closer than this are equal; they are sums of a few rewards in float32.
 EQUAL_RETURNS = 1e-6
+# Graded rewards of rollouts that all fail alike differ by noise only, which must not be blown up to the size of success
+# and failure (one success among sixteen rollouts already deviates by more).
+LEAST_DEVIATION = 0.1
 
 
 def group_advantages(returns: Tensor, groups: Tensor, *, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -25,7 +28,7 @@ def group_advantages(returns: Tensor, groups: Tensor, *, normalize: bool) -> tup
     Args:
         returns: float ``(R,)``.
         groups: int64 ``(R,)``.
-        normalize: divide by the standard deviation (of the population) of the group.
+        normalize: divide by the standard deviation (of the population) of the group, or by 0.1 if that is less.
     """
     _, group = torch.unique(groups, return_inverse=True)
     count = torch.bincount(group).to(returns.dtype)
@@ -36,7 +39,7 @@ def group_advantages(returns: Tensor, groups: Tensor, *, normalize: bool) -> tup
     centred = returns - group_mean(returns)[group]
     deviation = group_mean(centred.square()).sqrt()[group]
     differ = deviation > EQUAL_RETURNS
-    advantages = centred / deviation.clamp_min(EQUAL_RETURNS) if normalize else centred
+    advantages = centred / deviation.clamp_min(LEAST_DEVIATION) if normalize else centred
     return torch.where(differ, advantages, 0.0), differ
 
 

@@ -78,6 +78,12 @@ def test_group_advantages():
 
 
 def test_a_rollout_left_alone_in_its_group_teaches_nothing():
+    # Graded returns that hardly differ are not blown up.
+    close, differ = group_advantages(
+        torch.tensor([0.10, 0.11, 0.10, 0.09]), torch.zeros(4, dtype=torch.int64), normalize=True
+    )
+    assert differ.all()
+    torch.testing.assert_close(close, torch.tensor([0.0, 0.1, 0.0, -0.1]))
     _, differ = group_advantages(torch.tensor([1.0, 1.0, 0.0]), torch.tensor([0, 1, 1]), normalize=True)
     assert differ.tolist() == [False, True, True]
 
