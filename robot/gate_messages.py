@@ -59,7 +59,8 @@ class GateStatus:
 
     Attributes:
         state: ``idle`` (publishes nothing), ``armed`` (moves), ``hold`` (an input is late; braked, resumes by
-            itself), ``stopped`` (a fault; braked, needs :meth:`SafetyGate.begin_episode`) or ``estopped``.
+            itself), ``stopped`` (by a fault or the end of an episode; braked, needs
+            :meth:`SafetyGate.begin_episode`) or ``estopped``.
         latched: whether the re-arm service has to be called before it can be armed again: after an emergency stop,
             and after faults that say that something is wrong with the arm or its surroundings.
         reason: why it is not armed, for people.

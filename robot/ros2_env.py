@@ -174,6 +174,7 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
             arm = self._inputs.wait_until_ready(READY_TIMEOUT_S, after_ns=time.monotonic_ns())
             self._gate.begin_episode(self._episode)
             self._move_home(arm)
+            self._gate.end_episode()
             self._operator(f"Arrange '{self.task.name}' (initial condition {seed}) and step back; the policy starts.")
             self._gate.begin_episode(self._episode)
         self._begin()

@@ -270,6 +270,7 @@ def test_a_robot_on_the_graph_needs_an_emergency_stop_and_a_judge(
         context.shutdown()
     results = load_evaluation(config.output).results
     assert (results["backend"], results["n"], results["successes"]) == ("robot", 2, 2)
+    assert "command_silent_stop" not in results["gate"]["fault_counts"], "a person may take their time"
     episodes = read_episodes(config.output)
     recording = max(config.output.glob("run-*.mcap"))
     description = read_description(recording)
