@@ -19,7 +19,7 @@ import numpy as np
 
 from simtoreal.data_collection.episode import ABORTED, Arrays, EpisodeInfo, embodiment_digest
 from simtoreal.data_collection.exchange import ImportResult, refuse_existing
-from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.data_collection.writer import new_dataset
 from simtoreal.envs import rotation
 from simtoreal.envs.action import action_towards, build_proprio
 from simtoreal.envs.config import build_config
@@ -124,7 +124,7 @@ def import_recording(path: Path, output: Path, description: Description, *, succ
     first = next(finished, None)
     if first is None:
         raise DatasetError(f"{path} shows no episode: {'; '.join(reader.damaged) or 'no robot was recorded'}.")
-    with DatasetWriter(output, description.embodiment, {str(description.task["name"]): description.task}) as writer:
+    with new_dataset(output, description.embodiment, {str(description.task["name"]): description.task}) as writer:
         episode: _Episode | None = first
         while episode is not None:
             try:
@@ -135,8 +135,8 @@ def import_recording(path: Path, output: Path, description: Description, *, succ
             except SimtorealError as error:
                 skipped.append(f"episode {episode.number}: {error}")
             episode = next(finished, None)
-    if not steps:
-        raise DatasetError(f"{path}: no episode could be rebuilt:\n  " + "\n  ".join(skipped))
+        if not steps:
+            raise DatasetError(f"{path}: no episode could be rebuilt:\n  " + "\n  ".join(skipped))
     return ImportResult(
         episodes=len(steps),
         successes=successes,

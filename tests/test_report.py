@@ -116,7 +116,8 @@ def test_the_page_of_a_policy_that_was_filtered_and_improved(tmp_path: Path) -> 
     for shown in (
         "2 of 3", "few base episodes", "How it practised in imagination", "Learned from 28 real episodes",
         "+30 percentage points (95 % interval +10 to +50; p = 0.012",
-        "after is better in simulation with randomization &#39;standard&#39;: after minus before", "after is better on the &#39;standard&#39; twin",
+        "after is better in simulation with randomization &#39;standard&#39;: after minus before",
+        "after is better on the &#39;standard&#39; twin",
         "after: the gap from simulation with randomization &#39;standard&#39; to the &#39;standard&#39; twin",
         "before: the gap from simulation with", "histograms are those of the control",
     ):  # fmt: skip
