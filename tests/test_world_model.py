@@ -393,7 +393,8 @@ def test_an_episode_that_ended_at_once_can_be_held_out(folder, tmp_path):
 
 
 def test_training_on_keeps_the_tokenizer(trained, data, tmp_path):
-    result = train_world_model(RESIDUAL, MOMENT, data, tmp_path, initial=trained.run, device="cpu")
+    part = dataclasses.replace(MOMENT, fine_tune_share=0.3)
+    result = train_world_model(RESIDUAL, part, data, tmp_path, initial=trained.run, device="cpu")
     before, after = (load_world_model(run).model for run in (trained.run, tmp_path))
     assert result.steps == 4  # 30 % of 4 steps, rounded up, twice
     for name, value in before.tokenizer.state_dict().items():
