@@ -50,6 +50,7 @@ TASK = "pick_place"
 TRAINING_SEED, FRESH_SEED, POLICY_SEED, CONDITION_SEED = 2_000_000, 2_100_000, 2_200_000, 2_300_000
 WEAK_SEED, WEAK_ROLLOUTS_SEED = 2_700_000, 2_800_000
 OURS, EAGER = "batched", "eager, one episode after the other"
+STEPWISE = "eager, one episode after the other, step by step"
 # Actions that a policy announces and executes at once.
 EXECUTED = 8
 # Device -> preset -> episodes imagined together, where only the speed is measured.
@@ -158,7 +159,10 @@ def model_settings(preset: str, smoke: bool) -> tuple[WorldModelConfig, WorldMod
 
 
 def measure_speed(loaded: LoadedWorldModel, data: VideoData, batch: int, rounds: int, steps: int) -> dict[str, Any]:
-    """Time imagined and decoded pictures: batched as in the environment, and one episode at a time in float32."""
+    """Time imagined and decoded pictures: batched as in the environment, and one episode at a time in float32.
+
+    The latter in chunks like the former, and in single steps, as an environment does that is not told what comes.
+    """
     model = loaded.model
     episodes = np.resize(np.flatnonzero(data.ends - data.starts > steps), batch)
     contexts = Contexts(model, data, [(int(episode), 0) for episode in episodes])
@@ -168,10 +172,10 @@ def measure_speed(loaded: LoadedWorldModel, data: VideoData, batch: int, rounds:
     )
     half = choose_precision("auto", model.device) == "bf16"
 
-    def imagine(rows: torch.Tensor, enabled: bool) -> None:
+    def imagine(rows: torch.Tensor, enabled: bool, executed: int = EXECUTED) -> None:
         state = contexts.state.rows(rows)
         with torch.inference_mode(), torch.autocast(model.device.type, torch.bfloat16, enabled=enabled):
-            for part in commands[rows].split(EXECUTED, 1):
+            for part in commands[rows].split(executed, 1):
                 state, latents, _ = model.imagine(state, part)
                 # To main memory, as a policy or a person would see them.
                 model.decode(latents.flatten(0, 1)).cpu()
@@ -179,13 +183,14 @@ def measure_speed(loaded: LoadedWorldModel, data: VideoData, batch: int, rounds:
     def ours() -> None:
         imagine(torch.arange(batch), half)
 
-    def eager() -> None:
+    def eager(executed: int) -> None:
         for row in range(min(batch, 2)):
-            imagine(torch.tensor([row]), False)
+            imagine(torch.tensor([row]), False, executed)
 
-    arms: dict[str, Callable[[], None]] = {OURS: ours, EAGER: eager}
+    arms: dict[str, Callable[[], None]] = {OURS: ours, EAGER: lambda: eager(EXECUTED), STEPWISE: lambda: eager(1)}
     seconds = time_rounds(arms, rounds)
-    units = {OURS: float(batch * steps * model.views), EAGER: float(min(batch, 2) * steps * model.views)}
+    one = float(min(batch, 2) * steps * model.views)
+    units = {OURS: float(batch * steps * model.views), EAGER: one, STEPWISE: one}
     headline = speed_headline("imagined and decoded pictures/s", seconds, units, OURS, EAGER)
     return {"headline": headline, "arms": speed_arms(seconds, units)}
 
