@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -18,6 +19,8 @@ from simtoreal.robot.stream_counter import StreamCounter
 CLOCK_DRIFT = 200e-6
 # Less than this is the jitter of stamps, more is a clock being set.
 CLOCK_STEP_NS = 50_000_000
+# Stamps that are remembered: half a minute of images.
+KNOWN_STAMPS = 1000
 FROZEN_FRAMES = 10
 
 
@@ -56,12 +59,14 @@ class StampClock:
     A clock that is set back makes the delay grow, too. What tells it from late messages is that its stamps go back:
     messages of one sender wait in a queue, but do not overtake each other. The offset then moves by as much as the
     delay did, so that what was late before remains late. A step smaller than the time between two messages, or than
-    ``CLOCK_STEP_NS``, cannot be told from lateness, and shows as age until the drift has made up for it.
+    ``CLOCK_STEP_NS``, cannot be told from lateness, and shows as age until the drift has made up for it. A stamp that
+    was seen before is an old message again, as from a driver that is stuck in its buffers, and no step of the clock.
     """
 
     def __init__(self) -> None:
         self._offset_ns = self._delay_ns = self._arrived_ns = self._stamp_ns = 0
         self._started = False
+        self._known: deque[int] = deque(maxlen=KNOWN_STAMPS)
 
     def to_monotonic(self, stamp_ns: int, arrived_ns: int) -> int:
         """Return the monotonic time of ``stamp_ns``, at most ``arrived_ns`` (both nanoseconds)."""
@@ -73,10 +78,12 @@ class StampClock:
             self._started, self._offset_ns = True, delay
         else:
             grown = delay - self._delay_ns
-            moved = grown if stamp_ns < self._stamp_ns and grown > CLOCK_STEP_NS else 0
+            set_back = stamp_ns < self._stamp_ns and grown > CLOCK_STEP_NS and stamp_ns not in self._known
+            moved = grown if set_back else 0
             drift = int(CLOCK_DRIFT * (arrived_ns - self._arrived_ns))
             self._offset_ns = min(delay, self._offset_ns + moved + drift)
         self._delay_ns, self._arrived_ns, self._stamp_ns = delay, arrived_ns, stamp_ns
+        self._known.append(stamp_ns)
         return stamp_ns + self._offset_ns
 
 

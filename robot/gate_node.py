@@ -79,14 +79,15 @@ class GateNode:
         # latched before the gate started by the last only, and the second loses nothing.
         reliable, best_effort = ReliabilityPolicy.RELIABLE, ReliabilityPolicy.BEST_EFFORT
         volatile, latched = DurabilityPolicy.VOLATILE, DurabilityPolicy.TRANSIENT_LOCAL
+        # No warnings about publishers that do not fit one of them; another one hears them.
+        self._estop_events = SubscriptionEventCallbacks(incompatible_qos=lambda event: None)
+        for reliability in (best_effort, reliable):
+            qos = QoSProfile(depth=10, reliability=reliability, durability=volatile)
+            self._subscribe(topics.estop, qos, self._on_estop, self._estop_events)
         # Of latched presses only the newest counts.
-        for reliability, durability, depth in (
-            (best_effort, volatile, 10), (reliable, volatile, 10), (reliable, latched, 1),
-        ):  # fmt: skip
-            qos = QoSProfile(depth=depth, reliability=reliability, durability=durability)
-            # No warnings about publishers that do not fit this one; another one hears them.
-            events = SubscriptionEventCallbacks(incompatible_qos=lambda event: None)
-            self._subscribe(topics.estop, qos, lambda message: self._logic.on_estop(bool(message.data)), events)
+        self._estop_latched = QoSProfile(depth=1, reliability=reliable, durability=latched)
+        self._subscribe(topics.estop, self._estop_latched, self._on_estop, self._estop_events)
+        self._estop_problem = ""
         self._pose = PoseStamped()
         self._pose.header.frame_id = config.base_frame
         self._opening, self._opening_sent = Float64(), -1.0
@@ -146,7 +147,7 @@ class GateNode:
             self._executor.spin_once(timeout_sec=0.0)
         if self._ticks % GRAPH_TICKS == 0:
             self._logic.on_foreign_publishers(self._foreign_publishers())
-            self._logic.on_missing_estop(self._missing_estop())
+            self._look_for_estop()
         command = self._logic.tick(now_ns)
         if command is None:
             self._published_ns = None
@@ -183,7 +184,7 @@ class GateNode:
             self._logic.on_target(request, now_ns)
         elif request.kind == ARM:
             self._logic.on_foreign_publishers(self._foreign_publishers())
-            self._logic.on_missing_estop(self._missing_estop())
+            self._look_for_estop()
             self._logic.arm(request.episode, now_ns)
         elif request.kind == CLOSE:
             self._closing = True
@@ -241,6 +242,20 @@ class GateNode:
         self._logic.on_foreign_publishers(self._foreign_publishers())
         response.success, response.message = self._logic.rearm(time.monotonic_ns())
         return response
+
+    def _on_estop(self, message: Any) -> None:
+        self._logic.on_estop(bool(message.data))
+
+    def _look_for_estop(self) -> None:
+        problem = self._missing_estop()
+        if self._estop_problem and not problem:
+            # The same button after an interruption of the network: what it latched was delivered once, and is
+            # delivered again to a new subscription only.
+            subscription, *_ = self._inputs.pop()
+            self._node.destroy_subscription(subscription)
+            self._subscribe(self._config.topics.estop, self._estop_latched, self._on_estop, self._estop_events)
+        self._estop_problem = problem
+        self._logic.on_missing_estop(problem)
 
     def _missing_estop(self) -> str:
         topic = self._config.topics.estop

@@ -12,7 +12,7 @@ import numpy as np
 
 from simtoreal.envs.embodiment import CameraSpec, Embodiment
 from simtoreal.envs.errors import RobotError, StaleObservationError
-from simtoreal.robot.camera import StampClock
+from simtoreal.robot.camera import FrozenCameraError, StampClock
 from simtoreal.robot.images import fit_image
 from simtoreal.robot.stream_counter import FrameCounts, StreamCounter
 from simtoreal.robot.topics import RobotConfig, Topic, ros_graph, start_ros
@@ -25,6 +25,8 @@ ARM_SENSORS = ("joint_states", "gripper")
 # Sum of absolute joint motion since an image last changed that must have changed what the camera sees: some
 # centimetres, as images may have few pixels.
 MOVED_RAD = 0.2
+# Less than this from one reading to the next is rest; at 0.05 m/s it is about three times as much.
+RESTING_RAD = 0.002
 # Encoders overshoot limits by little; degrees or millimetres overshoot by a lot.
 JOINT_MARGIN_RAD = 0.15
 FINGER_MARGIN = 0.25
@@ -117,7 +119,20 @@ class _Unchanged:
 
     first: int
     joint_positions_rad: np.ndarray
+    newest_rad: np.ndarray
     moved: bool = False
+    frozen: bool = False
+
+    def suspicious(self, joint_positions_rad: np.ndarray) -> bool:
+        """Whether the next image has to be another one, now that the arm is at ``joint_positions_rad``.
+
+        An arm that has left the picture and rests excuses an image that does not change. One that rests because the
+        camera was found frozen does not.
+        """
+        resting = float(np.abs(joint_positions_rad - self.newest_rad).sum()) < RESTING_RAD
+        self.newest_rad = joint_positions_rad
+        self.moved |= float(np.abs(joint_positions_rad - self.joint_positions_rad).sum()) > MOVED_RAD
+        return self.moved and (self.frozen or not resting)
 
 
 @dataclass(frozen=True)
@@ -272,14 +287,17 @@ class RobotInputs:
         images, captured, received = {}, {}, {}
         oldest = time.monotonic_ns()
         for name, (spec, camera) in self.cameras.items():
-            since = self._unchanged.get(name)
-            frame = camera.read(self.config.staleness.camera_s, moving=since is not None and since.moved)
+            since, joints = self._unchanged.get(name), arm.joint_positions_rad
+            suspicious = since is not None and since.suspicious(joints)
+            try:
+                frame = camera.read(self.config.staleness.camera_s, moving=suspicious)
+            except FrozenCameraError:
+                if since is not None:
+                    since.frozen = True
+                raise
             first = frame.sequence - frame.identical
             if since is None or since.first != first:
-                self._unchanged[name] = _Unchanged(first, arm.joint_positions_rad)
-            elif float(np.abs(arm.joint_positions_rad - since.joint_positions_rad).sum()) > MOVED_RAD:
-                # Also when the arm rests later, as it does for a frozen camera: the image has to change.
-                since.moved = True
+                self._unchanged[name] = _Unchanged(first, joints, joints)
             if frame.receive_ns < after_ns:
                 raise StaleObservationError(f"camera '{name}' has delivered no image yet")
             self._check_size(spec, frame.image)

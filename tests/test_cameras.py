@@ -119,7 +119,8 @@ def test_a_clock_that_is_set_back_changes_no_age_and_a_queue_does_not_look_like_
         # From then on everything waits in a queue; only its growth shows, as a pause.
         arrival = taken + (0 if index < 100 else late_ms) * MS
         set_back = 0 if index < 200 else back_ms
-        ages.append(arrival - clock.to_monotonic(taken + (50_000 - set_back) * MS, arrival))
+        # No two measurements are taken at the same nanosecond.
+        ages.append(arrival - clock.to_monotonic(taken + (50_000 - set_back) * MS + index, arrival))
     assert max(ages[:100]) == 0
     # Late is late, up to the drift allowed to the clocks, before and after the other clock was set.
     np.testing.assert_allclose(np.array(ages[100:]) / MS, late_ms, atol=1.0)
@@ -130,7 +131,18 @@ def test_a_clock_that_is_set_forward_and_corrected_is_followed_at_once():
     for index in range(300):
         arrival = (1_000 + 10 * index) * MS
         ahead = 300 if 100 <= index < 200 else 0
-        assert arrival - clock.to_monotonic(arrival + (5_000 + ahead) * MS, arrival) < MS
+        assert arrival - clock.to_monotonic(arrival + (5_000 + ahead) * MS + index, arrival) < MS
+
+
+@pytest.mark.parametrize("images", [2, 3, 30, 300])
+def test_old_images_that_are_sent_again_and_again_grow_old(images):
+    clock = StampClock()
+    for index in range(30, 900):
+        arrival = (1_000 + 33 * index) * MS
+        newest = images + 29
+        shown = index if index <= newest else 30 + (index - newest - 1) % images
+        age = arrival - clock.to_monotonic((1_000 + 33 * shown) * MS + shown, arrival)
+    assert age >= 33 * (900 - newest - 2) * MS
 
 
 def test_an_image_with_an_old_stamp_that_has_just_come_makes_its_clock_suspect():

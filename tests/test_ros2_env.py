@@ -356,6 +356,16 @@ def test_a_frozen_camera_is_noticed_while_the_arm_moves_slowly(make, robot) -> N
     assert "frozen" in info["sim_fault"]
 
 
+def test_an_arm_that_rests_out_of_the_picture_is_no_frozen_camera(make, robot) -> None:
+    env = make()
+    env.reset(seed=0)
+    robot.frozen |= {"front", "wrist"}
+    for _ in range(8):  # 16 cm, more than what has to change a picture, and less time than ten pictures take
+        assert not env.step(FORWARD)[4]["robot_fault"]
+    for _ in range(40):
+        assert not env.step(STILL)[4]["robot_fault"]
+
+
 def test_an_arm_that_came_to_rest_unseen_is_no_frozen_camera(make, robot, config) -> None:
     # Pictures change again as soon as a person has agreed to the motion.
     env = make(operator=lambda text: robot.frozen.clear())
