@@ -26,7 +26,8 @@ from simtoreal.commands.deploy import Config, main
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.envs import load_task, panda_embodiment
 from simtoreal.envs.errors import ActionError, CheckpointError, ConfigError, RobotError, SafetyError
-from simtoreal.evaluation.results import load_evaluation, read_episodes
+from simtoreal.evaluation.evaluate import check_settings
+from simtoreal.evaluation.results import EvaluationError, load_evaluation, read_episodes
 from simtoreal.robot.bag_import import import_recording, read_description
 from simtoreal.robot.deployment import JudgedByOperator, join_graph, running_twin
 from simtoreal.robot.gate_limits import MotionLimits
@@ -381,6 +382,15 @@ def test_another_robot_in_the_same_file_is_another_deployment(tmp_path: Path) ->
     settings = [deploy._settings(config, task, each, None) for each in (robot, load_robot_config(), slower)]
     assert settings[0] == settings[1]
     assert {key for key in settings[0] if settings[0][key] != settings[2][key]} == {"robot_digest"}
+    assert deploy._as_begun(tmp_path, settings[0]) == settings[0]
+    check_settings(tmp_path, settings[0])
+    with pytest.raises(EvaluationError, match="robot_digest"):
+        check_settings(tmp_path, deploy._as_begun(tmp_path, settings[2]))
+    # An earlier version did not note it.
+    old = {key: value for key, value in settings[0].items() if key != "robot_digest"}
+    (tmp_path / "old").mkdir()
+    check_settings(tmp_path / "old", old)
+    assert deploy._as_begun(tmp_path / "old", settings[0]) == old
 
 
 def test_a_missing_checkpoint_is_said_clearly(tmp_path: Path) -> None:

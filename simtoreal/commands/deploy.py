@@ -150,7 +150,7 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
             embodiment = panda_embodiment(config.image_size)
         robot.require_fits(embodiment, config.topics)
         task = load_task(config.task) if config.task else _trained_task(inference, config)
-        settings = _settings(config, task, robot, inference)
+        settings = _as_begun(config.output, _settings(config, task, robot, inference))
         done = _finished(config, settings, seeds)
         if done is not None:
             return done
@@ -295,6 +295,20 @@ def _settings(config: Config, task: TaskSpec, robot: RobotConfig, inference: Inf
         # A file of the same name may describe another robot, or other limits, by now.
         "robot_digest": hashlib.sha256(described.encode()).hexdigest()[:16],
     }
+
+
+def _as_begun(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without the robot's digest, if the folder was begun by a version that did not note it."""
+    import contextlib
+    import json
+
+    from simtoreal.evaluation.evaluate import SETTINGS_FILE
+
+    # What is missing or damaged is looked into by check_settings.
+    with contextlib.suppress(OSError, ValueError):
+        if "robot_digest" not in json.loads((folder / SETTINGS_FILE).read_text()):
+            return {key: value for key, value in settings.items() if key != "robot_digest"}
+    return settings
 
 
 def _ask(question: str) -> str:
