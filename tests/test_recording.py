@@ -208,25 +208,16 @@ def test_import_rebuilds_the_run_on_the_grid_of_the_control_rate(tmp_path):
     assert (np.diff(arrays["step/timestamp_ns"]) == 50 * MS).all()
 
 
-def test_clock_of_another_computer_does_not_matter(tmp_path):
+@pytest.mark.parametrize("ahead_ms", [300, 3_600_000])
+def test_clock_of_another_computer_does_not_matter(tmp_path, ahead_ms):
     here = write_run(tmp_path / "here.mcap")
-    there = write_run(tmp_path / "there.mcap", robot_clock_ns=3_600_000 * MS)
+    there = write_run(tmp_path / "there.mcap", robot_clock_ns=ahead_ms * MS)
     import_recording(here, tmp_path / "a", described(here))
     import_recording(there, tmp_path / "b", described(there))
     a, b = Dataset.open(tmp_path / "a"), Dataset.open(tmp_path / "b")
     left, right = a.read(a.episodes[0]), b.read(b.episodes[0])
     np.testing.assert_allclose(left["actions"], right["actions"], atol=5e-3)
     # Without a common clock the transport delay of 1 to 2 ms is invisible.
-    np.testing.assert_allclose(left["obs/proprio"], right["obs/proprio"], atol=1e-3)
-
-
-def test_robot_clock_that_is_ahead_by_little_does_not_matter_either(tmp_path):
-    here = write_run(tmp_path / "here.mcap")
-    there = write_run(tmp_path / "there.mcap", robot_clock_ns=300 * MS)
-    import_recording(here, tmp_path / "a", described(here))
-    import_recording(there, tmp_path / "b", described(there))
-    a, b = Dataset.open(tmp_path / "a"), Dataset.open(tmp_path / "b")
-    left, right = a.read(a.episodes[0]), b.read(b.episodes[0])
     np.testing.assert_allclose(left["obs/proprio"], right["obs/proprio"], atol=1e-3)
     # An image of just this tick, which arrives 2 ms later, is not there yet for who does not know the delay.
     counts = [arrays["obs/front_image"][:, 0, 0, 0].astype(int) for arrays in (left, right)]
