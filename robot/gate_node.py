@@ -275,7 +275,11 @@ class GateNode:
     def _foreign_publishers(self) -> str:
         found = []
         for name in (*self._owned, self._config.topics.joint_states.name):
-            others = [info.node_name for info in self._node.get_publishers_info_by_topic(name)]
+            # A publisher can be seen before the name of its node is: that arrives by a topic of its own.
+            others = [
+                info.node_name.replace("_NODE_NAME_UNKNOWN_", "a node that just appeared")
+                for info in self._node.get_publishers_info_by_topic(name)
+            ]
             if name in self._owned:
                 with contextlib.suppress(ValueError):
                     others.remove(self._node.get_name())
