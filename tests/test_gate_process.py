@@ -225,7 +225,9 @@ def test_position_controlled_arms_get_joint_trajectories(arm: ArmNode) -> None:
         drive(gate, 4, target)
         forward = Kinematics(EMBODIMENT).forward
         drive_until(
-            lambda: len(points) > 40 and np.allclose(forward(np.array(points[-1]))[0], target[:3], atol=2e-4), gate, target
+            lambda: len(points) > 40 and np.allclose(forward(np.array(points[-1]))[0], target[:3], atol=2e-4),
+            gate,
+            target,
         )
     finally:
         gate.close()
