@@ -17,7 +17,8 @@ class Randomization:
     """Ranges from which a :class:`Variation` is drawn uniformly at every reset.
 
     Attributes:
-        mass_scale, friction_scale: of free objects.
+        mass_scale: of free objects.
+        friction_scale: of every contact.
         gain_scale: stiffness of the arm's Cartesian actuators.
         latency_steps: control steps between a command and its effect, inclusive.
         camera_offset_m, camera_tilt_deg: magnitude of a displacement and rotation in a random direction.

@@ -271,7 +271,11 @@ class _Rollout:
             if key not in self.history:
                 self.history[key] = np.repeat(value[:, None], steps, axis=1)
             self.history[key][slots] = value[slots][:, None]
-        self.observation = observation
+        # What the others were given last is what they act on, and what is recorded with their action.
+        kept = {key: value.copy() for key, value in (self.observation or observation).items()}
+        for key, value in observation.items():
+            kept[key][slots] = value[slots]
+        self.observation = observation = kept
         for slot in slots:
             self.queues[slot] = _ChunkQueue(self.actor.execute_steps, self.actor.ensembling)
             self.milestones[slot] = {}

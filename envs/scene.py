@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import mujoco
@@ -44,13 +45,18 @@ class ObjectIndex:
     geoms: tuple[int, ...]
 
 
+def timestep_s(period_s: float) -> float:
+    """Return the longest time step (s), ``TIMESTEP_S`` at most, of which a whole number makes a control period."""
+    return period_s / max(1, math.ceil(period_s / TIMESTEP_S - 1e-9))
+
+
 def build_model(task: TaskSpec, embodiment: Embodiment) -> mujoco.MjModel:
     """Compile the scene of ``task`` with the robot and cameras of ``embodiment``."""
     spec = mujoco.MjSpec()
     spec.compiler.degree = False
     spec.modelname = f"simtoreal_{task.name}"
     option = spec.option
-    option.timestep = TIMESTEP_S
+    option.timestep = timestep_s(embodiment.control_period_s)
     option.integrator = mujoco.mjtIntegrator.mjINT_IMPLICITFAST
     option.cone = mujoco.mjtCone.mjCONE_ELLIPTIC
     option.impratio = 10

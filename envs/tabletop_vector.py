@@ -155,6 +155,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         self._faults = np.full(count, "", dtype=object)
         self._noise = [np.random.default_rng(0) for _ in range(count)]
         self._image_noise, self._joint_noise = np.zeros(count), np.zeros(count)
+        self._joint_errors = np.zeros((count, 7))
         self._starts: list[tuple[np.ndarray, bool] | None] = [None] * count
         self._started = False
 
@@ -190,8 +191,11 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         self._reset_slots(slots, self._complete_seeds(seed))
         if state is not None:
             self.set_state(np.asarray(state), mask)
+            self._ended[slots] = False
         self._started = True
-        return self._observe(slots), self._info(self._scene())
+        info = self._info(self._scene())
+        info["task_failed"] = np.zeros(self.num_envs, bool)
+        return self._observe(slots, slots), info
 
     def step(
         self, actions: np.ndarray
@@ -233,10 +237,11 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         truncated = ((self._steps >= self.task.horizon) & ~terminated) | fault
         self._ended = terminated | truncated
         fresh = np.isin(np.arange(self.num_envs), restarted)
+        measured = np.flatnonzero(running | fresh)
         drawn = np.flatnonzero((running & (self.images_wanted | self._ended)) | fresh)
         info = self._info(scene, success)
         info["task_failed"] = failed
-        return self._observe(drawn), (success & ~fault).astype(np.float64), terminated, truncated, info
+        return self._observe(measured, drawn), (success & ~fault).astype(np.float64), terminated, truncated, info
 
     def close(self, **kwargs: Any) -> None:
         """Free the renderer."""
@@ -249,8 +254,9 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
     def get_state(self) -> np.ndarray:
         """Exact state ``(N, D)`` float64: MuJoCo's integration state, target, delayed commands, counters.
 
-        With :meth:`set_state` in an environment of the same task, replay is bit-identical. Drawn variations
-        and noise generators are not part of it; reset with the same seed restores the former.
+        With :meth:`set_state` in an environment of the same task, replay is bit-identical. Drawn variations,
+        noise generators and how a scene moves by itself are not part of it; reset with the same seed restores the
+        former.
         """
         counters = np.stack([self._opening, self._steps, self._hold, self._ended], axis=-1)
         commands = self._commands.reshape(self.num_envs, -1)
@@ -304,6 +310,9 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         given = [None] * self.num_envs if seed is None else list(seed)
         if len(given) != self.num_envs:
             raise ConfigError(f"got {len(given)} seeds for {self.num_envs} simulations")
+        if None not in given:
+            # Episodes that begin by themselves later follow from these seeds, too.
+            self._np_random = np.random.default_rng(given)
         return [int(self.np_random.integers(2**31)) if value is None else int(value) for value in given]
 
     def _reset_slots(self, slots: np.ndarray, seeds: list[int]) -> None:
@@ -441,15 +450,20 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
     def _scene(self) -> SceneView:
         return view_scene(self.fields, self.task, self.objects, self._tcp, self._finger)
 
-    def _observe(self, drawn: np.ndarray) -> dict[str, np.ndarray]:
-        """Build the observation; images are drawn anew for the simulations ``drawn``."""
+    def _observe(self, measured: np.ndarray, drawn: np.ndarray) -> dict[str, np.ndarray]:
+        """Build the observation: joints are measured anew in the simulations ``measured``, images drawn in ``drawn``.
+
+        The others keep their noise, too: an episode must not depend on when its neighbours end.
+        """
         observation: dict[str, np.ndarray] = {}
         if self.observe == "image":
             observation |= self._draw(drawn)
         qpos = self.fields["qpos"]
         joints = qpos[:, :7]
         if self._joint_noise.any():
-            joints = joints + self._joint_noise[:, None] * np.stack([noise.normal(size=7) for noise in self._noise])
+            for slot in measured:
+                self._joint_errors[slot] = self._joint_noise[slot] * self._noise[slot].normal(size=7)
+            joints = joints + self._joint_errors
         matrices = self.fields["site_xmat"][:, self._tcp].reshape(-1, 3, 3)
         observation["proprio"] = build_proprio(
             self.fields["site_xpos"][:, self._tcp], matrices, self._position,

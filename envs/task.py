@@ -54,7 +54,8 @@ class ObjectSpec:
         size_m: dimensions in metres, see ``SHAPE_DIMENSIONS``.
         color: name of ``COLORS``.
         mass_kg: mass of a free object.
-        friction: sliding friction coefficient.
+        friction: sliding friction coefficient. The rougher of two surfaces decides about a contact, and the table has
+            1.0, the fingers 1.5: smaller values count only where two objects touch.
     """
 
     name: str
@@ -84,15 +85,15 @@ class ObjectSpec:
     @property
     def top_m(self) -> float:
         """Height of the supporting surface above the body origin."""
-        if self.shape in ("plate",):
+        if self.shape == "plate":
             return 2 * self.size_m[1]
+        if self.shape in ("socket", "drawer"):
+            return 2 * self.size_m[2]
         return 0.0 if self.shape in ("region", "point") else self.half_height_m
 
     @property
     def height_m(self) -> float:
         """Height of its highest point when it stands on the table."""
-        if self.shape in ("socket", "drawer"):
-            return 2 * self.size_m[2]
         return self.top_m if self.fixed else 2 * self.half_height_m
 
     @property

@@ -39,13 +39,13 @@ class VariedModels:
     def apply(self, slot: int, variation: Variation) -> None:
         """Write a variation into the fields of one simulation; ``batch.set_const`` must follow."""
         physics, looks, model = self.physics, self.looks, self.model
+        # MuJoCo lets the rougher of two surfaces decide: an object's own friction alone would hardly ever count.
+        physics["geom_friction"][slot] = model.geom_friction * variation.friction_scale
         for index, item in enumerate(self.task.objects):
             where = self.objects[item.name]
             if not item.fixed:
                 for name in ("body_mass", "body_inertia"):
                     physics[name][slot, where.body] = getattr(model, name)[where.body] * variation.mass_scale
-                geoms = list(where.geoms)
-                physics["geom_friction"][slot, geoms] = model.geom_friction[geoms] * variation.friction_scale
             for geom in where.geoms:
                 color = model.geom_rgba[geom, :3] + variation.color_offsets[index]
                 looks["geom_rgba"][slot, geom, :3] = np.clip(color, 0.0, 1.0)

@@ -40,12 +40,10 @@ class TwinWorld(TabletopVectorEnv):
         self, task: TaskSpec, embodiment: Embodiment, gap: str, motion: str | SceneMotion | None = None
     ) -> None:
         super().__init__(task, 1, embodiment=embodiment, randomization=load_gap(gap), motion=motion)
-        self.substeps = round(TICK_S / self.model.opt.timestep)
-        if not np.isclose(self.substeps * self.model.opt.timestep, TICK_S):
-            raise ConfigError(f"the tick of {TICK_S} s is no multiple of the timestep {self.model.opt.timestep} s")
         self.ticks_per_control = round(embodiment.control_period_s / TICK_S)
         if not np.isclose(self.ticks_per_control * TICK_S, embodiment.control_period_s):
             raise ConfigError(f"a control rate of {embodiment.control_hz} Hz is no multiple of {TICK_S} s")
+        self.substeps = round(TICK_S / self.model.opt.timestep)
         self.latency = Latency(command_s=0.0, observation_s=0.0)
         self.engaged = False
         self.ticks = 0

@@ -336,7 +336,8 @@ def test_expert_goes_along_with_exactly_what_moved(task: str) -> None:
         followed, happened = np.array(notes[seed]), np.array(moved[seed])
         apart = np.linalg.norm(followed[1:] - happened[:-1], axis=-1)
         # What slides by itself after it was let go is followed too, which is right.
-        assert (apart[np.any(happened[:-1] != 0, axis=-1)] < 2e-4).mean() > 0.97
+        # A peg that is dragged into the wall of its socket does not come all the way.
+        assert (apart[np.any(happened[:-1] != 0, axis=-1)] < 2e-4).mean() > 0.9
         following += int(np.any(happened != 0, axis=-1).sum())
     assert following > 100
 
@@ -397,3 +398,22 @@ def test_training_data_relate_actions_to_the_scene(tmp_path: Path) -> None:
     changed = np.abs(a - b).max(axis=(0, 1))
     assert (changed[[0, 1, 5]] > 0.05).all()
     assert (changed[[2, 3, 4, 6]] == 0).all()
+
+
+def test_a_socket_stands_still_once_the_peg_is_in_it() -> None:
+    class Inside(Listener):
+        moved_inside = 0
+
+        def on_step(self, step: Step) -> None:
+            motion, state = step.info["scene_motion"], step.next_observation["object_state"]
+            moving = np.hypot(motion["socket_vx_m_s"], motion["socket_vy_m_s"]) > 0
+            across = np.linalg.norm(state[:, :2] - state[:, 7:9], axis=-1)
+            below_rim = state[:, 2] - peg.half_height_m < socket.height_m
+            self.moved_inside += int((moving & (across < 0.015) & below_rim).sum())
+
+    env = make_vector_env("insert", 8, observe="state", motion="move")
+    peg, socket = env.task.object("peg"), env.task.object("socket")
+    inside = Inside()
+    results = rollout(env, ScriptedExpert(env.task, env.embodiment), range(16), listeners=[inside])
+    assert sum(result.success for result in results) >= 14
+    assert inside.moved_inside == 0

@@ -14,6 +14,7 @@ from gymnasium.vector import AutoresetMode
 from simtoreal.envs import gym_id, list_tasks, load_task, make_env, make_vector_env, panda_embodiment
 from simtoreal.envs.embodiment import TARGET_NAMES, ActionSpec
 from simtoreal.envs.errors import ActionError, ConfigError, TaskError
+from simtoreal.envs.randomization import Randomization
 from simtoreal.envs.scene_layout import DRAWER_TRAVEL_M
 from simtoreal.envs.tabletop_vector import SUCCESS_HOLD_STEPS
 from simtoreal.envs.task_file import RESERVED_NAMES, parse_task
@@ -336,6 +337,58 @@ def test_randomization_varies_worlds_and_seeds_repeat_them():
     plain, _ = make_vector_env("pick_place", 2).reset(seed=[0, 1])
     assert not np.array_equal(plain["front_image"], first["front_image"])
     assert np.allclose(plain["object_state"], first["object_state"])
+
+
+def test_friction_varies_in_the_contacts():
+    def slide_m(scale: float) -> float:
+        env = make_vector_env("push", 1, observe="state", randomization=Randomization(friction_scale=(scale, scale)))
+        env.reset(seed=[3])
+        still, block = np.zeros((1, 7), np.float32), env.objects["block"]
+        for _ in range(5):
+            env.step(still)
+        start = env.fields["qpos"][0, block.qpos]
+        env.fields["qvel"][0, block.qvel] = 0.6
+        for _ in range(20):
+            env.step(still)
+        return float(env.fields["qpos"][0, block.qpos] - start)
+
+    distances = [slide_m(scale) for scale in (1.2, 1.0, 0.7, 0.5)]
+    assert np.all(np.diff(distances) > 0.001)
+    # Braking by friction alone: distance and friction are inversely proportional.
+    assert distances[3] / distances[1] == pytest.approx(2.0, rel=0.15)
+
+
+def test_a_control_period_is_a_whole_number_of_time_steps():
+    for hz in (10.0, 20.0, 30.0, 60.0, 1000.0):
+        env = make_vector_env(
+            "reach", 1, observe="state", embodiment=dataclasses.replace(panda_embodiment(), control_hz=hz)
+        )
+        env.reset(seed=[0])
+        for _ in range(7):
+            env.step(np.zeros((1, 7), np.float32))
+        assert env.batch.bind("time")[0] == pytest.approx(7 / hz)
+        assert env.model.opt.timestep <= 0.005
+
+
+def test_seeds_of_a_list_also_fix_the_episodes_that_follow():
+    def followers(seeds: list[int]) -> list[int]:
+        env = make_vector_env("reach", 2, observe="state", autoreset_mode=AutoresetMode.NEXT_STEP)
+        env.reset(seed=seeds)
+        env._ended[:] = True
+        return env.step(np.zeros((2, 7), np.float32))[4]["init_id"].tolist()
+
+    assert followers([5, 6]) == followers([5, 6]) != followers([5, 7])
+
+
+def test_an_episode_that_begins_in_the_last_state_of_another_runs():
+    env = make_vector_env("reach", 1, observe="state")
+    _, info = env.reset(seed=[0])
+    assert not info["task_failed"].any()
+    env._ended[:] = True
+    env.reset(seed=[1], options={"init": env.get_state()})
+    before = env.step(np.zeros((1, 7), np.float32))[0]["proprio"]
+    after = env.step(np.array([[0, 0, 1, 0, 0, 0, 1]], np.float32))[0]["proprio"]
+    assert not np.array_equal(before, after)
 
 
 def test_latency_delays_the_effect_of_a_command():
