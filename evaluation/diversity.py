@@ -178,7 +178,7 @@ def evaluate_diversity(
     started, task = time.monotonic(), env.unwrapped.task  # type: ignore[attr-defined]
     behaviors(task)
     settings = {**settings, "kind": "diversity", "contexts": len(contexts), "rollouts": rollouts}
-    check_settings(folder, settings)
+    settings = check_settings(folder, settings)
     done = {(row["context"], row["rollout"]) for row in read_rollouts(folder)}
     wanted = [(seed, number) for seed in contexts for number in range(rollouts)]
     if done - set(wanted):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Collection, Sequence
@@ -14,6 +15,7 @@ from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.files import explained_disk_errors, write_json
 from simtoreal.envs.provenance import provenance
 from simtoreal.envs.rollout import Actor, EpisodeResult, Listener, rollout
+from simtoreal.envs.task import TaskSpec
 from simtoreal.evaluation.outside import OutsideView
 from simtoreal.evaluation.results import (
     RESULTS_FILE,
@@ -27,6 +29,8 @@ from simtoreal.evaluation.videos import EpisodeVideos, list_videos
 # Collection uses seeds from 0 upwards; evaluation starts here, so that no initial condition was ever demonstrated.
 FIRST_SEED = 100_000
 SETTINGS_FILE = "settings.json"
+# Of files that may say something else under the same name by now; earlier versions did not note all of them.
+DIGESTS = {"task_digest": "the task's file was changed", "robot_digest": "the robot's topics or limits were changed"}
 
 
 class _Writer(Listener):
@@ -63,8 +67,18 @@ def check_unseen(seeds: Sequence[int], training_seeds: Collection[int], *, allow
     raise ConfigError(f"{message}. Use --seed {FIRST_SEED}, or --allow-training-seeds to measure memorisation")
 
 
-def check_settings(folder: Path, settings: dict[str, Any]) -> None:
+def task_digest(task: TaskSpec) -> str:
+    """Return a short digest of everything that a task says, to tell tasks of one name apart."""
+    # Not sorted by name: positions are drawn in the order of the objects.
+    return hashlib.sha256(json.dumps(task.to_dict()).encode()).hexdigest()[:16]
+
+
+def check_settings(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     """Remember what decides the outcome of an evaluation, or refuse to continue a different one.
+
+    Returns:
+        The settings to store with the results: without digests that the version that began the folder did not note,
+        since nobody knows them of its episodes.
 
     Raises:
         EvaluationError: the folder holds an evaluation with other settings.
@@ -76,18 +90,24 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
             raise EvaluationError(f"{folder} holds results but no {SETTINGS_FILE}; choose another --output")
         with explained_disk_errors(path, EvaluationError, "Free space and run the same command again."):
             write_json(path, settings)
-        return
+        return settings
     try:
         stored = json.loads(path.read_text())
     except ValueError as error:
         raise EvaluationError(f"{path} is damaged ({error}); choose another --output") from error
+    settings = {key: value for key, value in settings.items() if key not in DIGESTS or key in stored}
     differing = [key for key in {**stored, **settings} if stored.get(key) != settings.get(key)]
     if differing:
-        lines = [f"{key}: {stored.get(key)!r} there, {settings.get(key)!r} now" for key in differing]
+        lines = [
+            f"{key}: {stored.get(key)!r} there, {settings.get(key)!r} now"
+            + (f" ({DIGESTS[key]})" if key in DIGESTS else "")
+            for key in differing
+        ]
         raise EvaluationError(
             f"{folder} holds a different evaluation:\n  " + "\n  ".join(lines) + "\n"
             "Choose another --output, or delete the folder to evaluate again."
         )
+    return settings
 
 
 def evaluate(
@@ -128,7 +148,7 @@ def evaluate(
         EmbodimentMismatchError: the actor was made for another embodiment than ``env``.
     """
     started = time.monotonic()
-    check_settings(folder, settings)
+    settings = check_settings(folder, settings)
     done = {result.seed for result in read_episodes(folder)}
     surplus = done - set(seeds)
     if surplus:

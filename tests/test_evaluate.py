@@ -8,18 +8,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from simtoreal.commands import evaluate as command
 from simtoreal.envs import make_vector_env
 from simtoreal.envs.errors import ConfigError
+from simtoreal.envs.files import write_json
 from simtoreal.envs.rollout import Observation
 from simtoreal.envs.video import read_video
 from simtoreal.evaluation.compare import NOT_DISTINGUISHABLE, compare
-from simtoreal.evaluation.evaluate import check_unseen, evaluate
+from simtoreal.evaluation.evaluate import check_settings, check_unseen, evaluate
 from simtoreal.evaluation.results import EvaluationError, load_evaluation, read_episodes
 
 SETTINGS = {"task": "reach", "label": "approach", "backend": "simulation"}
 SEEDS = range(100_000, 100_010)
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 class Approach:
@@ -117,6 +120,27 @@ def test_another_evaluation_in_the_folder_is_refused(env: object, tmp_path: Path
     (tmp_path / "settings.json").unlink()
     with pytest.raises(EvaluationError, match="no settings"):
         evaluate(env, Approach(), SEEDS[:4], tmp_path, SETTINGS)  # type: ignore[arg-type]
+
+
+def test_a_task_file_that_changed_is_another_evaluation(tmp_path: Path) -> None:
+    content = yaml.safe_load((CONFIGS / "tasks" / "reach.yaml").read_text())
+    file = tmp_path / "reach.yaml"
+
+    def begin(folder: Path, goal: str) -> dict[str, object]:
+        file.write_text(yaml.safe_dump({**content, "goal": goal}, sort_keys=False))
+        config = command.Config(actor="expert", task=str(file), output=folder, num_envs=1, videos=0)
+        env, _, settings, _ = command._prepare(config)
+        env.close()
+        return check_settings(folder, settings)
+
+    settings = begin(tmp_path / "out", content["goal"])
+    assert begin(tmp_path / "out", content["goal"]) == settings
+    with pytest.raises(EvaluationError, match=r"task_digest: .* \(the task's file was changed\)"):
+        begin(tmp_path / "out", "at(tcp, goal, 0.1)")
+    # Earlier versions did not note it, and nobody knows it of their episodes.
+    old = {key: value for key, value in settings.items() if key != "task_digest"}
+    write_json(tmp_path / "old" / "settings.json", old)
+    assert begin(tmp_path / "old", content["goal"]) == old
 
 
 def test_demonstrated_conditions_are_refused() -> None:
