@@ -197,6 +197,14 @@ class Evaluation:
         return str(self.results.get("backend", "simulation"))
 
     @property
+    def world(self) -> str:
+        """Where it took place, e.g. ``"'standard' twin"``, ``"simulation with randomization 'hard'"``."""
+        gap, varied = self.results.get("gap"), self.results.get("randomization") or "none"
+        if gap:
+            return f"'{gap}' {self.backend}"
+        return self.backend if varied == "none" else f"{self.backend} with randomization '{varied}'"
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """Initial conditions, ascending."""
         return tuple(result.seed for result in self.episodes)

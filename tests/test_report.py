@@ -21,8 +21,11 @@ from report_folders import (
 from simtoreal.envs.errors import ConfigError, SimtorealError
 from simtoreal.envs.files import write_json
 from simtoreal.envs.video import read_video, tile, write_video
+from simtoreal.evaluation.compare import compare
 from simtoreal.evaluation.film import film_strip
 from simtoreal.evaluation.report import ReportSources, label_folders, write_report
+from simtoreal.evaluation.report_sections import success
+from simtoreal.evaluation.results import Evaluation, load_evaluation
 
 
 class _Links(html.parser.HTMLParser):
@@ -122,6 +125,44 @@ def test_the_page_of_a_policy_that_was_filtered_and_improved(tmp_path: Path) -> 
         "before: the gap from simulation with", "histograms are those of the control",
     ):  # fmt: skip
         assert shown in text, shown
+
+
+def test_verdicts_are_those_of_compare_and_adjusted_for_all_pairs(tmp_path: Path) -> None:
+    counts = {"a": 40, "b": 34, "c": 38, "d": 39}
+    arms = [load_evaluation(make_evaluation(tmp_path / name, count, 50)) for name, count in counts.items()]
+    pair = compare(arms)["pairs"][0]
+    assert pair["p_value"] < 0.05 < pair["p_adjusted"]
+    first, *others = success(arms, [])["verdicts"]
+    assert first.startswith("a and b are not distinguishable in simulation: +12 percentage points")
+    assert f"p = {pair['p_adjusted']:.2g} after Bonferroni over all 6 pairs, 50 and 50 episodes" in first
+    assert len(others) == 2
+    (alone,) = success(arms[:2], [])["verdicts"]
+    assert alone.startswith("a is better in simulation")
+    assert "Bonferroni" not in alone
+
+
+def test_verdicts_between_worlds_name_both_and_call_nobody_better(tmp_path: Path) -> None:
+    def arm(name: str, successes: int, **extra: object) -> Evaluation:
+        return load_evaluation(make_evaluation(tmp_path / name, successes, 50, **extra), name)
+
+    nominal, shifted = arm("nominal", 48, task_digest="a"), arm("shifted", 20, task_digest="a", randomization="hard")
+    (text,) = success([nominal, shifted], [])["verdicts"]
+    assert text.startswith(
+        "The difference from nominal (simulation) to shifted (simulation with randomization 'hard') is -56 percentage "
+    )
+    assert "It is not one of policies alone: different worlds" in text
+    twins = [arm(gap, count, backend="twin", gap=gap) for gap, count in (("standard", 45), ("hard", 20))]
+    (text,) = success([], twins)["verdicts"]
+    assert text.startswith("The difference from standard ('standard' twin) to hard ('hard' twin) is -50 percentage")
+    changed = arm("changed", 20, task_digest="b")
+    (text,) = success([nominal, changed], [])["verdicts"]
+    assert text.endswith("It is not one of policies alone: different files of task 'pick_place'.")
+    texts = success([nominal], [arm("twin", 30, backend="twin", gap="standard", task_digest="b")])["verdicts"]
+    assert texts[0].startswith("The gap from simulation to the 'standard' twin is -36 percentage points")
+    assert texts[0].endswith("It is not one of worlds alone: different files of task 'pick_place'.")
+    assert all("better" not in text for text in [*success([nominal, shifted, changed], twins)["verdicts"], *texts])
+    both = success([nominal, shifted, changed], [])["verdicts"]
+    assert [text.count("after Bonferroni over 2 differences between worlds") for text in both] == [1, 1]
 
 
 def test_what_is_missing_is_left_out(tmp_path: Path) -> None:
