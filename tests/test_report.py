@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import json
 import re
 import runpy
 from pathlib import Path
@@ -23,7 +24,7 @@ from simtoreal.envs.files import write_json
 from simtoreal.envs.video import read_video, tile, write_video
 from simtoreal.evaluation.compare import compare
 from simtoreal.evaluation.film import film_strip
-from simtoreal.evaluation.report import ReportSources, label_folders, write_report
+from simtoreal.evaluation.report import ReportSources, build_context, label_folders, write_report
 from simtoreal.evaluation.report_sections import success
 from simtoreal.evaluation.results import Evaluation, load_evaluation
 
@@ -163,6 +164,28 @@ def test_verdicts_between_worlds_name_both_and_call_nobody_better(tmp_path: Path
     assert all("better" not in text for text in [*success([nominal, shifted, changed], twins)["verdicts"], *texts])
     both = success([nominal, shifted, changed], [])["verdicts"]
     assert [text.count("after Bonferroni over 2 differences between worlds") for text in both] == [1, 1]
+
+
+def test_every_stage_is_reproduced_although_training_and_evaluation_are_called_alike(tmp_path: Path) -> None:
+    made = {
+        "training": make_run(tmp_path / "run", "diffusion"),
+        "evaluation": make_evaluation(tmp_path / "evaluation", 9, 10, label="diffusion"),
+        "deployment": make_evaluation(tmp_path / "robot", 4, 5, label="diffusion", backend="twin", gap="standard"),
+    }
+    for kind, folder in made.items():
+        content = json.loads((folder / "results.json").read_text())
+        source = {"command": f"simtoreal {kind}", "commit": f"commit of {kind}"}
+        write_json(folder / "results.json", {**content, "provenance": source})
+    context = build_context(
+        ReportSources(
+            runs=label_folders([made["training"]], ("train", "policy")),
+            evaluations=label_folders([made["evaluation"]], ("label",)),
+            deployments=label_folders([made["deployment"]], ("label",)),
+        )
+    )
+    assert context["reproduce"] == [f"simtoreal {kind}" for kind in made]
+    (table,) = [block["table"] for block in context["details"] if block["title"] == "Source of every result"]
+    assert table["rows"] == [[f"{kind} of diffusion", f"commit of {kind}"] for kind in made]
 
 
 def test_what_is_missing_is_left_out(tmp_path: Path) -> None:
