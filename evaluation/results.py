@@ -240,6 +240,11 @@ def load_evaluation(folder: Path | str, label: str | None = None) -> Evaluation:
             f"{path} is not the result of an evaluation: expected a mapping with task, n and successes. Give the "
             "folder that 'simtoreal evaluate' or 'simtoreal deploy' wrote."
         ) from error
+    if content.get("kind") == "diversity":
+        raise EvaluationError(
+            f"{folder} is a diversity measurement: it runs every initial condition several times and keeps no episodes "
+            "to compare. Give the folder of 'simtoreal evaluate' without --diversity."
+        )
     episodes = read_episodes(folder)
     counted = (len(episodes), sum(result.success for result in episodes))
     if counted != (n, successes):

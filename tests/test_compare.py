@@ -124,6 +124,9 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         load_arms([one, tmp_path / "x" / ".." / "one"])
     with pytest.raises(EvaluationError, match="not a finished evaluation"):
         load_arms([one, tmp_path / "missing"])
+    diverse = _write(tmp_path / "diverse", [True, False], kind="diversity")
+    with pytest.raises(EvaluationError, match=r"is a diversity measurement: .* without --diversity"):
+        load_arms([one, diverse])
     with pytest.raises(EvaluationError, match="1 labels for 2"):
         load_arms([one, longer], ["only"])
     with pytest.raises(EvaluationError, match="a label of its own"):
