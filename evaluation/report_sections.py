@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from simtoreal.data_collection.filters import Filter
+from simtoreal.envs.errors import CheckpointError
 from simtoreal.envs.figures import to_svg
 from simtoreal.evaluation import film, plots
 from simtoreal.evaluation.compare import NOT_DISTINGUISHABLE, changed_task, compare, elsewhere
 from simtoreal.evaluation.results import Evaluation, EvaluationError
+from simtoreal.policies.checkpoint import TRAINING, find_checkpoint, read_json
 from simtoreal.policies.training_log import read_metrics
 
 Points = list[tuple[float, float]]
@@ -314,13 +316,34 @@ def learning(runs: Mapping[str, Path], trained: Mapping[str, Mapping[str, Any]])
             ]
         )
     return {
-        "text": "All policies saw the same demonstrations. Losses of different methods are not comparable with each "
-        "other; the success rates above are."
+        "text": f"{_data_of(runs)} Losses of different methods are not comparable with each other; the success rates "
+        "above are."
         if len(runs) > 1
         else "One training run, one seed.",
         "svg": to_svg(plots.learning_plot(curves)) if curves else "",
         "table": {"columns": ["policy", "parameters", "steps", "training time", "per step"], "rows": rows},
     }
+
+
+def _data_of(runs: Mapping[str, Path]) -> str:
+    """Return whether the policies of several trainings saw the same demonstrations, as far as their checkpoints say."""
+    fingerprints = {label: _fingerprint(folder) for label, folder in runs.items()}
+    if unknown := ", ".join(label for label, fingerprint in fingerprints.items() if not fingerprint):
+        return f"Whether all policies saw the same demonstrations is not known: no checkpoint of {unknown} says it."
+    if len(set(fingerprints.values())) == 1:
+        return "All policies saw the same demonstrations."
+    return (
+        "The policies did not see the same demonstrations, or not the same part of them; a difference in success may "
+        "come from that."
+    )
+
+
+def _fingerprint(run: Path) -> str:
+    try:
+        data = read_json(find_checkpoint(run) / TRAINING).get("data") or {}
+    except CheckpointError:
+        return ""
+    return str(data.get("fingerprint", ""))
 
 
 def _smoothed(points: Points) -> Points:
@@ -365,5 +388,6 @@ def notes(
     if times and max(times.values()) > 1.5 * min(times.values()):
         listed = ", ".join(f"{label} {minutes(seconds)}" for label, seconds in times.items())
         found.append(f"Training times differ ({listed}); part of a difference in success may come from that.")
-    found += [f"{arm.label}: {note}" for arm in evaluations for note in arm.results.get("notes", [])]
+    for arm in [*evaluations, *deployments]:
+        found += [f"{arm.label}, {arm.world}: {note}" for note in arm.results.get("notes", [])]
     return found

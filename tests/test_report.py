@@ -19,11 +19,18 @@ from report_folders import (
     make_run,
 )
 
+from simtoreal.commands import report as command
+from simtoreal.data_collection.expert import ScriptedExpert
+from simtoreal.data_collection.recorder import Recorder, memory_takes
+from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.envs import make_vector_env, rollout
 from simtoreal.envs.errors import ConfigError, SimtorealError
+from simtoreal.envs.figures import COLORS
 from simtoreal.envs.files import write_json
 from simtoreal.envs.video import read_video, tile, write_video
 from simtoreal.evaluation.compare import compare
 from simtoreal.evaluation.film import film_strip
+from simtoreal.evaluation.plots import learning_plot, timing_plot
 from simtoreal.evaluation.report import ReportSources, build_context, label_folders, write_report
 from simtoreal.evaluation.report_sections import success
 from simtoreal.evaluation.results import Evaluation, load_evaluation
@@ -186,6 +193,55 @@ def test_every_stage_is_reproduced_although_training_and_evaluation_are_called_a
     assert context["reproduce"] == [f"simtoreal {kind}" for kind in made]
     (table,) = [block["table"] for block in context["details"] if block["title"] == "Source of every result"]
     assert table["rows"] == [[f"{kind} of diffusion", f"commit of {kind}"] for kind in made]
+
+
+def test_what_limits_a_deployment_is_on_the_page(tmp_path: Path) -> None:
+    note = "the machine was too slow for the twin"
+    robot = make_evaluation(tmp_path / "robot", 4, 5, backend="twin", gap="standard", notes=[note])
+    notes = build_context(ReportSources(deployments={"diffusion": robot}))["notes"]
+    assert f"diffusion, 'standard' twin: {note}" in notes
+
+
+def test_policies_are_said_to_have_seen_the_same_data_only_if_they_did(tmp_path: Path) -> None:
+    prints = {"a": "x", "b": "x", "c": "y", "old": ""}
+    runs = {name: make_run(tmp_path / name, "bc", fingerprint=fingerprint) for name, fingerprint in prints.items()}
+
+    def text(*names: str) -> str:
+        return build_context(ReportSources(runs={name: runs[name] for name in names}))["learning"]["text"]
+
+    assert text("a", "b").startswith("All policies saw the same demonstrations.")
+    assert text("a", "b", "c").startswith("The policies did not see the same demonstrations")
+    assert text("a", "old").startswith(
+        "Whether all policies saw the same demonstrations is not known: no checkpoint of old says"
+    )
+
+
+def test_there_may_be_more_runs_and_deployments_than_colours(tmp_path: Path) -> None:
+    timing = {"period_error_histogram": HISTOGRAM, "p99_period_error_ms": 0.4}
+    count = len(COLORS) + 1
+    curves = {str(index): [(1.0, 2.0), (2.0, 1.0)] for index in range(count)}
+    lines = learning_plot({"loss": curves}).axes[0].lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == count
+    panels = timing_plot({str(index): timing for index in range(count)}).axes
+    assert [bool(panel.patches) for panel in panels] == [True] * count
+
+
+def test_a_video_beside_the_page_is_left_alone(tmp_path: Path) -> None:
+    env = make_vector_env("reach", 1, image_size=32, record_state=True)
+    with DatasetWriter(tmp_path / "data", env.embodiment, {"reach": env.task.to_dict()}) as writer:
+        recorder = Recorder(
+            memory_takes(writer), task="reach", embodiment=env.embodiment, source="expert", operator="expert"
+        )
+        rollout(env, ScriptedExpert(env.task, env.embodiment), range(1), listeners=[recorder])
+    env.close()
+    own = tmp_path / "demonstration.mp4"
+    own.write_text("my own video")
+    command.main(command.Config(data=tmp_path / "data", output=tmp_path / "report.html"))
+    assert own.read_text() == "my own video"
+    page = _Links()
+    page.feed((tmp_path / "report.html").read_text())
+    assert page.tags.count("video") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "demonstration.mp4", "report.html"}
 
 
 def test_what_is_missing_is_left_out(tmp_path: Path) -> None:
