@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,11 @@ from simtoreal.evaluation.results import (
     RESULTS_FILE,
     EvaluationError,
     append_episode,
+    load_evaluation,
     read_episodes,
     summarize,
 )
+from simtoreal.evaluation.sessions import Session, read_sessions, total_seconds
 from simtoreal.evaluation.videos import EpisodeVideos, list_videos
 
 # Collection uses seeds from 0 upwards; evaluation starts here, so that no initial condition was ever demonstrated.
@@ -125,8 +126,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run one episode per seed, skipping those already in ``folder``, and write the evaluation folder.
 
-    Episodes are independent of each other, so an interrupted evaluation that is run again gives the same table up
-    to floating-point differences between batch sizes.
+    A finished evaluation is left as it is, so that its results name the commands that ran the episodes. Episodes are
+    independent of each other, so an interrupted evaluation that is run again gives the same table up to floating-point
+    differences between batch sizes.
 
     Args:
         env: see :func:`rollout`.
@@ -147,7 +149,6 @@ def evaluate(
         EvaluationError: the folder holds another evaluation, or the disk is full.
         EmbodimentMismatchError: the actor was made for another embodiment than ``env``.
     """
-    started = time.monotonic()
     settings = check_settings(folder, settings)
     done = {result.seed for result in read_episodes(folder)}
     surplus = done - set(seeds)
@@ -157,13 +158,16 @@ def evaluate(
             f"(e.g. seed {min(surplus)}); ask for at least as many episodes, or choose another --output"
         )
     remaining = [seed for seed in seeds if seed not in done]
+    if not remaining and (finished := _finished(folder)):
+        return finished
     if remaining:
         embodiment = env.unwrapped.embodiment  # type: ignore[union-attr]
         visible = [key for key in embodiment.image_keys if key in env.observation_space.spaces]  # type: ignore[attr-defined]
         limit = videos if visible else 0
         if recorder is None:
             recorder = EpisodeVideos(folder / "videos", visible, embodiment.control_hz, limit, outside)
-        rollout(env, actor, remaining, listeners=[_Writer(folder), recorder, *listeners])
+        rollout(env, actor, remaining, listeners=[_Writer(folder), Session(folder, len(done)), recorder, *listeners])
+    sessions = read_sessions(folder, len(done))
     results = {
         "kind": "evaluation",
         **settings,
@@ -171,7 +175,8 @@ def evaluate(
         **summarize(read_episodes(folder)),
         "videos": list_videos(folder / "videos"),
         "notes": list(notes),
-        "seconds": time.monotonic() - started,
+        "sessions": sessions,
+        "seconds": total_seconds(sessions),
         "episodes_this_run": len(remaining),
         "provenance": provenance([min(seeds), max(seeds)]),
     }
@@ -179,3 +184,11 @@ def evaluate(
     with explained_disk_errors(folder / RESULTS_FILE, EvaluationError, safe):
         write_json(folder / RESULTS_FILE, results)
     return results
+
+
+def _finished(folder: Path) -> dict[str, Any] | None:
+    """Return the stored results if they are of all the episodes that are there."""
+    try:
+        return load_evaluation(folder).results
+    except EvaluationError:
+        return None

@@ -252,8 +252,14 @@ def _details(runs: Mapping[str, Path], results: Sequence[Titled]) -> list[dict[s
     blocks.append(
         {"title": "Versions and machine", "text": "", "table": {"columns": ["what", "version"], "rows": rows}}
     )
-    commits = [[title, str(content.get("provenance", {}).get("commit", ""))] for title, content in results]
+    commits = [[title, _commits(content)] for title, content in results]
     if rows := [row for row in commits if row[1]]:
         table = {"columns": ["result", "commit"], "rows": rows}
         blocks.append({"title": "Source of every result", "text": "", "table": table})
     return blocks
+
+
+def _commits(content: Mapping[str, Any]) -> str:
+    """Return the commits that made a result; an evaluation may have been continued by another one."""
+    sources = content.get("sessions") or [content.get("provenance", {})]
+    return ", ".join(dict.fromkeys(str(source["commit"]) for source in sources if source.get("commit")))

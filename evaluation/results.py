@@ -2,6 +2,8 @@
 
     episodes.jsonl   one JSON object per episode, appended durably as the episodes end
     results.json     success rate with n and 95 % interval, milestones, failures, provenance
+    settings.json    what decides the outcome; only the same is continued
+    sessions.json    which commands ran the episodes, see :mod:`simtoreal.evaluation.sessions`
 
 Simulation and deployment write the same files, so that ``compare`` and the report read both.
 """

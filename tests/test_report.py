@@ -193,6 +193,10 @@ def test_every_stage_is_reproduced_although_training_and_evaluation_are_called_a
     assert context["reproduce"] == [f"simtoreal {kind}" for kind in made]
     (table,) = [block["table"] for block in context["details"] if block["title"] == "Source of every result"]
     assert table["rows"] == [[f"{kind} of diffusion", f"commit of {kind}"] for kind in made]
+    sessions = [{"commit": commit} for commit in ("first", "first", "second")]
+    folder = make_evaluation(tmp_path / "continued", 9, 10, sessions=sessions)
+    details = build_context(ReportSources(evaluations={"x": folder}))["details"]
+    assert details[-1]["table"]["rows"] == [["evaluation of x", "first, second"]]
 
 
 def test_what_limits_a_deployment_is_on_the_page(tmp_path: Path) -> None:

@@ -203,13 +203,14 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
             settings,
             videos=config.videos,
             listeners=listeners,
-            notes=[f"control loop and inference: only the last {len(seeds) - len(known)} episodes"] if known else [],
         )
         status = gate.close()
         statistics = actor.statistics() if isinstance(actor, AsyncPolicyActor) else {}
         results.update(
             control_results(env.clock.summary(), status, statistics, realtime=granted, faults=faults.details)
         )
+        if known:
+            results["notes"].append(f"control loop and inference: only the last {len(seeds) - len(known)} episodes")
         if twin:
             skipped, notes = twin_results(env.twin_skipped_s)
             results.update(skipped, notes=results["notes"] + notes)
