@@ -69,18 +69,22 @@ def compare(arms: Sequence[Evaluation], *, paired: bool = True, alpha: float = 0
         alpha: error probability over all pairs together (Bonferroni).
 
     Returns:
-        ``arms`` (rate, interval, letters), ``pairs`` (difference, p-values, e-value, verdict), ``notes``.
+        ``arms`` (world, rate, interval, letters), ``pairs`` (difference, p-values, e-value, verdict), ``notes``. No
+        policy is called better than one that was evaluated elsewhere.
 
     Raises:
         EvaluationError: labels that are alike, different tasks or horizons, or initial conditions that cannot be
             paired.
     """
     notes = _check_comparable(arms, paired)
-    pairs = [_pair(first, second, paired) for first, second in itertools.combinations(arms, 2)]
-    for pair, adjusted in zip(pairs, bonferroni([pair["p_value"] for pair in pairs]), strict=True):
-        pair["p_adjusted"] = adjusted
+    couples = list(itertools.combinations(arms, 2))
+    pairs = [_pair(first, second, paired) for first, second in couples]
+    adjusted = bonferroni([pair["p_value"] for pair in pairs])
+    for (first, second), pair, p_value in zip(couples, pairs, adjusted, strict=True):
+        pair["p_adjusted"] = p_value
         better = pair["second"] if pair["difference"] > 0 else pair["first"]
-        pair["verdict"] = f"{better} is better" if adjusted <= alpha else NOT_DISTINGUISHABLE
+        claim = "has the higher rate" if elsewhere(first, second) else "is better"
+        pair["verdict"] = f"{better} {claim}" if p_value <= alpha else NOT_DISTINGUISHABLE
         if paired:
             pair["e_decided_after"] = _first_crossing(pair.pop("e_path"), len(pairs) / alpha)
     different = [(pair["first"], pair["second"]) for pair in pairs if pair["verdict"] != NOT_DISTINGUISHABLE]
@@ -96,6 +100,7 @@ def compare(arms: Sequence[Evaluation], *, paired: bool = True, alpha: float = 0
                 "label": arm.label,
                 "folder": str(arm.folder),
                 "backend": arm.backend,
+                "world": arm.world,
                 "letters": letters[arm.label],
                 **{key: arm.results[key] for key in ("success_rate", "successes", "n", "interval")},
                 "time_to_success_s": arm.results.get("time_to_success_s"),
@@ -128,14 +133,24 @@ def _check_comparable(arms: Sequence[Evaluation], paired: bool) -> list[str]:
                 f"{both} cannot be paired: of {len(reference.seeds)} and {len(arm.seeds)} initial conditions only "
                 f"{common} are common. Evaluate both with the same --seed and --episodes, or compare with --unpaired"
             )
-        if arm.backend != reference.backend:
-            notes.append(f"{both}: different worlds ({reference.backend}, {arm.backend}); the difference is a gap")
-        shifts = reference.results.get("randomization"), arm.results.get("randomization")
-        if shifts[0] != shifts[1]:
-            notes.append(f"{both}: different randomization ({shifts[0]}, {shifts[1]})")
+        if apart := elsewhere(reference, arm):
+            notes.append(f"{both}: {apart}; the difference is not one of policies alone")
     if not paired and set(reference.seeds).intersection(*(arm.seeds for arm in arms[1:])):
         notes.append("some initial conditions are common; the paired test would be sharper")
     return notes
+
+
+def elsewhere(first: Evaluation, second: Evaluation) -> str:
+    """Return what differs besides the policies, worlds or the task itself, or an empty text."""
+    worlds = f"different worlds ({first.world}, {second.world})" if first.world != second.world else ""
+    return " and ".join(text for text in (worlds, changed_task(first, second)) if text)
+
+
+def changed_task(first: Evaluation, second: Evaluation) -> str:
+    """Return that a task of one name is not the same in both, or an empty text."""
+    digests = {arm.results.get("task_digest") for arm in (first, second)}
+    # Earlier versions did not note it.
+    return f"different files of task '{first.task}'" if len(digests - {None}) > 1 else ""
 
 
 def _pair(first: Evaluation, second: Evaluation, paired: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     rollouts.jsonl   one JSON object per rollout: context, rollout, success, behavior, ...
     results.json     success rate, entropies, composite score
+    settings.json, sessions.json    as of every evaluation
 
 Every context (initial condition) is run equally often. The simulation begins in exactly the same state each time, the
 actor draws other noise: rollout 0 of a context is the episode that a plain evaluation runs.
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +35,7 @@ from simtoreal.envs.rollout import Actor, EpisodeResult, Listener, Observation, 
 from simtoreal.envs.task import TaskSpec
 from simtoreal.evaluation.evaluate import check_settings
 from simtoreal.evaluation.results import RESULTS_FILE, EvaluationError, failure_tag
+from simtoreal.evaluation.sessions import Session, read_sessions, total_seconds
 from simtoreal.evaluation.statistics import posterior_interval
 
 ROLLOUTS_FILE = "rollouts.jsonl"
@@ -160,6 +161,7 @@ def evaluate_diversity(
 ) -> dict[str, Any]:
     """Run every context ``rollouts`` times, skipping what is in ``folder`` already, and write the folder.
 
+    A finished measurement is left as it is: its results name the commands that made it.
     Exactly ``len(contexts) * rollouts`` rollouts are run, whatever the number of environments.
 
     Args:
@@ -175,31 +177,46 @@ def evaluate_diversity(
     """
     if rollouts < 1 or not contexts:
         raise ConfigError(f"{len(contexts)} contexts and {rollouts} rollouts of each; expected at least 1")
-    started, task = time.monotonic(), env.unwrapped.task  # type: ignore[attr-defined]
+    task = env.unwrapped.task  # type: ignore[attr-defined]
     behaviors(task)
     settings = {**settings, "kind": "diversity", "contexts": len(contexts), "rollouts": rollouts}
-    check_settings(folder, settings)
+    settings = check_settings(folder, settings)
     done = {(row["context"], row["rollout"]) for row in read_rollouts(folder)}
     wanted = [(seed, number) for seed in contexts for number in range(rollouts)]
     if done - set(wanted):
         raise EvaluationError(f"{folder} holds rollouts that were not asked for now; choose another --output")
     remaining = [pair for pair in wanted if pair not in done]
+    if not remaining and (finished := _finished(folder, len(wanted))):
+        return finished
     if remaining:
         seeds, numbers = [seed for seed, _ in remaining], [number for _, number in remaining]
         writer = _Writer(folder / ROLLOUTS_FILE, task, numbers)
-        rollout(env, RepeatedActor(actor, seeds, numbers), seeds, listeners=[writer, *listeners])
+        rollout(
+            env, RepeatedActor(actor, seeds, numbers), seeds, listeners=[writer, Session(folder, len(done)), *listeners]
+        )
+    sessions = read_sessions(folder, len(done))
     results = {
         **settings,
         "seeds": {"first": min(contexts), "last": max(contexts)},
         **summarize_diversity(task, read_rollouts(folder), rollouts),
         "notes": list(notes),
-        "seconds": time.monotonic() - started,
+        "sessions": sessions,
+        "seconds": total_seconds(sessions),
         "provenance": provenance([min(contexts), max(contexts)]),
     }
     safe = "Every rollout is stored; free space and run the same command again."
     with explained_disk_errors(folder / RESULTS_FILE, EvaluationError, safe):
         write_json(folder / RESULTS_FILE, results)
     return results
+
+
+def _finished(folder: Path, count: int) -> dict[str, Any] | None:
+    """Return the stored results if they are of all rollouts."""
+    try:
+        results = json.loads((folder / RESULTS_FILE).read_text())
+        return results if results["n"] == count else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def summarize_diversity(task: TaskSpec, rows: Sequence[dict[str, Any]], rollouts: int) -> dict[str, Any]:

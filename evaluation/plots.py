@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+# Of lines whose colour repeats.
+STYLES = ("-", "--", ":", "-.")
+
+
 def success_plot(arms: Sequence[Mapping[str, Any]]) -> Figure:
     """Success rates as posterior shapes with their 95 % intervals, one row per arm.
 
@@ -57,9 +61,14 @@ def learning_plot(curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]
     figure, axes = new_figure(7.2, 2.6, columns=max(1, len(curves)))
     for ax, (title, runs) in zip(axes, curves.items(), strict=False):
         for index, (name, points) in enumerate(runs.items()):
+            repeats, color = divmod(index, len(COLORS))
+            style = STYLES[repeats % len(STYLES)]
             steps, values = np.asarray(points, dtype=np.float64).T
             marker = "o" if len(steps) < 12 else ""
-            ax.plot(steps, values, color=COLORS[index], linewidth=1.6, label=name, marker=marker, markersize=3.5)
+            ax.plot(
+                steps, values, color=COLORS[color], linestyle=style, linewidth=1.6, label=name, marker=marker,
+                markersize=3.5,
+            )  # fmt: skip
         ax.set_title(title, fontsize=10, color=TEXT_COLOR)
         ax.set_xlabel("optimisation step", fontsize=9, color=TEXT_COLOR)
         if all(value > 0 for points in runs.values() for _, value in points):
@@ -80,7 +89,7 @@ def timing_plot(loops: Mapping[str, Mapping[str, Any]]) -> Figure:
             ``p99_period_error_ms``.
     """
     figure, axes = new_figure(7.2, 2.7, columns=len(loops))
-    for ax, (title, loop), color in zip(axes, loops.items(), COLORS, strict=False):
+    for ax, (title, loop), color in zip(axes, loops.items(), itertools.cycle(COLORS), strict=False):
         edges, counts = (loop["period_error_histogram"][key] for key in ("edges_ms", "counts"))
         names = [f"{low:g}-{high:g}" for low, high in itertools.pairwise(edges)] + [f"> {edges[-1]:g}"]
         bars = ax.bar(range(len(counts)), counts, color=color, width=0.85)

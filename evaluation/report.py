@@ -23,6 +23,8 @@ from simtoreal.evaluation import film, report_cotraining, report_deployment, rep
 from simtoreal.evaluation.results import Evaluation, load_evaluation
 
 TEMPLATE = Path(__file__).with_name("report.html")
+# What a result is, and its content.
+Titled = tuple[str, Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,9 +150,11 @@ def build_context(sources: ReportSources) -> dict[str, Any]:
     videos = _videos(sources, evaluations, deployments)
     pictured = [*videos, *(practice["videos"] if practice else [])]
     task = _task_name(evaluations, deployments, practised, collected)
-    results = {"demonstrations": collected, **trained, **{arm.label: arm.results for arm in evaluations}}
-    if practised:
-        results["co-training"] = practised
+    # A list: a training and the evaluations of its policy are normally called alike.
+    results = [("demonstrations", collected), *((f"training of {label}", run) for label, run in trained.items())]
+    results += [("co-training", practised), *((f"evaluation of {arm.label}", arm.results) for arm in evaluations)]
+    results += [(f"deployment of {arm.label}", arm.results) for arm in deployments]
+    results = [(title, content) for title, content in results if content]
     return {
         "title": f"{task}: from demonstrations to a robot on ROS 2"
         if deployments
@@ -168,7 +172,7 @@ def build_context(sources: ReportSources) -> dict[str, Any]:
         "deployment": report_deployment.deployment(deployments),
         "notes": report_sections.notes(evaluations, deployments, trained, practised),
         "reproduce_text": "The whole page is made again by the commands below; seeds are fixed.",
-        "reproduce": list(sources.reproduce) or _commands(results, deployments),
+        "reproduce": list(sources.reproduce) or _commands(results),
         "details": _details(sources.runs, results),
         "version": simtoreal.__version__,
         "commit": git_commit(),
@@ -227,13 +231,12 @@ def _videos(
     return found
 
 
-def _commands(results: Mapping[str, dict[str, Any] | None], deployments: list[Evaluation]) -> list[str]:
-    contents = [*results.values(), *(arm.results for arm in deployments)]
-    commands = [str(content.get("provenance", {}).get("command", "")) for content in contents if content]
+def _commands(results: Sequence[Titled]) -> list[str]:
+    commands = [str(content.get("provenance", {}).get("command", "")) for _, content in results]
     return [command.replace("__main__.py", "simtoreal", 1) for command in dict.fromkeys(commands) if command]
 
 
-def _details(runs: Mapping[str, Path], results: Mapping[str, dict[str, Any] | None]) -> list[dict[str, Any]]:
+def _details(runs: Mapping[str, Path], results: Sequence[Titled]) -> list[dict[str, Any]]:
     from simtoreal.policies.checkpoint import CONFIG, find_checkpoint
 
     blocks: list[dict[str, Any]] = []
@@ -249,9 +252,14 @@ def _details(runs: Mapping[str, Path], results: Mapping[str, dict[str, Any] | No
     blocks.append(
         {"title": "Versions and machine", "text": "", "table": {"columns": ["what", "version"], "rows": rows}}
     )
-    commits = {name: str((content or {}).get("provenance", {}).get("commit", "")) for name, content in results.items()}
-    commits = {name: commit for name, commit in commits.items() if commit}
-    if commits:
-        table = {"columns": ["result", "commit"], "rows": [[name, commit] for name, commit in commits.items()]}
+    commits = [[title, _commits(content)] for title, content in results]
+    if rows := [row for row in commits if row[1]]:
+        table = {"columns": ["result", "commit"], "rows": rows}
         blocks.append({"title": "Source of every result", "text": "", "table": table})
     return blocks
+
+
+def _commits(content: Mapping[str, Any]) -> str:
+    """Return the commits that made a result; an evaluation may have been continued by another one."""
+    sources = content.get("sessions") or [content.get("provenance", {})]
+    return ", ".join(dict.fromkeys(str(source["commit"]) for source in sources if source.get("commit")))

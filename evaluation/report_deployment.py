@@ -9,7 +9,6 @@ from typing import Any
 from simtoreal.envs.figures import to_svg
 from simtoreal.envs.randomization import RANDOMIZATIONS
 from simtoreal.evaluation import plots
-from simtoreal.evaluation.report_sections import world
 from simtoreal.evaluation.results import Evaluation
 
 # Key in a deployment's results.json -> text and unit.
@@ -43,9 +42,10 @@ def deployment(deployed: Sequence[Evaluation]) -> dict[str, Any] | None:
     loops = {title: loop for title, loop in loops.items() if "period_error_histogram" in loop}
     changes = _gap_changes(first.results.get("gap"))
     titles = [arm.label for arm in deployed] if several else ["measured"]
+    worlds = " and the ".join(dict.fromkeys(arm.world for arm in deployed))
     who = "One after the other, the policies" if several else "The policy"
     return {
-        "text": f"{who} drove the {world(first)} over ROS 2 topics in real time. Control loop, inference, "
+        "text": f"{who} drove the {worlds} over ROS 2 topics in real time. Control loop, inference, "
         "safety gate and robot are processes of their own, and the gate stands between policy and robot."
         + (" The histograms are those of the control loops." if several else ""),
         "svg": to_svg(plots.timing_plot(loops)) if loops else "",
@@ -53,7 +53,7 @@ def deployment(deployed: Sequence[Evaluation]) -> dict[str, Any] | None:
             "columns": ["real time", *titles],
             "rows": rows,
         },
-        "gap": {"columns": ["what the twin changes", "by"], "rows": changes} if changes else None,
+        "gap": {"columns": [f"what the {first.world} changes", "by"], "rows": changes} if changes else None,
     }
 
 

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from simtoreal.data_collection.filters import Filter
+from simtoreal.envs.errors import CheckpointError
 from simtoreal.envs.figures import to_svg
 from simtoreal.evaluation import film, plots
-from simtoreal.evaluation.compare import NOT_DISTINGUISHABLE, compare
+from simtoreal.evaluation.compare import NOT_DISTINGUISHABLE, changed_task, compare, elsewhere
 from simtoreal.evaluation.results import Evaluation, EvaluationError
+from simtoreal.policies.checkpoint import TRAINING, find_checkpoint, read_json
 from simtoreal.policies.training_log import read_metrics
 
 Points = list[tuple[float, float]]
@@ -81,25 +83,20 @@ def stages(
         add("Practise", points(change), detail, "practice", moment=0.5)
     if evaluations:
         main, *others = evaluations
-        detail = f"success in {world(main)} ({rate(main.results)})" + "".join(map(_other, others))
+        detail = f"success in {main.world} ({rate(main.results)})" + _others(main, others)
         add("Evaluate", percent(main.results["success_rate"]), detail, "simulation", moment=0.75)
     if deployments:
         main, *others = deployments
-        detail = f"success on the {world(main)} ({rate(main.results)})" + "".join(map(_other, others))
+        detail = f"success on the {main.world} ({rate(main.results)})" + _others(main, others)
         add("Deploy", percent(main.results["success_rate"]), detail, main.backend, moment=0.9)
     return cards
 
 
-def _other(arm: Evaluation) -> str:
-    return f"; {arm.label} {percent(arm.results['success_rate'])} ({rate(arm.results)})"
+def _others(main: Evaluation, others: Sequence[Evaluation]) -> str:
+    def name(arm: Evaluation) -> str:
+        return arm.label if arm.world == main.world else f"{arm.label}, {arm.world},"
 
-
-def world(arm: Evaluation) -> str:
-    """Return where an evaluation took place, e.g. ``"'standard' twin"``, ``"simulation with randomization 'hard'"``."""
-    gap, varied = arm.results.get("gap"), arm.results.get("randomization") or "none"
-    if gap:
-        return f"'{gap}' {arm.backend}"
-    return arm.backend if varied == "none" else f"{arm.backend} with randomization '{varied}'"
+    return "".join(f"; {name(arm)} {percent(arm.results['success_rate'])} ({rate(arm.results)})" for arm in others)
 
 
 def success(evaluations: Sequence[Evaluation], deployments: Sequence[Evaluation]) -> dict[str, Any] | None:
@@ -111,7 +108,7 @@ def success(evaluations: Sequence[Evaluation], deployments: Sequence[Evaluation]
     for arm in arms:
         low, high = arm.results["interval"]
         time = arm.results.get("time_to_success_s")
-        label = f"{arm.label}, {world(arm)}"
+        label = f"{arm.label}, {arm.world}"
         rows.append(
             [
                 label,
@@ -124,52 +121,107 @@ def success(evaluations: Sequence[Evaluation], deployments: Sequence[Evaluation]
         drawn.append(
             {**{key: arm.results[key] for key in ("successes", "n", "success_rate", "interval")}, "label": label}
         )
-    verdicts = [_verdict(evaluations[0], other, f"in {world(other)}") for other in evaluations[1:]]
-    verdicts += [_verdict(deployments[0], other, f"on the {world(other)}") for other in deployments[1:]]
-    for deployed in deployments:
-        same = [arm for arm in evaluations if arm.label == deployed.label]
-        # A single robot run is of the policy that the page is about, whatever it is called.
-        if same or (evaluations and len(deployments) == 1):
-            gap = _gap((same or evaluations)[0], deployed)
-            verdicts.append(f"{deployed.label}: {gap}" if len(deployments) > 1 else f"{gap[:1].upper()}{gap[1:]}")
     checked = evaluations and not any(arm.results.get("notes") for arm in arms)
     return {
         "text": "Every rate has its number of episodes and a 95 % interval (Beta posterior under a uniform prior)."
         + (" No initial condition of these episodes was demonstrated." if checked else ""),
         "svg": to_svg(plots.success_plot(drawn)),
         "table": {"columns": ["policy, world", "success", "episodes", "95 % interval", "median time"], "rows": rows},
-        "verdicts": verdicts,
+        "verdicts": _verdicts(evaluations, deployments),
     }
 
 
-def _verdict(first: Evaluation, second: Evaluation, where: str) -> str:
-    try:
-        result = compare([first, second])
-    except EvaluationError:
-        result = compare([first, second], paired=False)
-    (pair,) = result["pairs"]
-    low, high = pair["difference_interval"]
-    test = f"{result['test']}, p = {pair['p_value']:.2g}, {first.results['n']} and {second.results['n']} episodes"
-    interval = f"95 % interval {points(-high)} to {points(-low)}"
-    difference = f"{points(-pair['difference'])} percentage points ({interval})"
-    if pair["verdict"] == NOT_DISTINGUISHABLE:
-        return (
-            f"{first.label} and {second.label} are not distinguishable {where}: {difference}; {test}. "
-            "More episodes would be needed to tell them apart."
+def _verdicts(evaluations: Sequence[Evaluation], deployments: Sequence[Evaluation]) -> list[str]:
+    """Compare within every world, and then between worlds; a policy is called better only within one."""
+    texts: list[str] = []
+    apart: list[tuple[Evaluation, Evaluation]] = []
+    for arms, preposition in ((evaluations, "in"), (deployments, "on the")):
+        groups: list[list[Evaluation]] = []
+        for arm in arms:
+            group = next((group for group in groups if not elsewhere(group[0], arm)), None)
+            if group is None:
+                groups.append([arm])
+            else:
+                group.append(arm)
+        for group in groups:
+            texts += _within(group, f"{preposition} {group[0].world}") if len(group) > 1 else []
+        apart += [(arms[0], group[0]) for group in groups[1:]]
+    gaps = []
+    for deployed in deployments:
+        same = [arm for arm in evaluations if arm.label == deployed.label]
+        # A single robot run is of the policy that the page is about, whatever it is called.
+        simulated = (same or evaluations)[0] if same or (evaluations and len(deployments) == 1) else None
+        if simulated is not None and simulated.world != deployed.world:
+            gaps.append((simulated, deployed))
+    tests = len(apart) + len(gaps)
+    texts += [_between(first, second, tests) for first, second in apart]
+    for simulated, deployed in gaps:
+        gap = _gap(simulated, deployed, tests)
+        texts.append(f"{deployed.label}: {gap}" if len(deployments) > 1 else f"{gap[:1].upper()}{gap[1:]}")
+    return texts
+
+
+def _within(arms: Sequence[Evaluation], where: str) -> list[str]:
+    """Return what is known about the first of evaluations in one world; tested as ``simtoreal compare`` tests them."""
+    result = _compare_paired_if_possible(arms)
+    episodes = {arm.label: arm.results["n"] for arm in arms}
+    texts = []
+    # Those of the first come first.
+    for pair in result["pairs"][: len(arms) - 1]:
+        first, second = pair["first"], pair["second"]
+        low, high = pair["difference_interval"]
+        family = f" after Bonferroni over all {len(result['pairs'])} pairs" if len(result["pairs"]) > 1 else ""
+        test = (
+            f"{result['test']}, p = {pair['p_adjusted']:.2g}{family}, {episodes[first]} and {episodes[second]} episodes"
         )
-    return f"{pair['verdict']} {where}: {first.label} minus {second.label} is {difference}; {test}."
+        interval = f"95 % interval {points(-high)} to {points(-low)}"
+        difference = f"{points(-pair['difference'])} percentage points ({interval})"
+        if pair["verdict"] == NOT_DISTINGUISHABLE:
+            texts.append(
+                f"{first} and {second} are not distinguishable {where}: {difference}; {test}. "
+                "More episodes would be needed to tell them apart."
+            )
+        else:
+            texts.append(f"{pair['verdict']} {where}: {first} minus {second} is {difference}; {test}.")
+    return texts + [f"{note[:1].upper()}{note[1:]}." for note in result["notes"]]
 
 
-def _gap(simulated: Evaluation, deployed: Evaluation) -> str:
+def _compare_paired_if_possible(arms: Sequence[Evaluation], alpha: float = 0.05) -> dict[str, Any]:
+    try:
+        return compare(arms, alpha=alpha)
+    except EvaluationError:
+        return compare(arms, paired=False, alpha=alpha)
+
+
+def _between(first: Evaluation, second: Evaluation, tests: int) -> str:
+    """Return the difference between evaluations in different worlds; it may come from the worlds."""
+    result = _compare_paired_if_possible([first, second], alpha=0.05 / tests)
+    return (
+        f"The difference from {first.label} ({first.world}) to {second.label} ({second.world}) "
+        f"{_difference(result, tests)}. It is not one of policies alone: {elsewhere(first, second)}."
+    )
+
+
+def _gap(simulated: Evaluation, deployed: Evaluation, tests: int) -> str:
     # They may well be called alike: it is the same policy.
-    worlds = [dataclasses.replace(arm, label=world(arm)) for arm in (simulated, deployed)]
-    result = compare(worlds, paired=False)
+    worlds = [dataclasses.replace(arm, label=arm.world) for arm in (simulated, deployed)]
+    result = compare(worlds, paired=False, alpha=0.05 / tests)
+    changed = changed_task(simulated, deployed)
+    return f"the gap from {simulated.world} to the {deployed.world} {_difference(result, tests)}." + (
+        f" It is not one of worlds alone: {changed}." if changed else ""
+    )
+
+
+def _difference(result: Mapping[str, Any], tests: int) -> str:
+    """Return the difference of one pair, one of ``tests`` between worlds on the page."""
     (pair,) = result["pairs"]
     low, high = pair["difference_interval"]
     known = "is" if pair["verdict"] != NOT_DISTINGUISHABLE else "cannot be told from zero at this n, it is"
+    p_value = min(1.0, tests * pair["p_value"])
+    family = f" after Bonferroni over {tests} differences between worlds" if tests > 1 else ""
     return (
-        f"the gap from {world(simulated)} to the {world(deployed)} {known} {points(pair['difference'])} percentage "
-        f"points (95 % interval {points(low)} to {points(high)}; Barnard's exact test, p = {pair['p_value']:.2g})."
+        f"{known} {points(pair['difference'])} percentage points (95 % interval {points(low)} to {points(high)}; "
+        f"{result['test']}, p = {p_value:.2g}{family})"
     )
 
 
@@ -203,7 +255,7 @@ def progress(evaluations: Sequence[Evaluation], deployments: Sequence[Evaluation
     names = list(dict.fromkeys(name for arm in arms for name in arm.results.get("milestones", {})))
     if not names:
         return None
-    titles = [f"{arm.label}, {world(arm)}" for arm in arms]
+    titles = [f"{arm.label}, {arm.world}" for arm in arms]
     reached = []
     for name in names:
         found = [arm.results.get("milestones", {}).get(name) for arm in arms]
@@ -264,13 +316,34 @@ def learning(runs: Mapping[str, Path], trained: Mapping[str, Mapping[str, Any]])
             ]
         )
     return {
-        "text": "All policies saw the same demonstrations. Losses of different methods are not comparable with each "
-        "other; the success rates above are."
+        "text": f"{_data_of(runs)} Losses of different methods are not comparable with each other; the success rates "
+        "above are."
         if len(runs) > 1
         else "One training run, one seed.",
         "svg": to_svg(plots.learning_plot(curves)) if curves else "",
         "table": {"columns": ["policy", "parameters", "steps", "training time", "per step"], "rows": rows},
     }
+
+
+def _data_of(runs: Mapping[str, Path]) -> str:
+    """Return whether the policies of several trainings saw the same demonstrations, as far as their checkpoints say."""
+    fingerprints = {label: _fingerprint(folder) for label, folder in runs.items()}
+    if unknown := ", ".join(label for label, fingerprint in fingerprints.items() if not fingerprint):
+        return f"Whether all policies saw the same demonstrations is not known: no checkpoint of {unknown} says it."
+    if len(set(fingerprints.values())) == 1:
+        return "All policies saw the same demonstrations."
+    return (
+        "The policies did not see the same demonstrations, or not the same part of them; a difference in success may "
+        "come from that."
+    )
+
+
+def _fingerprint(run: Path) -> str:
+    try:
+        data = read_json(find_checkpoint(run) / TRAINING).get("data") or {}
+    except CheckpointError:
+        return ""
+    return str(data.get("fingerprint", ""))
 
 
 def _smoothed(points: Points) -> Points:
@@ -298,7 +371,7 @@ def notes(
             low, high = arm.results["interval"]
             which = f", {arm.label}," if len(deployments) > 1 else ""
             found.append(
-                f"{arm.results['n']} episodes on the {world(arm)}{which} leave an interval of "
+                f"{arm.results['n']} episodes on the {arm.world}{which} leave an interval of "
                 f"{100 * (high - low):.0f} percentage points."
             )
     if practised:
@@ -315,5 +388,6 @@ def notes(
     if times and max(times.values()) > 1.5 * min(times.values()):
         listed = ", ".join(f"{label} {minutes(seconds)}" for label, seconds in times.items())
         found.append(f"Training times differ ({listed}); part of a difference in success may come from that.")
-    found += [f"{arm.label}: {note}" for arm in evaluations for note in arm.results.get("notes", [])]
+    for arm in [*evaluations, *deployments]:
+        found += [f"{arm.label}, {arm.world}: {note}" for note in arm.results.get("notes", [])]
     return found

@@ -2,6 +2,8 @@
 
     episodes.jsonl   one JSON object per episode, appended durably as the episodes end
     results.json     success rate with n and 95 % interval, milestones, failures, provenance
+    settings.json    what decides the outcome; only the same is continued
+    sessions.json    which commands ran the episodes, see :mod:`simtoreal.evaluation.sessions`
 
 Simulation and deployment write the same files, so that ``compare`` and the report read both.
 """
@@ -197,6 +199,14 @@ class Evaluation:
         return str(self.results.get("backend", "simulation"))
 
     @property
+    def world(self) -> str:
+        """Where it took place, e.g. ``"'standard' twin"``, ``"simulation with randomization 'hard'"``."""
+        gap, varied = self.results.get("gap"), self.results.get("randomization") or "none"
+        if gap:
+            return f"'{gap}' {self.backend}"
+        return self.backend if varied == "none" else f"{self.backend} with randomization '{varied}'"
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """Initial conditions, ascending."""
         return tuple(result.seed for result in self.episodes)
@@ -232,6 +242,11 @@ def load_evaluation(folder: Path | str, label: str | None = None) -> Evaluation:
             f"{path} is not the result of an evaluation: expected a mapping with task, n and successes. Give the "
             "folder that 'simtoreal evaluate' or 'simtoreal deploy' wrote."
         ) from error
+    if content.get("kind") == "diversity":
+        raise EvaluationError(
+            f"{folder} is a diversity measurement: it runs every initial condition several times and keeps no episodes "
+            "to compare. Give the folder of 'simtoreal evaluate' without --diversity."
+        )
     episodes = read_episodes(folder)
     counted = (len(episodes), sum(result.success for result in episodes))
     if counted != (n, successes):

@@ -47,8 +47,13 @@ def make_evaluation(folder: Path, successes: int, n: int, **extra: object) -> Pa
     return folder
 
 
-def make_run(folder: Path, policy: str) -> Path:
+def make_run(folder: Path, policy: str, *, fingerprint: str = "") -> Path:
     folder.mkdir(parents=True)
+    if fingerprint:
+        checkpoint = folder / "checkpoints" / "000190"
+        write_json(checkpoint / "training.json", {"data": {"fingerprint": fingerprint}})
+        for name in ("model.safetensors", "config.yaml"):
+            (checkpoint / name).touch()
     lines = [{"step": step, "loss": 1.0 / step, "grad_norm": 1.0} for step in range(10, 200, 10)]
     lines.append({"step": 100, "validation_error": 0.1, "validation_error_per_step": [0.1, 0.2]})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 11')

@@ -124,12 +124,46 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         load_arms([one, tmp_path / "x" / ".." / "one"])
     with pytest.raises(EvaluationError, match="not a finished evaluation"):
         load_arms([one, tmp_path / "missing"])
+    diverse = _write(tmp_path / "diverse", [True, False], kind="diversity")
+    with pytest.raises(EvaluationError, match=r"is a diversity measurement: .* without --diversity"):
+        load_arms([one, diverse])
     with pytest.raises(EvaluationError, match="1 labels for 2"):
         load_arms([one, longer], ["only"])
     with pytest.raises(EvaluationError, match="a label of its own"):
         compare([load_evaluation(folder, "same") for folder in (one, _write(tmp_path / "four", [False, False]))])
     with pytest.raises(ConfigError, match="--alpha"):
         Config(folders=(one,), alpha=1.5)
+
+
+def test_no_policy_is_better_than_one_under_other_conditions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    many, few = [True] * 45 + [False] * 5, [True] * 20 + [False] * 30
+    twin = {"backend": "twin", "task_digest": "a"}
+    easy = _write(tmp_path / "easy", many, **twin, gap="standard")
+    hard = _write(tmp_path / "hard", few, **twin, gap="hard")
+    other = _write(tmp_path / "other", few, **{**twin, "task_digest": "b"}, gap="standard")
+    alike = _write(tmp_path / "alike", few, **twin, gap="standard")
+    old = _write(tmp_path / "old", few, backend="twin", gap="standard")  # From before digests were noted.
+    claims = {
+        hard: ("easy has the higher rate", "different worlds ('standard' twin, 'hard' twin)"),
+        other: ("easy has the higher rate", "different files of task 'pick_place'"),
+        alike: ("easy is better", ""),
+        old: ("easy is better", ""),
+    }
+    for folder, (verdict, note) in claims.items():
+        result = compare(load_arms([easy, folder]))
+        assert result["pairs"][0]["verdict"] == verdict
+        assert bool(result["notes"]) == bool(note)
+        assert note in "".join(result["notes"])
+    nominal = [_write(tmp_path / name, many, randomization=name) for name in ("none", "training")]
+    nominal.append(_write(tmp_path / "unsaid", many))
+    assert [len(compare(load_arms([nominal[0], folder]))["notes"]) for folder in nominal[1:]] == [1, 0]
+    main(Config(folders=(easy, hard)))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "easy 'standard' 90.0 %" in printed
+    assert "hard 'hard' twin 40.0 %" in printed
+    assert "Result: easy has the higher rate" in printed
 
 
 def test_results_that_contradict_the_table_are_refused(tmp_path: Path) -> None:

@@ -377,21 +377,25 @@ def test_a_policy_runs_on_the_task_it_was_trained_on_even_if_another_has_its_nam
         deploy._store_task(task, blocked)
 
 
-def test_another_robot_in_the_same_file_is_another_deployment(tmp_path: Path) -> None:
+def test_another_robot_or_task_in_the_same_file_is_another_deployment(tmp_path: Path) -> None:
     config, task, robot = Config(output=tmp_path, actor="expert", task="reach"), load_task("reach"), load_robot_config()
     slower = dataclasses.replace(robot, limits=MotionLimits(max_speed_m_s=0.2))
     settings = [deploy._settings(config, task, each, None) for each in (robot, load_robot_config(), slower)]
     assert settings[0] == settings[1]
     assert {key for key in settings[0] if settings[0][key] != settings[2][key]} == {"robot_digest"}
-    assert deploy._as_begun(tmp_path, settings[0]) == settings[0]
-    check_settings(tmp_path, settings[0])
-    with pytest.raises(EvaluationError, match="robot_digest"):
-        check_settings(tmp_path, deploy._as_begun(tmp_path, settings[2]))
-    # An earlier version did not note it.
-    old = {key: value for key, value in settings[0].items() if key != "robot_digest"}
-    (tmp_path / "old").mkdir()
-    check_settings(tmp_path / "old", old)
-    assert deploy._as_begun(tmp_path / "old", settings[0]) == old
+    assert check_settings(tmp_path, settings[0]) == settings[0]
+    with pytest.raises(EvaluationError, match=r"robot_digest: .* \(the robot's topics or limits were changed\)"):
+        check_settings(tmp_path, settings[2])
+    changed = deploy._settings(config, dataclasses.replace(task, goal="at(tcp, goal, 0.5)"), robot, None)
+    with pytest.raises(EvaluationError, match=r"task_digest: .* \(the task's file was changed\)"):
+        check_settings(tmp_path, changed)
+    # Earlier versions noted none of them, or only the robot's.
+    for missing in ({"task_digest"}, {"task_digest", "robot_digest"}):
+        old = {key: value for key, value in settings[0].items() if key not in missing}
+        folder = tmp_path / f"without {len(missing)}"
+        folder.mkdir()
+        assert check_settings(folder, old) == old
+        assert check_settings(folder, settings[0]) == old
 
 
 def test_a_missing_checkpoint_is_said_clearly(tmp_path: Path) -> None:

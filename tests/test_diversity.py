@@ -241,6 +241,12 @@ def test_neither_the_number_of_environments_nor_an_interruption_changes_the_roll
     env = make_vector_env("avoid", 4, observe="state")
     evaluate_diversity(env, expert(env), [40, 41], 3, tmp_path / "2", SETTINGS)
     assert read_rollouts(tmp_path / "2") == tables[0]
+    # The first session ran six, of which the damaged table has three left.
+    stored = json.loads((tmp_path / "2" / "results.json").read_text())
+    assert [session["episodes"] for session in stored["sessions"]] == [6, 3]
+    before = (tmp_path / "2" / "results.json").read_bytes()
+    assert evaluate_diversity(env, expert(env), [40, 41], 3, tmp_path / "2", SETTINGS) == stored
+    assert (tmp_path / "2" / "results.json").read_bytes() == before
     with pytest.raises(EvaluationError, match="rollouts: 3 there, 4 now"):
         evaluate_diversity(env, expert(env), [40, 41], 4, tmp_path / "2", SETTINGS)
 

@@ -5,21 +5,25 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from simtoreal.commands import evaluate as command
 from simtoreal.envs import make_vector_env
 from simtoreal.envs.errors import ConfigError
+from simtoreal.envs.files import write_json
 from simtoreal.envs.rollout import Observation
 from simtoreal.envs.video import read_video
 from simtoreal.evaluation.compare import NOT_DISTINGUISHABLE, compare
-from simtoreal.evaluation.evaluate import check_unseen, evaluate
+from simtoreal.evaluation.evaluate import check_settings, check_unseen, evaluate
 from simtoreal.evaluation.results import EvaluationError, load_evaluation, read_episodes
 
 SETTINGS = {"task": "reach", "label": "approach", "backend": "simulation"}
 SEEDS = range(100_000, 100_010)
+CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 class Approach:
@@ -85,8 +89,54 @@ def test_interrupted_evaluation_continues_to_the_same_table(env: object, tmp_pat
     assert [(e.seed, e.success, e.steps) for e in cut.episodes] == [
         (e.seed, e.success, e.steps) for e in whole.episodes
     ]
-    again = evaluate(env, Approach(), SEEDS, tmp_path / "cut", SETTINGS, videos=0)  # type: ignore[arg-type]
-    assert again["episodes_this_run"] == 0
+
+
+def test_results_name_the_commands_that_ran_the_episodes(
+    env: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(commit: str, seeds: Sequence[int], interrupt_after: int | None = None) -> dict[str, Any]:
+        source = {"command": f"simtoreal evaluate {len(seeds)}", "commit": commit}
+        for module in ("evaluate", "sessions"):
+            monkeypatch.setattr(f"simtoreal.evaluation.{module}.provenance", lambda *_: source)
+        return evaluate(env, Approach(interrupt_after), seeds, folder, SETTINGS, videos=0)  # type: ignore[arg-type]
+
+    folder = tmp_path / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        run("first", SEEDS, interrupt_after=30)
+    half = len(read_episodes(folder))
+    results = run("second", SEEDS)
+    assert [(s["command"], s["commit"], s["episodes"]) for s in results["sessions"]] == [
+        ("simtoreal evaluate 10", "first", half),
+        ("simtoreal evaluate 10", "second", len(SEEDS) - half),
+    ]
+    assert results["seconds"] == sum(session["seconds"] for session in results["sessions"])
+    assert results["sessions"][0]["seconds"] > 0
+    # Asked again, the finished one is left as it is.
+    stored = (folder / "results.json").read_bytes()
+    assert run("third", SEEDS) == results
+    assert (folder / "results.json").read_bytes() == stored
+    # What is damaged is repaired, by a session that ran nothing.
+    write_json(folder / "results.json", {**results, "n": 3})
+    assert run("fourth", SEEDS)["sessions"] == results["sessions"]
+
+    # Earlier versions kept only the results.
+    folder = tmp_path / "old"
+    whole = run("old", SEEDS[:4])
+    (folder / "sessions.json").unlink()
+    kept = {key: value for key, value in whole.items() if key != "sessions"}
+    write_json(folder / "results.json", {**kept, "seconds": 812.0})
+    assert run("new", SEEDS[:4]) == {**kept, "seconds": 812.0}
+    results = run("new", SEEDS[:6])
+    assert [(s["commit"], s["episodes"]) for s in results["sessions"]] == [("old", 4), ("new", 2)]
+    assert results["seconds"] == 812.0 + results["sessions"][1]["seconds"]
+    # Or, interrupted, nothing.
+    (folder / "sessions.json").unlink()
+    (folder / "results.json").unlink()
+    results = run("new", SEEDS[:7])
+    assert [(s["commit"], s["seconds"], s["episodes"]) for s in results["sessions"][:1]] == [("unknown", None, 6)]
+    (folder / "sessions.json").write_text("[3]")
+    with pytest.raises(EvaluationError, match=r"sessions\.json is damaged"):
+        run("new", SEEDS)
 
 
 def test_same_policy_twice_is_not_distinguishable(env: object, tmp_path: Path) -> None:
@@ -117,6 +167,27 @@ def test_another_evaluation_in_the_folder_is_refused(env: object, tmp_path: Path
     (tmp_path / "settings.json").unlink()
     with pytest.raises(EvaluationError, match="no settings"):
         evaluate(env, Approach(), SEEDS[:4], tmp_path, SETTINGS)  # type: ignore[arg-type]
+
+
+def test_a_task_file_that_changed_is_another_evaluation(tmp_path: Path) -> None:
+    content = yaml.safe_load((CONFIGS / "tasks" / "reach.yaml").read_text())
+    file = tmp_path / "reach.yaml"
+
+    def begin(folder: Path, goal: str) -> dict[str, object]:
+        file.write_text(yaml.safe_dump({**content, "goal": goal}, sort_keys=False))
+        config = command.Config(actor="expert", task=str(file), output=folder, num_envs=1, videos=0)
+        env, _, settings, _ = command._prepare(config)
+        env.close()
+        return check_settings(folder, settings)
+
+    settings = begin(tmp_path / "out", content["goal"])
+    assert begin(tmp_path / "out", content["goal"]) == settings
+    with pytest.raises(EvaluationError, match=r"task_digest: .* \(the task's file was changed\)"):
+        begin(tmp_path / "out", "at(tcp, goal, 0.1)")
+    # Earlier versions did not note it, and nobody knows it of their episodes.
+    old = {key: value for key, value in settings.items() if key != "task_digest"}
+    write_json(tmp_path / "old" / "settings.json", old)
+    assert begin(tmp_path / "old", content["goal"]) == old
 
 
 def test_demonstrated_conditions_are_refused() -> None:

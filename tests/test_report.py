@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import json
 import re
 import runpy
 from pathlib import Path
@@ -18,11 +19,21 @@ from report_folders import (
     make_run,
 )
 
+from simtoreal.commands import report as command
+from simtoreal.data_collection.expert import ScriptedExpert
+from simtoreal.data_collection.recorder import Recorder, memory_takes
+from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.envs import make_vector_env, rollout
 from simtoreal.envs.errors import ConfigError, SimtorealError
+from simtoreal.envs.figures import COLORS
 from simtoreal.envs.files import write_json
 from simtoreal.envs.video import read_video, tile, write_video
+from simtoreal.evaluation.compare import compare
 from simtoreal.evaluation.film import film_strip
-from simtoreal.evaluation.report import ReportSources, label_folders, write_report
+from simtoreal.evaluation.plots import learning_plot, timing_plot
+from simtoreal.evaluation.report import ReportSources, build_context, label_folders, write_report
+from simtoreal.evaluation.report_sections import success
+from simtoreal.evaluation.results import Evaluation, load_evaluation
 
 
 class _Links(html.parser.HTMLParser):
@@ -122,6 +133,119 @@ def test_the_page_of_a_policy_that_was_filtered_and_improved(tmp_path: Path) -> 
         "before: the gap from simulation with", "histograms are those of the control",
     ):  # fmt: skip
         assert shown in text, shown
+
+
+def test_verdicts_are_those_of_compare_and_adjusted_for_all_pairs(tmp_path: Path) -> None:
+    counts = {"a": 40, "b": 34, "c": 38, "d": 39}
+    arms = [load_evaluation(make_evaluation(tmp_path / name, count, 50)) for name, count in counts.items()]
+    pair = compare(arms)["pairs"][0]
+    assert pair["p_value"] < 0.05 < pair["p_adjusted"]
+    first, *others = success(arms, [])["verdicts"]
+    assert first.startswith("a and b are not distinguishable in simulation: +12 percentage points")
+    assert f"p = {pair['p_adjusted']:.2g} after Bonferroni over all 6 pairs, 50 and 50 episodes" in first
+    assert len(others) == 2
+    (alone,) = success(arms[:2], [])["verdicts"]
+    assert alone.startswith("a is better in simulation")
+    assert "Bonferroni" not in alone
+
+
+def test_verdicts_between_worlds_name_both_and_call_nobody_better(tmp_path: Path) -> None:
+    def arm(name: str, successes: int, **extra: object) -> Evaluation:
+        return load_evaluation(make_evaluation(tmp_path / name, successes, 50, **extra), name)
+
+    nominal, shifted = arm("nominal", 48, task_digest="a"), arm("shifted", 20, task_digest="a", randomization="hard")
+    (text,) = success([nominal, shifted], [])["verdicts"]
+    assert text.startswith(
+        "The difference from nominal (simulation) to shifted (simulation with randomization 'hard') is -56 percentage "
+    )
+    assert "It is not one of policies alone: different worlds" in text
+    twins = [arm(gap, count, backend="twin", gap=gap) for gap, count in (("standard", 45), ("hard", 20))]
+    (text,) = success([], twins)["verdicts"]
+    assert text.startswith("The difference from standard ('standard' twin) to hard ('hard' twin) is -50 percentage")
+    changed = arm("changed", 20, task_digest="b")
+    (text,) = success([nominal, changed], [])["verdicts"]
+    assert text.endswith("It is not one of policies alone: different files of task 'pick_place'.")
+    texts = success([nominal], [arm("twin", 30, backend="twin", gap="standard", task_digest="b")])["verdicts"]
+    assert texts[0].startswith("The gap from simulation to the 'standard' twin is -36 percentage points")
+    assert texts[0].endswith("It is not one of worlds alone: different files of task 'pick_place'.")
+    assert all("better" not in text for text in [*success([nominal, shifted, changed], twins)["verdicts"], *texts])
+    both = success([nominal, shifted, changed], [])["verdicts"]
+    assert [text.count("after Bonferroni over 2 differences between worlds") for text in both] == [1, 1]
+
+
+def test_every_stage_is_reproduced_although_training_and_evaluation_are_called_alike(tmp_path: Path) -> None:
+    made = {
+        "training": make_run(tmp_path / "run", "diffusion"),
+        "evaluation": make_evaluation(tmp_path / "evaluation", 9, 10, label="diffusion"),
+        "deployment": make_evaluation(tmp_path / "robot", 4, 5, label="diffusion", backend="twin", gap="standard"),
+    }
+    for kind, folder in made.items():
+        content = json.loads((folder / "results.json").read_text())
+        source = {"command": f"simtoreal {kind}", "commit": f"commit of {kind}"}
+        write_json(folder / "results.json", {**content, "provenance": source})
+    context = build_context(
+        ReportSources(
+            runs=label_folders([made["training"]], ("train", "policy")),
+            evaluations=label_folders([made["evaluation"]], ("label",)),
+            deployments=label_folders([made["deployment"]], ("label",)),
+        )
+    )
+    assert context["reproduce"] == [f"simtoreal {kind}" for kind in made]
+    (table,) = [block["table"] for block in context["details"] if block["title"] == "Source of every result"]
+    assert table["rows"] == [[f"{kind} of diffusion", f"commit of {kind}"] for kind in made]
+    sessions = [{"commit": commit} for commit in ("first", "first", "second")]
+    folder = make_evaluation(tmp_path / "continued", 9, 10, sessions=sessions)
+    details = build_context(ReportSources(evaluations={"x": folder}))["details"]
+    assert details[-1]["table"]["rows"] == [["evaluation of x", "first, second"]]
+
+
+def test_what_limits_a_deployment_is_on_the_page(tmp_path: Path) -> None:
+    note = "the machine was too slow for the twin"
+    robot = make_evaluation(tmp_path / "robot", 4, 5, backend="twin", gap="standard", notes=[note])
+    notes = build_context(ReportSources(deployments={"diffusion": robot}))["notes"]
+    assert f"diffusion, 'standard' twin: {note}" in notes
+
+
+def test_policies_are_said_to_have_seen_the_same_data_only_if_they_did(tmp_path: Path) -> None:
+    prints = {"a": "x", "b": "x", "c": "y", "old": ""}
+    runs = {name: make_run(tmp_path / name, "bc", fingerprint=fingerprint) for name, fingerprint in prints.items()}
+
+    def text(*names: str) -> str:
+        return build_context(ReportSources(runs={name: runs[name] for name in names}))["learning"]["text"]
+
+    assert text("a", "b").startswith("All policies saw the same demonstrations.")
+    assert text("a", "b", "c").startswith("The policies did not see the same demonstrations")
+    assert text("a", "old").startswith(
+        "Whether all policies saw the same demonstrations is not known: no checkpoint of old says"
+    )
+
+
+def test_there_may_be_more_runs_and_deployments_than_colours(tmp_path: Path) -> None:
+    timing = {"period_error_histogram": HISTOGRAM, "p99_period_error_ms": 0.4}
+    count = len(COLORS) + 1
+    curves = {str(index): [(1.0, 2.0), (2.0, 1.0)] for index in range(count)}
+    lines = learning_plot({"loss": curves}).axes[0].lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == count
+    panels = timing_plot({str(index): timing for index in range(count)}).axes
+    assert [bool(panel.patches) for panel in panels] == [True] * count
+
+
+def test_a_video_beside_the_page_is_left_alone(tmp_path: Path) -> None:
+    env = make_vector_env("reach", 1, image_size=32, record_state=True)
+    with DatasetWriter(tmp_path / "data", env.embodiment, {"reach": env.task.to_dict()}) as writer:
+        recorder = Recorder(
+            memory_takes(writer), task="reach", embodiment=env.embodiment, source="expert", operator="expert"
+        )
+        rollout(env, ScriptedExpert(env.task, env.embodiment), range(1), listeners=[recorder])
+    env.close()
+    own = tmp_path / "demonstration.mp4"
+    own.write_text("my own video")
+    command.main(command.Config(data=tmp_path / "data", output=tmp_path / "report.html"))
+    assert own.read_text() == "my own video"
+    page = _Links()
+    page.feed((tmp_path / "report.html").read_text())
+    assert page.tags.count("video") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "demonstration.mp4", "report.html"}
 
 
 def test_what_is_missing_is_left_out(tmp_path: Path) -> None:

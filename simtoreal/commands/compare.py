@@ -55,7 +55,7 @@ def main(config: Config) -> None:
         time = arm["time_to_success_s"]
         table.add_row(
             arm["label"],
-            arm["backend"],
+            arm["world"],
             f"{100 * arm['success_rate']:.1f} %",
             str(arm["n"]),
             f"{100 * low:.0f}-{100 * high:.0f} %",

@@ -150,7 +150,7 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
             embodiment = panda_embodiment(config.image_size)
         robot.require_fits(embodiment, config.topics)
         task = load_task(config.task) if config.task else _trained_task(inference, config)
-        settings = _as_begun(config.output, _settings(config, task, robot, inference))
+        settings = _settings(config, task, robot, inference)
         done = _finished(config, settings, seeds)
         if done is not None:
             return done
@@ -203,13 +203,14 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
             settings,
             videos=config.videos,
             listeners=listeners,
-            notes=[f"control loop and inference: only the last {len(seeds) - len(known)} episodes"] if known else [],
         )
         status = gate.close()
         statistics = actor.statistics() if isinstance(actor, AsyncPolicyActor) else {}
         results.update(
             control_results(env.clock.summary(), status, statistics, realtime=granted, faults=faults.details)
         )
+        if known:
+            results["notes"].append(f"control loop and inference: only the last {len(seeds) - len(known)} episodes")
         if twin:
             skipped, notes = twin_results(env.twin_skipped_s)
             results.update(skipped, notes=results["notes"] + notes)
@@ -279,6 +280,8 @@ def _settings(config: Config, task: TaskSpec, robot: RobotConfig, inference: Inf
     import hashlib
     import json
 
+    from simtoreal.evaluation.evaluate import task_digest
+
     described = json.dumps(dataclasses.asdict(robot), sort_keys=True)
     return {
         "task": task.name,
@@ -292,23 +295,10 @@ def _settings(config: Config, task: TaskSpec, robot: RobotConfig, inference: Inf
         "first_seed": config.seed,
         "policy_seed": config.policy_seed,
         "topics": config.topics,
-        # A file of the same name may describe another robot, or other limits, by now.
+        # Files of the same name may describe another task, another robot, or other limits, by now.
+        "task_digest": task_digest(task),
         "robot_digest": hashlib.sha256(described.encode()).hexdigest()[:16],
     }
-
-
-def _as_begun(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings without the robot's digest, if the folder was begun by a version that did not note it."""
-    import contextlib
-    import json
-
-    from simtoreal.evaluation.evaluate import SETTINGS_FILE
-
-    # What is missing or damaged is looked into by check_settings.
-    with contextlib.suppress(OSError, ValueError):
-        if "robot_digest" not in json.loads((folder / SETTINGS_FILE).read_text()):
-            return {key: value for key, value in settings.items() if key != "robot_digest"}
-    return settings
 
 
 def _ask(question: str) -> str:

@@ -207,6 +207,7 @@ def _prepare(config: Config) -> tuple[TabletopVectorEnv | GymnasiumVectorEnv, Ac
     """Return environment, actor, the settings that decide the outcome, and the seeds of the training data."""
     from simtoreal.envs import load_task, make_vector_env
     from simtoreal.envs.task_file import parse_task
+    from simtoreal.evaluation.evaluate import task_digest
 
     num_envs = min(config.num_envs, config.episodes)
     shared = {
@@ -231,7 +232,8 @@ def _prepare(config: Config) -> tuple[TabletopVectorEnv | GymnasiumVectorEnv, Ac
         )
         expert = ScriptedExpert(env.task, env.embodiment, seed=config.policy_seed)
         task = env.task
-        settings = {"task": task.name, "label": "expert", "policy": None, "horizon": task.horizon, **shared}
+        identity = {"label": "expert", "policy": None}
+        settings = {"task": task.name, **identity, "horizon": task.horizon, **shared, "task_digest": task_digest(task)}
         return env, expert, settings, set()  # type: ignore[return-value]
 
     from simtoreal.evaluation.foreign import DRAWN_COPIES, environment_of, make_foreign_env, parse_observations
@@ -273,10 +275,5 @@ def _prepare(config: Config) -> tuple[TabletopVectorEnv | GymnasiumVectorEnv, Ac
         record_state=bool(config.videos and config.outside),
         randomization=config.randomization,
     )
-    settings = {
-        "task": task.name,
-        **identity,
-        "horizon": task.horizon,
-        **shared,
-    }
+    settings = {"task": task.name, **identity, "horizon": task.horizon, **shared, "task_digest": task_digest(task)}
     return env, actor, settings, training_seeds(loaded)

@@ -28,6 +28,8 @@ class Config:
 
 def main(config: Config) -> None:
     """Write the page."""
+    import tempfile
+
     from rich.console import Console
 
     from simtoreal.evaluation.outside import has_drawable_success, write_demonstration
@@ -35,18 +37,20 @@ def main(config: Config) -> None:
 
     console = Console()
     video = None
-    if config.data is not None and has_drawable_success(config.data):
-        with console.status("drawing a demonstration"):
-            video = write_demonstration(config.data, config.output.parent / "demonstration.mp4")
-    sources = ReportSources(
-        dataset=config.data,
-        demonstration_video=video,
-        filter=config.filter,
-        cotraining=config.cotraining,
-        runs=label_folders(config.runs, ("train", "policy")),
-        evaluations=label_folders(config.evaluations, ("label",)),
-        deployments=label_folders(config.deployments, ("label",)),
-    )
-    write_report(sources, config.output)
+    # The page holds the video itself; a file of that name beside it may be the user's.
+    with tempfile.TemporaryDirectory() as drawn:
+        if config.data is not None and has_drawable_success(config.data):
+            with console.status("drawing a demonstration"):
+                video = write_demonstration(config.data, Path(drawn) / "demonstration.mp4")
+        sources = ReportSources(
+            dataset=config.data,
+            demonstration_video=video,
+            filter=config.filter,
+            cotraining=config.cotraining,
+            runs=label_folders(config.runs, ("train", "policy")),
+            evaluations=label_folders(config.evaluations, ("label",)),
+            deployments=label_folders(config.deployments, ("label",)),
+        )
+        write_report(sources, config.output)
     size = config.output.stat().st_size / 1e6
     console.print(f"Report written to {config.output} ({size:.1f} MB, one file)", highlight=False, soft_wrap=True)
