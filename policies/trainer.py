@@ -315,7 +315,10 @@ class Training:
 
     def _save(self) -> None:
         weights = dict(self.policy.state_dict())
-        weights |= dict(zip(self.names, self.average.averages, strict=True))
+        averages = dict(zip(self.parameters, self.average.averages, strict=True))
+        # A shared tensor has several names in the state dictionary, and the last of them decides what is loaded.
+        for name, parameter in self.policy.named_parameters(remove_duplicate=False):
+            weights[name] = averages.get(parameter, weights[name])
         state: dict[str, Tensor] = {}
         for name, parameter in zip(self.names, self.parameters, strict=True):
             state[f"parameter/{name}"] = parameter
@@ -328,14 +331,17 @@ class Training:
     def _restore(self, folder: Path) -> None:
         training = checkpoints.read_json(folder / checkpoints.TRAINING)
         self._require_same_training(folder, training)
-        checkpoints.load_weights(self.policy, checkpoints.load_tensors(folder / checkpoints.MODEL), folder)
+        weights = checkpoints.load_tensors(folder / checkpoints.MODEL)
+        checkpoints.load_weights(self.policy, weights, folder)
         state = checkpoints.load_tensors(folder / checkpoints.STATE)
         try:
             self.step, self.seconds = int(training["step"]), float(training["seconds"])
             self.average.updates = int(training["average_updates"])
             self.precision, self.validation_error = training["precision"], training["validation_error"]
             for index, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True)):
-                self.average.averages[index].copy_(parameter.detach())
+                # Not what the parameter was loaded with: under a shared tensor's other names, checkpoints of earlier
+                # versions hold its current value.
+                self.average.averages[index].copy_(weights[name])
                 with torch.no_grad():
                     parameter.copy_(state[f"parameter/{name}"])
                 if f"{MOMENTS[0]}/{name}" in state:
