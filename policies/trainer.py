@@ -27,7 +27,7 @@ from simtoreal.policies.averaging import WeightAverage
 from simtoreal.policies.base import Policy
 from simtoreal.policies.config import PolicyConfig, TrainerConfig
 from simtoreal.policies.distributed import Processes, joined_processes
-from simtoreal.policies.encoder_transfer import transfer_encoders
+from simtoreal.policies.encoder_transfer import compare_encoders, describe_encoders, transfer_encoders
 from simtoreal.policies.registry import policy_class
 from simtoreal.policies.training_data import TrainingData, to_tensors, training_batches
 from simtoreal.policies.training_log import TrainingLog
@@ -119,7 +119,8 @@ def train(
         data: what to train it on.
         output: run folder.
         kind: class to train, for what is trained as policies are but has no registered type.
-        encoder: run whose image encoders the policy begins with; see :mod:`simtoreal.policies.encoder_transfer`.
+        encoder: run whose image encoders the policy begins with; see :mod:`simtoreal.policies.encoder_transfer`. A
+            training that is continued has them already: then it only has to be the same, and may be gone.
         resume: continue from the newest checkpoint in ``output`` (from the beginning if there is none).
         device: torch device; None picks a GPU if there is one.
         progress: draw a progress bar.
@@ -168,14 +169,16 @@ class Training:
         self.precision = choose_precision(config.precision, device)
         seed_everything(config.seed, 0)
         policy = (kind or policy_class(policy_config.type))(policy_config, data.embodiment, data.statistics)
-        self.encoder = str(transfer_encoders(policy, encoder)) if encoder is not None else None
+        self.encoder: dict[str, Any] = {"encoder": None}
+        if encoder is not None and not found:
+            self.encoder = describe_encoders(transfer_encoders(policy, encoder))
         self.policy: Policy = policy.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = make_optimizer(self.policy, config)
         self.names = [name for name, parameter in self.policy.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.average = WeightAverage(self.parameters)
         if found:
-            self._restore(found[-1])
+            self._restore(found[-1], encoder)
         self.module: nn.Module = self.policy
         if processes.world > 1:
             self.module = nn.parallel.DistributedDataParallel(self.policy, gradient_as_bucket_view=True)
@@ -301,7 +304,7 @@ class Training:
             "validation_error": self.validation_error,
             "average_updates": self.average.updates,
             "processes": self.processes.world,
-            "encoder": self.encoder,
+            **self.encoder,
             "data": {
                 "source": self.data.source,
                 "seeds": list(self.data.seeds),
@@ -328,9 +331,10 @@ class Training:
             self.output, self.step, self.policy, weights=weights, state=state, training=self._training()
         )
 
-    def _restore(self, folder: Path) -> None:
+    def _restore(self, folder: Path, encoder: str | Path | None) -> None:
         training = checkpoints.read_json(folder / checkpoints.TRAINING)
-        self._require_same_training(folder, training)
+        self._require_same_training(folder, training, encoder)
+        self.encoder = {key: training[key] for key in ("encoder", "encoder_digest") if key in training}
         weights = checkpoints.load_tensors(folder / checkpoints.MODEL)
         checkpoints.load_weights(self.policy, weights, folder)
         state = checkpoints.load_tensors(folder / checkpoints.STATE)
@@ -352,24 +356,25 @@ class Training:
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{folder} cannot continue a training: {error}; use another checkpoint") from error
 
-    def _require_same_training(self, folder: Path, training: dict[str, Any]) -> None:
+    def _require_same_training(self, folder: Path, training: dict[str, Any], encoder: str | Path | None) -> None:
         def decisive(trainer: dict[str, Any] | None) -> dict[str, Any]:
             return {key: value for key, value in (trainer or {}).items() if key not in HARMLESS}
 
         data = training.get("data") or {}
+        stored_encoder, encoder_now = compare_encoders(training, encoder)
         stored = {
             "policy": read_yaml(folder / checkpoints.CONFIG),
             "trainer": decisive(training.get("trainer")),
             "data": {key: data.get(key) for key in ("windows", "fingerprint")},
             "processes": training.get("processes"),
-            "encoder": training.get("encoder"),
+            "encoder": stored_encoder,
         }
         now = {
             "policy": checkpoints.plain_config(self.policy.config),
             "trainer": decisive(checkpoints.plain_config(self.config)),
             "data": {"windows": len(self.data.train), "fingerprint": self.fingerprint},
             "processes": self.processes.world,
-            "encoder": self.encoder,
+            "encoder": encoder_now,
         }
         lines = _differences("", stored, now)
         if lines:
