@@ -22,7 +22,7 @@ from simtoreal.data_collection.windows import WindowSampler
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import DatasetError, closest
 from simtoreal.policies.config import PolicyConfig
-from simtoreal.policies.normalization import ACTIONS, Statistics, dimension_names, fit_statistics
+from simtoreal.policies.normalization import ACTIONS, Statistics, dimension_names, fit_statistics, has_known_units
 from simtoreal.policies.training_episodes import choose_episodes
 from simtoreal.policies.weighting import Weighting, read_returns, window_probabilities
 
@@ -62,7 +62,7 @@ class TrainingData:
         source: where the data come from, for messages.
         seeds: initial conditions of the episodes, which an evaluation must not reuse.
         probabilities: ``(len(train),)`` of drawing each window; None draws all of them evenly.
-        notes: which episodes of the mask were left out and why, one line each.
+        notes: which episodes of the mask were left out and why, and what is odd about their values, one line each.
     """
 
     embodiment: Embodiment
@@ -105,7 +105,15 @@ def fit_all(windows: Windows, embodiment: Embodiment, config: PolicyConfig) -> d
         if key not in windows.observations:
             raise DatasetError(f"the data have no observation '{key}'. {closest(key, windows.observations)}")
         values[key] = windows.observations[key][keep]
-    return {key: fit_statistics(value, dimension_names(embodiment, key), key) for key, value in values.items()}
+    return {
+        key: fit_statistics(value, dimension_names(embodiment, key), key, known_units=has_known_units(embodiment, key))
+        for key, value in values.items()
+    }
+
+
+def fit_notes(statistics: Mapping[str, Statistics]) -> tuple[str, ...]:
+    """Return what the fits of all keys found odd in the data, one line each."""
+    return tuple(note for one in statistics.values() for note in one.notes)
 
 
 def open_training_data(
@@ -176,16 +184,17 @@ def open_training_data(
     probabilities = None
     if weighting is not None and weighted:
         probabilities = window_probabilities(weighting, *read_returns(dataset, chosen), train.episode_of_window)
+    statistics = fit_all(train, dataset.embodiment, config)
     return TrainingData(
         embodiment=dataset.embodiment,
         task=dataset.task if len(dataset.tasks) == 1 else {},
         train=train,
         valid=windows(held_out) if held_out else None,
-        statistics=fit_all(train, dataset.embodiment, config),
+        statistics=statistics,
         source=str(path),
         seeds=tuple(episode.seed for episode in (*chosen, *held_out)),
         probabilities=probabilities,
-        notes=choice.notes,
+        notes=(*choice.notes, *fit_notes(statistics)),
     )
 
 
