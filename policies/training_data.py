@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,12 +20,13 @@ from simtoreal.data_collection.scene_frame import scene_displacements
 from simtoreal.data_collection.windows import WindowSampler
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import DatasetError, closest
+from simtoreal.policies.available_memory import available_memory
 from simtoreal.policies.config import PolicyConfig
 from simtoreal.policies.normalization import ACTIONS, Statistics, dimension_names, fit_statistics, has_known_units
 from simtoreal.policies.training_episodes import choose_episodes
 from simtoreal.policies.weighting import Weighting, read_returns, window_probabilities
 
-# Above this part of the free memory the joined arrays are mapped from files instead of held.
+# Above this part of the available memory the joined arrays are mapped from files instead of held.
 MEMORY_PART = 0.5
 # Keeps the draws of weighted batches apart from those of epoch orders.
 _WEIGHTED = 1
@@ -167,12 +167,11 @@ def open_training_data(
         for camera in dataset.embodiment.cameras
         if f"{camera.name}_image" in config.image_keys
     )
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     sizes: dict[str, Any] = {
         "observation_steps": config.observation_steps,
         "horizon": config.horizon,
         "keys": config.keys,
-        "memory_map": steps * per_step > MEMORY_PART * free,
+        "memory_map": steps * per_step > MEMORY_PART * available_memory(),
     }
 
     def windows(episodes: list[EpisodeInfo]) -> WindowSampler:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,10 @@ import toy_reaching as toy
 
 from simtoreal import cli
 from simtoreal.envs.errors import ConfigError, DatasetError, SimtorealError
+from simtoreal.policies import available_memory as available_memory_module
 from simtoreal.policies import trainer as trainer_module
+from simtoreal.policies import training_data as training_data_module
+from simtoreal.policies.available_memory import available_memory
 from simtoreal.policies.averaging import WeightAverage, average_decay
 from simtoreal.policies.checkpoint import load_policy
 from simtoreal.policies.config import AugmentationConfig, BCConfig, PolicyConfig, TrainerConfig
@@ -251,6 +255,39 @@ def test_every_epoch_visits_every_window_once_in_a_new_order():
     assert list(order[:10]) != list(order[10:])
     assert not np.array_equal(batch_indices(10, 4, 1, 0), batch_indices(10, 4, 0, 0))
     assert len(batch_indices(3, 8, 0, 0)) == 8
+
+
+def test_memory_that_makes_room_counts_as_available(tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemTotal: 64 kB\nMemFree: 2 kB\nMemAvailable:      40 kB\nCached: 38 kB\n")
+    (tmp_path / "cgroup").write_text("4:memory:/old\n0::/service/part\n")
+    groups = tmp_path / "groups"
+    (groups / "service" / "part").mkdir(parents=True)
+    monkeypatch.setattr(available_memory_module, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(available_memory_module, "CONTROL_GROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(available_memory_module, "CONTROL_GROUPS", groups)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+    def limit(folder: Path, most: str) -> None:
+        (folder / "memory.max").write_text(f"{most}\n")
+        (folder / "memory.current").write_text("9000\n")
+        (folder / "memory.stat").write_text("anon 3000\ninactive_file 4000\n")
+
+    assert available_memory() == 40 * 1024
+    limit(groups / "service" / "part", "max")
+    assert available_memory() == 40 * 1024
+    limit(groups / "service", "10000")
+    assert available_memory() == 10000 - 9000 + 4000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert available_memory() == 2500
+
+
+def test_data_larger_than_half_of_the_available_memory_are_mapped(dataset, monkeypatch):
+    config = BCConfig(state_keys=("proprio",), image_keys=("front_image",))
+    for available, mapped in ((10**12, False), (1, True)):
+        monkeypatch.setattr(training_data_module, "available_memory", lambda size=available: size)
+        images = open_training_data(dataset, config).train.observations["front_image"]
+        assert isinstance(images, np.memmap) is mapped
+    shutil.rmtree(dataset / ".window_cache")
 
 
 def test_learning_rate_warms_up_and_ends_at_one_percent():
