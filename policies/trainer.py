@@ -35,6 +35,8 @@ from simtoreal.policies.training_log import TrainingLog
 FORMAT_VERSION = 1
 # The cosine ends at this part of the highest learning rate.
 FINAL_RATE = 0.01
+# Part of the steps that warm up where there are fewer of them than of the warm-up.
+SHORT_WARMUP = 0.1
 # What AdamW keeps per parameter; it has nothing for one that never got a gradient.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -63,9 +65,13 @@ class TrainingResult:
 
 def learning_rate(config: TrainerConfig, step: int) -> float:
     """Return the rate of a step: linear warm-up, then a cosine down to 1 % of the highest rate."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    warmup = config.warmup_steps
+    if warmup > config.steps:
+        # The default on few steps would end before the highest rate.
+        warmup = math.ceil(config.steps * SHORT_WARMUP)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, config.steps - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return config.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
 
@@ -283,7 +289,6 @@ class Training:
         with self.average.applied(), torch.inference_mode():
             for part in np.array_split(indices, math.ceil(count / 256)):
                 batch = to_tensors(windows.batch(part), device)
-                self.policy.reset()
                 predicted = self.policy.predict(batch["observation"], batch["instruction"], generator)
                 mask = batch["action_mask"].float()
                 errors.append(((predicted - batch["actions"]).abs().mean(-1) * mask).sum(0).cpu())

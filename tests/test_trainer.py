@@ -28,6 +28,7 @@ from simtoreal.policies.available_memory import available_memory
 from simtoreal.policies.averaging import WeightAverage, average_decay
 from simtoreal.policies.checkpoint import load_policy
 from simtoreal.policies.config import AugmentationConfig, BCConfig, PolicyConfig, TrainerConfig
+from simtoreal.policies.distributed import choose_device
 from simtoreal.policies.trainer import choose_precision, learning_rate, train
 from simtoreal.policies.training_data import batch_indices, open_training_data, to_tensors, training_batches
 from simtoreal.policies.training_log import TrainingLog, read_metrics
@@ -299,6 +300,16 @@ def test_learning_rate_warms_up_and_ends_at_one_percent():
     assert all(math.isfinite(learning_rate(TrainerConfig(steps=5, warmup_steps=10), step)) for step in range(5))
 
 
+@pytest.mark.parametrize("steps", [1, 5, 100, 199])
+def test_learning_rate_of_fewer_steps_than_the_warm_up_rises_and_falls(steps):
+    config = TrainerConfig(steps=steps, learning_rate=1.0)
+    rates = [learning_rate(config, step) for step in range(steps)]
+    assert max(rates) == pytest.approx(1.0)
+    assert steps < 100 or rates[-1] == pytest.approx(0.01, abs=1e-3)
+    equal = TrainerConfig(steps=200, warmup_steps=200, learning_rate=1.0)
+    assert learning_rate(equal, 199) == 1.0
+
+
 def test_weight_average_follows_its_formula_and_comes_and_goes():
     parameter = torch.nn.Parameter(torch.zeros(3))
     average = WeightAverage([parameter])
@@ -379,6 +390,15 @@ def test_unknown_device_is_refused(tmp_path):
     config = toy.small_diffusion()
     with pytest.raises(ConfigError, match="not a torch device"):
         train(config, toy.small_trainer(), toy.data(config, episodes=6), tmp_path, device="gpuu")
+
+
+@pytest.mark.parametrize("name", ["mps", "meta", "xpu", "cpu:7", "cuda:2"])
+def test_devices_that_do_not_exist_are_refused(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=f"device '{name}' is not there .* expected one of cpu, cuda:0, cuda:1$"):
+        choose_device(name)
+    assert [str(choose_device(one)) for one in ("cpu", "cpu:0", "cuda:1", None)] == ["cpu", "cpu:0", "cuda:1", "cuda"]
 
 
 # --- real data and the command ---------------------------------------------------------------------------------------
