@@ -457,6 +457,17 @@ def test_shipped_presets_are_known_by_name(dataset):
     assert read.policy == "bc"
 
 
+def test_settings_of_another_policy_type_are_refused(dataset, tmp_path):
+    from simtoreal.commands import train as command
+
+    given = ["--data", str(dataset), "--output", "run", "--policy", "bc"]
+    with pytest.raises(ConfigError, match=r"diffusion.horizon is set, .* but --policy is bc.*--policy diffusion"):
+        command.policy_config(cli._read_flags("train", command, [*given, "--diffusion.horizon", "32"]))
+    # Written-out defaults say nothing.
+    preset = ["--config", "diffusion_cpu"]
+    assert command.policy_config(cli._read_flags("train", command, [*given, *preset])).type == "bc"
+
+
 def test_data_without_the_cameras_of_the_policy_are_refused(dataset):
     with pytest.raises(DatasetError, match=r"'side_image'.*Valid: front_image, wrist_image"):
         open_training_data(dataset, BCConfig(image_keys=("side_image",)))
