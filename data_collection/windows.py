@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ from simtoreal.envs.errors import ConfigError, DatasetError
 from simtoreal.envs.files import atomic_path
 
 CACHE = ".window_cache"
+# Joined files that no training has opened for so long are removed; one that still maps them keeps their content.
+CACHE_KEPT_S = 7 * 24 * 3600.0
 
 
 class WindowSampler:
@@ -39,8 +44,9 @@ class WindowSampler:
         keep: one (T,) bool array per episode, False at steps not to learn from; None keeps all.
         displacement: one (T, A) array per episode: how far the scene moved by itself during each step, in units of the
             actions, which are then related to the scene; see :mod:`simtoreal.data_collection.scene_frame`.
-        memory_map: keep the joined arrays in files below the dataset instead of in memory, for datasets larger
-            than it; the operating system then caches what is used.
+        memory_map: keep the joined arrays in files in ``.window_cache`` below the dataset instead of in memory, for
+            datasets larger than it; the operating system then caches what is used. Files that were not opened for a
+            week are removed.
 
     Raises:
         ConfigError: a size is below 1, there is no episode, or ``keep`` does not fit or keeps no step.
@@ -166,13 +172,27 @@ def _map_episodes(dataset: Path, episodes: Sequence[EpisodeInfo], names: dict[st
     folder = dataset / CACHE
     paths = {key: folder / f"{digest}-{name.replace('/', '-')}.npy" for key, name in names.items()}
     for key, path in paths.items():
-        if not path.exists():
+        if path.exists():
+            # Its owner, or a disk mounted for reading only, may not let us; then nothing is removed there either.
+            with contextlib.suppress(OSError):
+                os.utime(path)
+        else:
             with disk_errors(path), atomic_path(path) as temporary:
                 _fill(
                     episodes, {key: names[key]}, {},
                     lambda _, shape, dtype, to=temporary: np.lib.format.open_memmap(to, "w+", dtype, shape),
                 )  # fmt: skip
-    return {key: np.load(path, mmap_mode="r", allow_pickle=False) for key, path in paths.items()}
+    mapped = {key: np.load(path, mmap_mode="r", allow_pickle=False) for key, path in paths.items()}
+    _drop_unused(folder, set(paths.values()))
+    return mapped
+
+
+def _drop_unused(folder: Path, used: set[Path]) -> None:
+    """Remove the files of other episodes and keys, and of what was killed, that were not opened for long."""
+    for path in set(folder.iterdir()) - used:
+        with contextlib.suppress(OSError):
+            if time.time() - path.stat().st_mtime > CACHE_KEPT_S:
+                path.unlink()
 
 
 def _fill(episodes: Sequence[EpisodeInfo], names: dict[str, str], joined: Arrays, allocate: Any) -> None:

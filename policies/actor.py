@@ -52,7 +52,6 @@ class PolicyActor:
         for slot, seed in zip(slots, seeds, strict=True):
             mixed = np.random.SeedSequence([self.seed, int(seed)]).generate_state(1, np.uint64)[0]
             self._generators[int(slot)] = torch.Generator().manual_seed(int(mixed))
-        self.policy.reset()
 
     def act(self, observation: Observation, instructions: Sequence[str], slots: np.ndarray) -> np.ndarray:
         """Return float32 chunks ``(len(slots), horizon, action_dim)``; see :class:`simtoreal.envs.rollout.Actor`.

@@ -61,14 +61,14 @@ class Policy(nn.Module, ABC):
     def predict(self, observation: dict[str, Tensor], instruction: Sequence[str], generator: Generators) -> Tensor:
         """Return action chunks ``(B, horizon, A)`` float32 in the environment's action units.
 
+        Nothing may be remembered between calls: their rows are whichever episodes need a chunk at that moment. What a
+        policy has to know of the past is in the ``observation_steps``.
+
         Args:
             observation: ``(B, observation_steps, ...)`` per key of ``config.keys``, oldest first.
             instruction: one per row.
             generator: source of the noise; None uses torch's global one.
         """
-
-    def reset(self) -> None:
-        """Forget everything about the running episodes (policies with memory override this)."""
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Same as :meth:`loss`; DistributedDataParallel needs it under this name."""

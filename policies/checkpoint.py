@@ -6,6 +6,7 @@ and, to continue training, ``state.safetensors``. A run folder has them in ``che
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -193,9 +194,9 @@ def _link_last(parent: Path, name: str) -> None:
 
 
 def complete_checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoint folders of a run, oldest first."""
-    parent = run / CHECKPOINTS
-    return sorted((path for path in parent.glob("[0-9]*") if path.is_dir()), key=lambda path: int(path.name))
+    """Return the checkpoint folders of a run, oldest first; folders of other names, such as copies, are not ours."""
+    found = (path for path in (run / CHECKPOINTS).glob("[0-9]*") if path.name.isdecimal() and path.is_dir())
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def checkpoints_to_continue(run: Path, resume: bool) -> list[Path]:
@@ -211,20 +212,31 @@ def checkpoints_to_continue(run: Path, resume: bool) -> list[Path]:
 
 
 def clear_leftovers(run: Path) -> None:
-    """Remove temporary folders of a run that was killed while it wrote a checkpoint."""
-    for path in (run / CHECKPOINTS).glob(".*.tmp"):
+    """Finish what a run was killed in while it wrote a checkpoint: remove temporary folders, link the newest one."""
+    parent = run / CHECKPOINTS
+    for path in parent.glob(".*.tmp"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
+    newest = complete_checkpoints(run)[-1:]
+    if newest and not _linked(parent, newest[0]):
+        # On a disk that is full or not writable the newest one is found without its link.
+        with contextlib.suppress(OSError):
+            _link_last(parent, newest[0].name)
+
+
+def _linked(parent: Path, checkpoint: Path) -> bool:
+    return (parent / LAST).resolve() == checkpoint.resolve()
 
 
 def find_checkpoint(path: Path) -> Path:
-    """Return the checkpoint folder meant by a checkpoint folder or a run folder (its ``last``).
+    """Return the checkpoint folder meant by a checkpoint folder or a run folder (its newest, which is its ``last``).
 
     Raises:
         CheckpointError: there is none.
     """
-    # A run killed before it could set the link still has its newest complete checkpoint.
-    for folder in (path, path / CHECKPOINTS / LAST, *complete_checkpoints(path)[-1:]):
+    # A run killed before it could set the link has a newer checkpoint than its link says.
+    unlinked = [one for one in complete_checkpoints(path)[-1:] if not _linked(path / CHECKPOINTS, one)]
+    for folder in (path, *unlinked, path / CHECKPOINTS / LAST):
         if (folder / MODEL).is_file():
             return folder
     if not path.exists():

@@ -15,7 +15,7 @@ from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError, DatasetError, closest
 from simtoreal.envs.task_file import parse_task
 from simtoreal.policies.checkpoint import MODEL, load_policy
-from simtoreal.policies.normalization import dimension_names
+from simtoreal.policies.normalization import dimension_names, has_known_units
 
 # Windows encoded at once; images of more would not fit into a cache.
 CHUNK = 256
@@ -203,6 +203,11 @@ def scale_names(features: Features, embodiment: Embodiment, size: int) -> tuple[
     """Names of all ``size`` dimensions for the fit of their scale, padded behind those that are known."""
     names = features.dimension_names(embodiment)
     return None if names is None else (*names, *[""] * (size - len(names)))
+
+
+def scale_units_known(features: Features, embodiment: Embodiment) -> bool:
+    """Whether a small range of the features is noise: of vectors in known units, and of what a network says."""
+    return not isinstance(features, StateFeatures) or all(has_known_units(embodiment, key) for key in features.keys)
 
 
 def action_names(embodiment: Embodiment) -> tuple[str, ...] | None:

@@ -21,9 +21,10 @@ from simtoreal.policies.compatibility_features import (
     action_names,
     episode_windows,
     scale_names,
+    scale_units_known,
 )
 from simtoreal.policies.compatibility_networks import ENSEMBLES, Ensemble, train_ensembles
-from simtoreal.policies.normalization import Statistics, fit_statistics
+from simtoreal.policies.normalization import ACTIONS, Statistics, fit_statistics, has_known_units
 
 # Scaled states this far outside of the base data are all equally unfamiliar.
 LARGEST_STATE = 5.0
@@ -182,10 +183,14 @@ def fit_scorer(
         actions.append(arrays["actions"])
     joined_states, joined_actions = np.concatenate(states), np.concatenate(actions)
     names = scale_names(features, dataset.embodiment, joined_states.shape[1])
-    state_statistics = fit_statistics(joined_states, names, "features")
+    known = scale_units_known(features, dataset.embodiment)
+    state_statistics = fit_statistics(joined_states, names, "features", known_units=known)
     action_statistics = None
     if dataset.embodiment.action.mode != "ee_delta":
-        action_statistics = fit_statistics(joined_actions, action_names(dataset.embodiment), "actions")
+        action_statistics = fit_statistics(
+            joined_actions, action_names(dataset.embodiment), ACTIONS,
+            known_units=has_known_units(dataset.embodiment, ACTIONS),
+        )  # fmt: skip
     states = [scale_states(part, state_statistics) for part in states]
     for episode, part, own in zip(episodes, states, actions, strict=True):
         references.append(

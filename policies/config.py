@@ -180,7 +180,7 @@ class TrainerConfig:
     learning_rate: float = 1e-3
     """Highest learning rate, reached after the warm-up."""
     warmup_steps: int = 200
-    """Steps of linear warm-up."""
+    """Steps of linear warm-up; a tenth of the steps where these are fewer."""
     weight_decay: float = 1e-3
     """Decoupled weight decay (AdamW)."""
     max_gradient_norm: float = 1.0

@@ -51,6 +51,10 @@ def choose_device(name: str | None) -> torch.device:
         raise ConfigError(f"device '{name}' is not a torch device (cpu, cuda, cuda:1): {error}") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device '{name}' was asked for, but torch {torch.__version__} finds no GPU here; use cpu")
+    count = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(chosen.type, 0)
+    if (chosen.index or 0) >= count:
+        there = ", ".join(["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))])
+        raise ConfigError(f"device '{name}' is not there or cannot be trained on; expected one of {there}")
     return chosen
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,6 +65,47 @@ def transfer_encoders(policy: Policy, source: str | Path) -> Path:
         place = 0 if encoder.vision.shared else keys.index(policy.config.image_keys[index])
         _copy(module, tensors, f"{PREFIX}{place}.", folder)
     return folder
+
+
+def describe_encoders(source: str | Path) -> dict[str, str]:
+    """Return what identifies the image encoders of a run, for ``training.json``.
+
+    Returns:
+        ``encoder``: its checkpoint folder, absolute; ``encoder_digest``: of the encoders' weights.
+
+    Raises:
+        CheckpointError: the source is missing or damaged.
+    """
+    folder = checkpoints.find_checkpoint(Path(source))
+    digest = hashlib.sha256()
+    for name, value in sorted(checkpoints.load_tensors(folder / checkpoints.MODEL).items()):
+        if name.startswith(PREFIX):
+            digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return {"encoder": os.path.abspath(folder), "encoder_digest": digest.hexdigest()[:16]}
+
+
+def compare_encoders(training: dict[str, Any], source: str | Path | None) -> tuple[str | None, str | None]:
+    """Return the encoders of a training to be continued and those asked for now, in words; equal if they are the same.
+
+    Their weights decide, not how the path is spelled. A source that is gone is not needed any more: then its path has
+    to do, as for checkpoints of earlier versions, which hold no digest.
+
+    Args:
+        training: content of the ``training.json`` of the checkpoint.
+        source: run or checkpoint folder, or None.
+    """
+    folder, digest = training.get("encoder"), training.get("encoder_digest")
+    stored = None if folder is None else f"{folder} (weights {digest})" if digest else str(folder)
+    if source is None or folder is None:
+        return stored, None if source is None else str(source)
+    try:
+        now = describe_encoders(source)
+    except CheckpointError:
+        places = (Path(folder).absolute(), Path(folder).absolute().parent.parent)
+        return stored, stored if Path(os.path.abspath(source)) in places else f"{source} (holds no checkpoint)"
+    same = now["encoder_digest"] == digest if digest else Path(now["encoder"]).resolve() == Path(folder).resolve()
+    return stored, stored if same else f"{now['encoder']} (weights {now['encoder_digest']})"
 
 
 def _require_cameras(policy: Policy, theirs: Embodiment, keys: list[str], folder: Path) -> None:

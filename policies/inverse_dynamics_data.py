@@ -16,7 +16,7 @@ from simtoreal.envs.errors import ConfigError, DatasetError, closest
 from simtoreal.policies.frame_windows import FrameWindows
 from simtoreal.policies.inverse_dynamics import gap_steps, mean_actions, pair_starts
 from simtoreal.policies.inverse_dynamics_config import InverseDynamicsConfig
-from simtoreal.policies.normalization import ACTIONS, fit_statistics
+from simtoreal.policies.normalization import ACTIONS, fit_statistics, has_known_units
 from simtoreal.policies.training_data import TrainingData
 
 # Every tenth episode of a folder is held out, as for world models.
@@ -96,15 +96,18 @@ def open_frame_pairs(
     apart = held_out[episode]
     train = windows(~apart)
     tasks = {name: task for dataset in datasets for name, task in dataset.tasks.items()}
+    fitted = fit_statistics(
+        train.actions, embodiment.action.names, ACTIONS, known_units=has_known_units(embodiment, ACTIONS)
+    )
     data = TrainingData(
         embodiment=embodiment,
         task=next(iter(tasks.values())) if len(tasks) == 1 else {},
         train=train,
         valid=windows(apart),
-        statistics={ACTIONS: fit_statistics(train.actions, embodiment.action.names, ACTIONS)},
+        statistics={ACTIONS: fitted},
         source=", ".join(map(str, paths)),
         seeds=tuple(one.seed for some in chosen for one in some),
-        notes=tuple(notes),
+        notes=(*notes, *fitted.notes),
     )
     return data, config
 

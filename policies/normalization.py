@@ -1,7 +1,8 @@
 """Scaling vectors and actions to [-1, 1] by percentiles, inside the policy.
 
 Per-dimension 2nd and 98th percentile, clipped at 1.5 (LBM, Barreiros et al. 2025, §normalisation): a few outliers
-decide neither the scale nor the loss. Rotation-matrix entries are left as they are.
+decide neither the scale nor the loss. Rotation-matrix entries are left as they are, and what happens rarely but on
+purpose keeps its range.
 """
 
 from __future__ import annotations
@@ -19,11 +20,18 @@ from simtoreal.envs.errors import CheckpointError, DatasetError
 
 LOW_PERCENTILE, HIGH_PERCENTILE = 2.0, 98.0
 CLIP = 1.5
-# Half-ranges below this (1 cm, 0.01 rad, 1 % of an opening) are noise or constants: they are not magnified.
+# Half-ranges below this (1 cm, 0.01 rad, 1 % of an opening) are noise or constants: they are not magnified. Where units
+# are not known, 0.01 may be all the motion there is, and only constants are not magnified.
 MINIMUM_HALF_RANGE = 0.01
 # When the percentiles span less than this part of the full range they hide a rare but intended motion (a gripper
-# that closes in 1 % of the frames, a late rotation), and the full range is used.
+# that closes in 1 % of the frames, a late rotation), and the full range is used ...
 RARE_MOTION_FRACTION = 0.1
+# ... unless there is a range to work in and fewer frames than these lie that far out: a glitch of a sensor.
+RARE_MOTION_FRAMES = 0.001
+# A range of this many float32 steps is rounding.
+ROUNDING_STEPS = 8
+# The largest magnitude whose float32 bounds can still be added and subtracted.
+LARGEST_VALUE = float(np.finfo(np.float32).max) / 4
 
 ACTIONS = "actions"
 _ROTATION_ENTRY = re.compile(r"(^|_)r[123][123]$")
@@ -35,10 +43,12 @@ class Statistics:
 
     Attributes:
         low, high: float32 ``(D,)`` in the units of the key, ``low < high`` everywhere.
+        notes: what the fit found odd in the data, one line each; not part of a checkpoint.
     """
 
     low: np.ndarray
     high: np.ndarray
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         valid = self.low.ndim == 1 and self.low.shape == self.high.shape
@@ -48,31 +58,77 @@ class Statistics:
             raise ValueError("normalisation bounds must be finite vectors with low < high")
 
 
-def fit_statistics(values: np.ndarray, names: Sequence[str] | None = None, key: str = "values") -> Statistics:
+def fit_statistics(
+    values: np.ndarray, names: Sequence[str] | None = None, key: str = "values", *, known_units: bool = True
+) -> Statistics:
     """Return exact percentile statistics.
 
     Args:
         values: ``(N, D)``, N >= 1.
         names: of the dimensions; entries of rotation matrices (``..._r11``) keep their scale.
         key: for messages.
+        known_units: whether ``values`` are in metres, radians or parts of a range, so that 0.01 is little; see
+            :func:`has_known_units`.
 
     Raises:
-        DatasetError: no values, or some are not finite.
+        DatasetError: no values, or some are not finite or too large.
     """
     if values.ndim != 2 or not len(values):
         raise DatasetError(f"'{key}' has shape {values.shape}; expected (frames, dimensions) with at least one frame")
     if not np.isfinite(values).all():
         frame, dimension = np.argwhere(~np.isfinite(values))[0]
         raise DatasetError(f"'{key}' is not finite at frame {frame}, dimension {dimension}; repair or drop the episode")
-    low, high = np.percentile(values.astype(np.float64), [LOW_PERCENTILE, HIGH_PERCENTILE], axis=0)
     smallest, largest = values.min(axis=0), values.max(axis=0)
+    magnitude = np.maximum(np.abs(smallest.astype(np.float64)), np.abs(largest.astype(np.float64)))
+    if (magnitude > LARGEST_VALUE).any():
+        dimension = int(np.argmax(magnitude))
+        raise DatasetError(
+            f"'{key}' reaches {magnitude[dimension]:.3g} in dimension {_name(names, dimension)}, more than float32 can "
+            "scale; repair the episode, or record the data in larger units"
+        )
+    low, high = np.percentile(values.astype(np.float64), [LOW_PERCENTILE, HIGH_PERCENTILE], axis=0)
+    rounding = ROUNDING_STEPS / 2 * np.spacing(magnitude.astype(np.float32)).astype(np.float64)
+    least = np.full_like(low, MINIMUM_HALF_RANGE) if known_units else _rounding_of_key(rounding)
+    rotation = np.array([bool(_ROTATION_ENTRY.search(name)) for name in names or [""] * len(low)])
     rare = (high - low) < RARE_MOTION_FRACTION * (largest - smallest)
+    working = ((high - low) / 2 > least) & ~rotation
+    glitches = rare & working & (_share_far_out(values, low, high) < RARE_MOTION_FRAMES)
+    notes = tuple(
+        f"'{key}' reaches {smallest[index]:.3g} … {largest[index]:.3g} in dimension {_name(names, index)}, but in "
+        f"fewer than {100 * RARE_MOTION_FRAMES:g} % of the frames, which are clipped; the scale is that of the "
+        f"others, {low[index]:.3g} … {high[index]:.3g}"
+        for index in np.flatnonzero(glitches)
+    )
+    rare &= ~glitches
     low, high = np.where(rare, smallest, low), np.where(rare, largest, high)
-    centre, half = (low + high) / 2, np.maximum((high - low) / 2, MINIMUM_HALF_RANGE)
-    if names is not None:
-        rotation = np.array([bool(_ROTATION_ENTRY.search(name)) for name in names])
-        centre, half = np.where(rotation, 0.0, centre), np.where(rotation, 1.0, half)
-    return Statistics(low=(centre - half).astype(np.float32), high=(centre + half).astype(np.float32))
+    centre, half = (low + high) / 2, (high - low) / 2
+    if not known_units:
+        # A constant that is not quite the same on the robot must not become large, nor an action that was never used.
+        moving = half > least
+        least = np.where(moving, least, min(MINIMUM_HALF_RANGE, half[moving].min(initial=np.inf)))
+    half = np.maximum(half, np.maximum(least, rounding))
+    centre, half = np.where(rotation, 0.0, centre), np.where(rotation, 1.0, half)
+    return Statistics(low=(centre - half).astype(np.float32), high=(centre + half).astype(np.float32), notes=notes)
+
+
+def _name(names: Sequence[str] | None, dimension: int) -> str:
+    return f"{dimension} ({names[dimension]})" if names is not None and names[dimension] else str(dimension)
+
+
+def _rounding_of_key(rounding: np.ndarray) -> np.ndarray:
+    """Half-ranges that are rounding: of the dimension itself, or what its computation from larger ones leaves."""
+    return np.maximum(rounding, min(MINIMUM_HALF_RANGE, float(rounding.max(initial=0.0))))
+
+
+def _share_far_out(values: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Part ``(D,)`` of the frames that are farther from the percentiles' centre than what makes a motion rare."""
+    farthest = (high - low) / 2 / RARE_MOTION_FRACTION
+    return np.asarray((np.abs(values - (low + high) / 2) > farthest).mean(axis=0))
+
+
+def has_known_units(embodiment: Embodiment, key: str) -> bool:
+    """Whether ``actions`` or a vector observation are known to be in metres, radians and parts of a range."""
+    return embodiment.action.mode != "env" and key in (ACTIONS, "proprio", "object_state")
 
 
 def dimension_names(embodiment: Embodiment, key: str) -> tuple[str, ...] | None:

@@ -27,7 +27,7 @@ from simtoreal.policies.averaging import WeightAverage
 from simtoreal.policies.base import Policy
 from simtoreal.policies.config import PolicyConfig, TrainerConfig
 from simtoreal.policies.distributed import Processes, joined_processes
-from simtoreal.policies.encoder_transfer import transfer_encoders
+from simtoreal.policies.encoder_transfer import compare_encoders, describe_encoders, transfer_encoders
 from simtoreal.policies.registry import policy_class
 from simtoreal.policies.training_data import TrainingData, to_tensors, training_batches
 from simtoreal.policies.training_log import TrainingLog
@@ -35,6 +35,8 @@ from simtoreal.policies.training_log import TrainingLog
 FORMAT_VERSION = 1
 # The cosine ends at this part of the highest learning rate.
 FINAL_RATE = 0.01
+# Part of the steps that warm up where there are fewer of them than of the warm-up.
+SHORT_WARMUP = 0.1
 # What AdamW keeps per parameter; it has nothing for one that never got a gradient.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
@@ -63,9 +65,13 @@ class TrainingResult:
 
 def learning_rate(config: TrainerConfig, step: int) -> float:
     """Return the rate of a step: linear warm-up, then a cosine down to 1 % of the highest rate."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
+    warmup = config.warmup_steps
+    if warmup > config.steps:
+        # The default on few steps would end before the highest rate.
+        warmup = math.ceil(config.steps * SHORT_WARMUP)
+    if step < warmup:
+        return config.learning_rate * (step + 1) / warmup
+    done = (step - warmup) / max(1, config.steps - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     return config.learning_rate * (FINAL_RATE + (1 - FINAL_RATE) * cosine)
 
@@ -119,7 +125,8 @@ def train(
         data: what to train it on.
         output: run folder.
         kind: class to train, for what is trained as policies are but has no registered type.
-        encoder: run whose image encoders the policy begins with; see :mod:`simtoreal.policies.encoder_transfer`.
+        encoder: run whose image encoders the policy begins with; see :mod:`simtoreal.policies.encoder_transfer`. A
+            training that is continued has them already: then it only has to be the same, and may be gone.
         resume: continue from the newest checkpoint in ``output`` (from the beginning if there is none).
         device: torch device; None picks a GPU if there is one.
         progress: draw a progress bar.
@@ -168,14 +175,16 @@ class Training:
         self.precision = choose_precision(config.precision, device)
         seed_everything(config.seed, 0)
         policy = (kind or policy_class(policy_config.type))(policy_config, data.embodiment, data.statistics)
-        self.encoder = str(transfer_encoders(policy, encoder)) if encoder is not None else None
+        self.encoder: dict[str, Any] = {"encoder": None}
+        if encoder is not None and not found:
+            self.encoder = describe_encoders(transfer_encoders(policy, encoder))
         self.policy: Policy = policy.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.optimizer = make_optimizer(self.policy, config)
         self.names = [name for name, parameter in self.policy.named_parameters() if parameter.requires_grad]
         self.parameters = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.average = WeightAverage(self.parameters)
         if found:
-            self._restore(found[-1])
+            self._restore(found[-1], encoder)
         self.module: nn.Module = self.policy
         if processes.world > 1:
             self.module = nn.parallel.DistributedDataParallel(self.policy, gradient_as_bucket_view=True)
@@ -280,7 +289,6 @@ class Training:
         with self.average.applied(), torch.inference_mode():
             for part in np.array_split(indices, math.ceil(count / 256)):
                 batch = to_tensors(windows.batch(part), device)
-                self.policy.reset()
                 predicted = self.policy.predict(batch["observation"], batch["instruction"], generator)
                 mask = batch["action_mask"].float()
                 errors.append(((predicted - batch["actions"]).abs().mean(-1) * mask).sum(0).cpu())
@@ -301,7 +309,7 @@ class Training:
             "validation_error": self.validation_error,
             "average_updates": self.average.updates,
             "processes": self.processes.world,
-            "encoder": self.encoder,
+            **self.encoder,
             "data": {
                 "source": self.data.source,
                 "seeds": list(self.data.seeds),
@@ -315,7 +323,10 @@ class Training:
 
     def _save(self) -> None:
         weights = dict(self.policy.state_dict())
-        weights |= dict(zip(self.names, self.average.averages, strict=True))
+        averages = dict(zip(self.parameters, self.average.averages, strict=True))
+        # A shared tensor has several names in the state dictionary, and the last of them decides what is loaded.
+        for name, parameter in self.policy.named_parameters(remove_duplicate=False):
+            weights[name] = averages.get(parameter, weights[name])
         state: dict[str, Tensor] = {}
         for name, parameter in zip(self.names, self.parameters, strict=True):
             state[f"parameter/{name}"] = parameter
@@ -325,17 +336,21 @@ class Training:
             self.output, self.step, self.policy, weights=weights, state=state, training=self._training()
         )
 
-    def _restore(self, folder: Path) -> None:
+    def _restore(self, folder: Path, encoder: str | Path | None) -> None:
         training = checkpoints.read_json(folder / checkpoints.TRAINING)
-        self._require_same_training(folder, training)
-        checkpoints.load_weights(self.policy, checkpoints.load_tensors(folder / checkpoints.MODEL), folder)
+        self._require_same_training(folder, training, encoder)
+        self.encoder = {key: training[key] for key in ("encoder", "encoder_digest") if key in training}
+        weights = checkpoints.load_tensors(folder / checkpoints.MODEL)
+        checkpoints.load_weights(self.policy, weights, folder)
         state = checkpoints.load_tensors(folder / checkpoints.STATE)
         try:
             self.step, self.seconds = int(training["step"]), float(training["seconds"])
             self.average.updates = int(training["average_updates"])
             self.precision, self.validation_error = training["precision"], training["validation_error"]
             for index, (name, parameter) in enumerate(zip(self.names, self.parameters, strict=True)):
-                self.average.averages[index].copy_(parameter.detach())
+                # Not what the parameter was loaded with: under a shared tensor's other names, checkpoints of earlier
+                # versions hold its current value.
+                self.average.averages[index].copy_(weights[name])
                 with torch.no_grad():
                     parameter.copy_(state[f"parameter/{name}"])
                 if f"{MOMENTS[0]}/{name}" in state:
@@ -346,24 +361,25 @@ class Training:
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{folder} cannot continue a training: {error}; use another checkpoint") from error
 
-    def _require_same_training(self, folder: Path, training: dict[str, Any]) -> None:
+    def _require_same_training(self, folder: Path, training: dict[str, Any], encoder: str | Path | None) -> None:
         def decisive(trainer: dict[str, Any] | None) -> dict[str, Any]:
             return {key: value for key, value in (trainer or {}).items() if key not in HARMLESS}
 
         data = training.get("data") or {}
+        stored_encoder, encoder_now = compare_encoders(training, encoder)
         stored = {
             "policy": read_yaml(folder / checkpoints.CONFIG),
             "trainer": decisive(training.get("trainer")),
             "data": {key: data.get(key) for key in ("windows", "fingerprint")},
             "processes": training.get("processes"),
-            "encoder": training.get("encoder"),
+            "encoder": stored_encoder,
         }
         now = {
             "policy": checkpoints.plain_config(self.policy.config),
             "trainer": decisive(checkpoints.plain_config(self.config)),
             "data": {"windows": len(self.data.train), "fingerprint": self.fingerprint},
             "processes": self.processes.world,
-            "encoder": self.encoder,
+            "encoder": encoder_now,
         }
         lines = _differences("", stored, now)
         if lines:

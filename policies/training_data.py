@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,12 +20,13 @@ from simtoreal.data_collection.scene_frame import scene_displacements
 from simtoreal.data_collection.windows import WindowSampler
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import DatasetError, closest
+from simtoreal.policies.available_memory import available_memory
 from simtoreal.policies.config import PolicyConfig
-from simtoreal.policies.normalization import ACTIONS, Statistics, dimension_names, fit_statistics
+from simtoreal.policies.normalization import ACTIONS, Statistics, dimension_names, fit_statistics, has_known_units
 from simtoreal.policies.training_episodes import choose_episodes
 from simtoreal.policies.weighting import Weighting, read_returns, window_probabilities
 
-# Above this part of the free memory the joined arrays are mapped from files instead of held.
+# Above this part of the available memory the joined arrays are mapped from files instead of held.
 MEMORY_PART = 0.5
 # Keeps the draws of weighted batches apart from those of epoch orders.
 _WEIGHTED = 1
@@ -62,7 +62,7 @@ class TrainingData:
         source: where the data come from, for messages.
         seeds: initial conditions of the episodes, which an evaluation must not reuse.
         probabilities: ``(len(train),)`` of drawing each window; None draws all of them evenly.
-        notes: which episodes of the mask were left out and why, one line each.
+        notes: which episodes of the mask were left out and why, and what is odd about their values, one line each.
     """
 
     embodiment: Embodiment
@@ -105,7 +105,15 @@ def fit_all(windows: Windows, embodiment: Embodiment, config: PolicyConfig) -> d
         if key not in windows.observations:
             raise DatasetError(f"the data have no observation '{key}'. {closest(key, windows.observations)}")
         values[key] = windows.observations[key][keep]
-    return {key: fit_statistics(value, dimension_names(embodiment, key), key) for key, value in values.items()}
+    return {
+        key: fit_statistics(value, dimension_names(embodiment, key), key, known_units=has_known_units(embodiment, key))
+        for key, value in values.items()
+    }
+
+
+def fit_notes(statistics: Mapping[str, Statistics]) -> tuple[str, ...]:
+    """Return what the fits of all keys found odd in the data, one line each."""
+    return tuple(note for one in statistics.values() for note in one.notes)
 
 
 def open_training_data(
@@ -159,12 +167,11 @@ def open_training_data(
         for camera in dataset.embodiment.cameras
         if f"{camera.name}_image" in config.image_keys
     )
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     sizes: dict[str, Any] = {
         "observation_steps": config.observation_steps,
         "horizon": config.horizon,
         "keys": config.keys,
-        "memory_map": steps * per_step > MEMORY_PART * free,
+        "memory_map": steps * per_step > MEMORY_PART * available_memory(),
     }
 
     def windows(episodes: list[EpisodeInfo]) -> WindowSampler:
@@ -176,16 +183,17 @@ def open_training_data(
     probabilities = None
     if weighting is not None and weighted:
         probabilities = window_probabilities(weighting, *read_returns(dataset, chosen), train.episode_of_window)
+    statistics = fit_all(train, dataset.embodiment, config)
     return TrainingData(
         embodiment=dataset.embodiment,
         task=dataset.task if len(dataset.tasks) == 1 else {},
         train=train,
         valid=windows(held_out) if held_out else None,
-        statistics=fit_all(train, dataset.embodiment, config),
+        statistics=statistics,
         source=str(path),
         seeds=tuple(episode.seed for episode in (*chosen, *held_out)),
         probabilities=probabilities,
-        notes=choice.notes,
+        notes=(*choice.notes, *fit_notes(statistics)),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -16,7 +17,13 @@ import torch
 import toy_reaching as toy
 
 from simtoreal.envs.errors import CheckpointError, EmbodimentMismatchError
-from simtoreal.policies.checkpoint import load_policy, save_checkpoint, save_policy
+from simtoreal.policies.checkpoint import (
+    checkpoints_to_continue,
+    clear_leftovers,
+    load_policy,
+    save_checkpoint,
+    save_policy,
+)
 from simtoreal.policies.diffusion import DiffusionPolicy
 from simtoreal.policies.training_data import to_tensors
 
@@ -161,6 +168,29 @@ def test_a_run_keeps_the_newest_two_and_links_the_last(tmp_path, policy):
     assert load_policy(tmp_path).training["step"] == 30
     (tmp_path / "checkpoints" / "last").unlink()
     assert load_policy(tmp_path).training["step"] == 30
+
+
+def test_a_run_killed_before_it_could_link_its_last_checkpoint_has_the_newest(tmp_path, policy):
+    for step in (10, 20):
+        save_step(tmp_path, step, policy)
+    last = tmp_path / "checkpoints" / "last"
+    assert load_policy(tmp_path).folder == last
+    last.unlink()
+    last.symlink_to("000010")
+    assert load_policy(tmp_path).training["step"] == 20
+    clear_leftovers(tmp_path)
+    assert last.resolve().name == "000020"
+
+
+def test_saved_copies_are_left_alone(tmp_path, policy):
+    save_step(tmp_path, 10, policy)
+    copy = tmp_path / "checkpoints" / "000010_best"
+    shutil.copytree(tmp_path / "checkpoints" / "000010", copy)
+    for step in (20, 30, 40):
+        save_step(tmp_path, step, policy)
+    assert [path.name for path in checkpoints_to_continue(tmp_path, resume=True)] == ["000030", "000040"]
+    assert load_policy(tmp_path).training["step"] == 40
+    assert load_policy(copy).training["step"] == 10
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, policy):

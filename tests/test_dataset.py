@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import h5py
@@ -23,7 +24,7 @@ from simtoreal.data_collection.preview import contact_sheet
 from simtoreal.data_collection.robomimic_export import export_robomimic
 from simtoreal.data_collection.summary import summarize
 from simtoreal.data_collection.takes import StreamTake, read_part
-from simtoreal.data_collection.windows import WindowSampler
+from simtoreal.data_collection.windows import CACHE, WindowSampler
 from simtoreal.data_collection.writer import DatasetWriter, rebuild
 from simtoreal.envs.errors import ConfigError, DatasetError, EmbodimentMismatchError
 from simtoreal.envs.panda import panda_embodiment
@@ -204,6 +205,27 @@ def test_windows_match_a_naive_loop(tmp_path: Path) -> None:
         sampler.batch(np.array([len(sampler)]))
     with pytest.raises(DatasetError, match="has no 'obs/depth'"):
         WindowSampler(dataset, dataset.episodes, 1, 1, ("depth",))
+
+
+def test_joined_files_that_nobody_opened_for_a_week_are_removed(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path, episodes=3)
+
+    def opened(episodes: int, days_ago: float = 0.0) -> set[Path]:
+        before = {path: path.stat().st_mtime for path in (tmp_path / CACHE).glob("*")}
+        sampler = WindowSampler(dataset, dataset.episodes[:episodes], keys=("proprio",), memory_map=True)
+        assert len(sampler.batch(np.array([0]))["observation"]) == 1
+        mine = {path for path in (tmp_path / CACHE).glob("*") if path.stat().st_mtime != before.get(path)}
+        for path in mine:
+            os.utime(path, (time.time() - days_ago * 86400,) * 2)
+        return mine
+
+    old, recent = opened(1, days_ago=8), opened(2, days_ago=6)
+    assert len(old) == len(recent) == 2
+    assert not any(path.exists() for path in old)
+    # Opening counts as use.
+    assert opened(2, days_ago=0.1) == recent
+    current = opened(3)
+    assert set((tmp_path / CACHE).iterdir()) == recent | current
 
 
 def test_windows_follow_a_changing_instruction(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 from simtoreal.data_collection.dataset import Dataset
@@ -161,6 +162,42 @@ def test_a_policy_begins_with_its_encoders(folder, run, tmp_path):
     assert json.loads((result.run / "checkpoints/last/training.json").read_text())["encoder"].startswith(str(run))
     with pytest.raises(ConfigError, match="encoder"):
         train(config, dataclasses.replace(still, steps=2), data, tmp_path / "policy", resume=True, device="cpu")
+
+
+def test_a_policy_that_began_with_encoders_is_continued_by_their_weights(folder, run, tmp_path, monkeypatch):
+    config = BCConfig(vision=VISION, hidden=32, image_keys=("wrist_image",))
+    data = open_training_data(folder, config, mask="all")
+    source = tmp_path / "source"
+    shutil.copytree(run, source, symlinks=True)
+    begun = train(config, MOMENT, data, tmp_path / "policy", encoder=source, device="cpu").run
+
+    def resume(encoder: Path) -> None:
+        # Back to the first checkpoint, so that there are steps left.
+        shutil.rmtree(begun / "checkpoints" / "000004", ignore_errors=True)
+        train(config, MOMENT, data, begun, encoder=encoder, resume=True, device="cpu")
+        described = json.loads((begun / "checkpoints/000004/training.json").read_text())
+        assert described["encoder"] == str(source / "checkpoints" / "last")
+
+    monkeypatch.chdir(tmp_path)
+    resume(Path("source"))
+    shutil.copytree(source, tmp_path / "copy", symlinks=True)
+    resume(tmp_path / "copy")
+    model = tmp_path / "copy" / "checkpoints" / "last" / "model.safetensors"
+    tensors = safetensors.torch.load_file(model)
+    tensors[next(name for name in tensors if name.startswith("encoder.images."))] += 1
+    safetensors.torch.save_file(tensors, model)
+    with pytest.raises(ConfigError, match=r"encoder: .*source.*weights .* != .*copy.*weights "):
+        resume(tmp_path / "copy")
+    # Checkpoints of earlier versions hold the path only.
+    record = begun / "checkpoints" / "000002" / "training.json"
+    content = json.loads(record.read_text())
+    del content["encoder_digest"]
+    record.write_text(json.dumps({**content, "encoder": "source/checkpoints/last"}))
+    shutil.rmtree(begun / "checkpoints" / "000004", ignore_errors=True)
+    train(config, MOMENT, data, begun, encoder=source, resume=True, device="cpu")
+    record.write_text(json.dumps(content))
+    shutil.rmtree(source)
+    resume(source)
 
 
 def test_encoders_that_do_not_fit(folder, run, tmp_path):

@@ -9,6 +9,8 @@ import pytest
 import torch
 import toy_reaching as toy
 
+from simtoreal.data_collection.foreign_embodiment import foreign_embodiment
+from simtoreal.data_collection.windows import WindowSampler
 from simtoreal.envs.errors import ConfigError, DatasetError, MissingDependencyError
 from simtoreal.policies.actor import PolicyActor
 from simtoreal.policies.augmentation import colour_transform, random_shift
@@ -17,10 +19,10 @@ from simtoreal.policies.bc import BCPolicy
 from simtoreal.policies.config import AugmentationConfig, BCConfig, DiffusionConfig, TrainerConfig, VisionConfig
 from simtoreal.policies.diffusion import DiffusionPolicy
 from simtoreal.policies.encoders import ImageEncoder, SpatialSoftmax
-from simtoreal.policies.normalization import ACTIONS, CLIP, Normalizer, fit_statistics
+from simtoreal.policies.normalization import ACTIONS, CLIP, Normalizer, fit_statistics, has_known_units
 from simtoreal.policies.registry import policy_class, policy_types
 from simtoreal.policies.schedulers import Diffusion, Flow, spread_times
-from simtoreal.policies.training_data import to_tensors
+from simtoreal.policies.training_data import fit_all, to_tensors
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +69,73 @@ def test_rare_motion_keeps_its_range():
     gripper[:10] = -1.0
     statistics = fit_statistics(gripper)
     assert (statistics.low[0], statistics.high[0]) == (-1.0, 1.0)
+
+
+def test_a_glitch_does_not_decide_the_scale_and_is_reported():
+    values = np.random.default_rng(0).uniform(-1, 1, (4000, 2)).astype(np.float32)
+    clean = fit_statistics(values)
+    values[17, 1] = 60.0
+    statistics = fit_statistics(values, ["slow", "fast"], "velocity")
+    np.testing.assert_allclose([statistics.low, statistics.high], [clean.low, clean.high], rtol=0.01)
+    assert clean.notes == ()
+    (note,) = statistics.notes
+    assert note.startswith("'velocity' reaches -1 … 60 in dimension 1 (fast), but in fewer than 0.1 % of the frames")
+    values[17:21, 1] = 60.0
+    statistics = fit_statistics(values)
+    assert statistics.high[1] == 60.0
+    assert statistics.notes == ()
+
+
+def test_a_motion_that_hardly_ever_happens_keeps_its_range_beside_a_constant():
+    gripper = np.ones((4000, 1), dtype=np.float32)
+    gripper[:2] = -1.0
+    statistics = fit_statistics(gripper)
+    assert (statistics.low[0], statistics.high[0], statistics.notes) == (-1.0, 1.0, ())
+
+
+def test_small_units_are_scaled_where_units_are_not_known():
+    rng = np.random.default_rng(0)
+    values = np.zeros((500, 4), dtype=np.float32)
+    values[:, 0] = 0.0017 * rng.standard_normal(500)  # metres per step
+    values[:, 1] = rng.choice([-1, 1], 500)
+    values[:, 2] = 0.7
+    values[:, 3] = 1e-7 * rng.standard_normal(500)  # what a computation with values of 1 leaves
+    normalizer = Normalizer({"x": fit_statistics(values, known_units=False)})
+    scaled = normalizer.normalize("x", torch.from_numpy(values))
+    assert 0.4 < scaled[:, 0].std() < 0.6
+    assert scaled[:, 2:].abs().max() < 0.01
+    # A constant moves no more than what moves least: its action must not drown, a sensor's deviation not be magnified.
+    low, high = normalizer.statistics["x"].low, normalizer.statistics["x"].high
+    np.testing.assert_allclose((high - low)[[2, 3]], (high - low)[0], rtol=1e-3)
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("constant", [0.0, 0.7, -1.7e6, 1e30])
+def test_constants_of_any_size_become_zero(constant, known):
+    values = np.full((100, 1), constant)
+    scaled = Normalizer({"x": fit_statistics(values, known_units=known)}).normalize("x", torch.from_numpy(values))
+    assert scaled.abs().max() < 0.2
+
+
+def test_values_beyond_float32_are_refused_by_key_and_dimension():
+    values = np.zeros((10, 2))
+    values[3, 1] = 1e39
+    with pytest.raises(DatasetError, match=r"'encoder_counts' reaches 1e\+39 in dimension 1 \(elbow\)"):
+        fit_statistics(values, ["shoulder", "elbow"], "encoder_counts")
+
+
+def test_only_our_own_units_are_known():
+    own, foreign = toy.embodiment(), foreign_embodiment(name="x", control_hz=10, action_dim=7)
+    assert all(has_known_units(own, key) for key in ("actions", "proprio", "object_state"))
+    assert not has_known_units(own, "wrench")
+    assert not has_known_units(foreign, "actions")
+    actions = np.random.default_rng(0).uniform(-0.002, 0.002, (50, 7)).astype(np.float32)
+    windows = WindowSampler([{"actions": actions, "obs/force": 1e-3 * actions}], keys=("force",))
+    config = BCConfig(image_keys=(), state_keys=("force",))
+    fitted = fit_all(windows, foreign, config)
+    assert (fitted["actions"].high < 0.003).all()
+    assert (fitted["force"].high < 3e-6).all()
+    assert (fit_all(windows, own, config)["actions"].high > 0.009).all()
 
 
 def test_rotation_entries_keep_their_scale():

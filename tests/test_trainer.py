@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,10 +21,14 @@ import toy_reaching as toy
 
 from simtoreal import cli
 from simtoreal.envs.errors import ConfigError, DatasetError, SimtorealError
+from simtoreal.policies import available_memory as available_memory_module
 from simtoreal.policies import trainer as trainer_module
+from simtoreal.policies import training_data as training_data_module
+from simtoreal.policies.available_memory import available_memory
 from simtoreal.policies.averaging import WeightAverage, average_decay
 from simtoreal.policies.checkpoint import load_policy
-from simtoreal.policies.config import AugmentationConfig, BCConfig, TrainerConfig
+from simtoreal.policies.config import AugmentationConfig, BCConfig, PolicyConfig, TrainerConfig
+from simtoreal.policies.distributed import choose_device
 from simtoreal.policies.trainer import choose_precision, learning_rate, train
 from simtoreal.policies.training_data import batch_indices, open_training_data, to_tensors, training_batches
 from simtoreal.policies.training_log import TrainingLog, read_metrics
@@ -73,24 +78,45 @@ def test_diffusion_learns_to_look(tmp_path):
     error = read_metrics(tmp_path)[-1]["validation_error_per_step"]
     assert len(error) == config.horizon
     assert np.mean(error) == pytest.approx(result.validation_error, rel=0.2)
-    # What was validated are the averaged weights, which are those that load.
+
+
+TYPES = ["diffusion", "robomimic/bc", "robomimic/bc_rnn"]
+
+
+def small_policy(kind: str) -> PolicyConfig:
+    """A policy on the images of ``toy.data(..., size=40)``; robomimic's have tensors with several names."""
+    if kind == "diffusion":
+        return toy.small_diffusion()
+    pytest.importorskip("robomimic")
+    from simtoreal.policies.robomimic import RobomimicBCConfig, RobomimicConfig
+
+    if kind == "robomimic/bc":
+        return RobomimicBCConfig(image_keys=("front_image",), layers=(16,))
+    return RobomimicConfig(image_keys=("front_image",), hidden=16, layers=(16,), horizon=4, execute_steps=2)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_weights_that_load_are_those_that_were_validated(tmp_path, kind):
+    config = small_policy(kind)
+    data = toy.data(config, episodes=6, size=40)
+    result = train(config, toy.small_trainer(learning_rate=1e-2, precision="fp32"), data, tmp_path, device="cpu")
     loaded = load_policy(tmp_path).policy
-    indices = np.linspace(0, len(data.valid) - 1, 100).round().astype(int)
+    count = min(len(data.valid), 16)
+    indices = np.linspace(0, len(data.valid) - 1, count).round().astype(int)
     batch = to_tensors(data.valid.batch(indices), torch.device("cpu"))
-    predicted = loaded.predict(batch["observation"], [""] * 100, torch.Generator().manual_seed(0))
-    mask = batch["action_mask"]
-    assert float((predicted - batch["actions"]).abs().mean(-1)[mask].mean()) == pytest.approx(
-        result.validation_error, rel=1e-3
-    )
+    with torch.inference_mode():
+        predicted = loaded.predict(batch["observation"], [""] * count, torch.Generator().manual_seed(0))
+    error = (predicted - batch["actions"]).abs().mean(-1)[batch["action_mask"]].mean()
+    assert float(error) == pytest.approx(result.validation_error, rel=1e-5)
 
 
 # --- continuing ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resume_is_bit_identical_to_the_uninterrupted_run(tmp_path, precision, monkeypatch):
-    config = toy.small_diffusion()
-    data = toy.data(config, episodes=6)
+@pytest.mark.parametrize(("kind", "precision"), [("diffusion", "bf16"), *((kind, "fp32") for kind in TYPES)])
+def test_resume_is_bit_identical_to_the_uninterrupted_run(tmp_path, kind, precision, monkeypatch):
+    config = small_policy(kind)
+    data = toy.data(config, episodes=6, size=40)
     settings = toy.small_trainer(precision=precision)
     train(config, settings, data, tmp_path / "whole")
 
@@ -232,6 +258,39 @@ def test_every_epoch_visits_every_window_once_in_a_new_order():
     assert len(batch_indices(3, 8, 0, 0)) == 8
 
 
+def test_memory_that_makes_room_counts_as_available(tmp_path, monkeypatch):
+    (tmp_path / "meminfo").write_text("MemTotal: 64 kB\nMemFree: 2 kB\nMemAvailable:      40 kB\nCached: 38 kB\n")
+    (tmp_path / "cgroup").write_text("4:memory:/old\n0::/service/part\n")
+    groups = tmp_path / "groups"
+    (groups / "service" / "part").mkdir(parents=True)
+    monkeypatch.setattr(available_memory_module, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(available_memory_module, "CONTROL_GROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(available_memory_module, "CONTROL_GROUPS", groups)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+    def limit(folder: Path, most: str) -> None:
+        (folder / "memory.max").write_text(f"{most}\n")
+        (folder / "memory.current").write_text("9000\n")
+        (folder / "memory.stat").write_text("anon 3000\ninactive_file 4000\n")
+
+    assert available_memory() == 40 * 1024
+    limit(groups / "service" / "part", "max")
+    assert available_memory() == 40 * 1024
+    limit(groups / "service", "10000")
+    assert available_memory() == 10000 - 9000 + 4000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert available_memory() == 2500
+
+
+def test_data_larger_than_half_of_the_available_memory_are_mapped(dataset, monkeypatch):
+    config = BCConfig(state_keys=("proprio",), image_keys=("front_image",))
+    for available, mapped in ((10**12, False), (1, True)):
+        monkeypatch.setattr(training_data_module, "available_memory", lambda size=available: size)
+        images = open_training_data(dataset, config).train.observations["front_image"]
+        assert isinstance(images, np.memmap) is mapped
+    shutil.rmtree(dataset / ".window_cache")
+
+
 def test_learning_rate_warms_up_and_ends_at_one_percent():
     config = TrainerConfig(steps=100, warmup_steps=10, learning_rate=1.0)
     rates = [learning_rate(config, step) for step in range(100)]
@@ -239,6 +298,16 @@ def test_learning_rate_warms_up_and_ends_at_one_percent():
     assert max(rates) == rates[10] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(0.01, abs=1e-3)
     assert all(math.isfinite(learning_rate(TrainerConfig(steps=5, warmup_steps=10), step)) for step in range(5))
+
+
+@pytest.mark.parametrize("steps", [1, 5, 100, 199])
+def test_learning_rate_of_fewer_steps_than_the_warm_up_rises_and_falls(steps):
+    config = TrainerConfig(steps=steps, learning_rate=1.0)
+    rates = [learning_rate(config, step) for step in range(steps)]
+    assert max(rates) == pytest.approx(1.0)
+    assert steps < 100 or rates[-1] == pytest.approx(0.01, abs=1e-3)
+    equal = TrainerConfig(steps=200, warmup_steps=200, learning_rate=1.0)
+    assert learning_rate(equal, 199) == 1.0
 
 
 def test_weight_average_follows_its_formula_and_comes_and_goes():
@@ -323,6 +392,15 @@ def test_unknown_device_is_refused(tmp_path):
         train(config, toy.small_trainer(), toy.data(config, episodes=6), tmp_path, device="gpuu")
 
 
+@pytest.mark.parametrize("name", ["mps", "meta", "xpu", "cpu:7", "cuda:2"])
+def test_devices_that_do_not_exist_are_refused(name, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=f"device '{name}' is not there .* expected one of cpu, cuda:0, cuda:1$"):
+        choose_device(name)
+    assert [str(choose_device(one)) for one in ("cpu", "cpu:0", "cuda:1", None)] == ["cpu", "cpu:0", "cuda:1", "cuda"]
+
+
 # --- real data and the command ---------------------------------------------------------------------------------------
 
 
@@ -377,6 +455,17 @@ def test_shipped_presets_are_known_by_name(dataset):
 
     read = cli._read_flags("train", command, ["--config", "bc_cpu", "--data", str(dataset), "--output", "run"])
     assert read.policy == "bc"
+
+
+def test_settings_of_another_policy_type_are_refused(dataset, tmp_path):
+    from simtoreal.commands import train as command
+
+    given = ["--data", str(dataset), "--output", "run", "--policy", "bc"]
+    with pytest.raises(ConfigError, match=r"diffusion.horizon is set, .* but --policy is bc.*--policy diffusion"):
+        command.policy_config(cli._read_flags("train", command, [*given, "--diffusion.horizon", "32"]))
+    # Written-out defaults say nothing.
+    preset = ["--config", "diffusion_cpu"]
+    assert command.policy_config(cli._read_flags("train", command, [*given, *preset])).type == "bc"
 
 
 def test_data_without_the_cameras_of_the_policy_are_refused(dataset):

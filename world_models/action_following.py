@@ -26,7 +26,7 @@ from simtoreal.policies.inverse_dynamics import (
 )
 from simtoreal.policies.inverse_dynamics_config import InverseDynamicsConfig
 from simtoreal.policies.inverse_dynamics_data import estimate_lag
-from simtoreal.policies.normalization import ACTIONS, fit_statistics
+from simtoreal.policies.normalization import ACTIONS, fit_statistics, has_known_units
 from simtoreal.policies.trainer import train
 from simtoreal.policies.training_data import TrainingData
 from simtoreal.world_models.clips import Clips
@@ -79,9 +79,12 @@ def train_judge(
     pairs = FrameWindows(
         images, first[:, None] + np.array([0, gap]), mean_actions(data.actions, first, gap, lag), episode
     )
+    known = has_known_units(data.embodiment, ACTIONS)
     training = TrainingData(
         embodiment=data.embodiment, task=data.task, train=pairs, valid=None,
-        statistics={ACTIONS: fit_statistics(pairs.actions, data.embodiment.action.names, ACTIONS)},
+        statistics={
+            ACTIONS: fit_statistics(pairs.actions, data.embodiment.action.names, ACTIONS, known_units=known)
+        },
         source=data.names[0], seeds=data.seeds,
     )  # fmt: skip
     schedule = TrainerConfig(steps=steps, warmup_steps=min(50, steps), batch_size=32, seed=seed, checkpoint_every=500)

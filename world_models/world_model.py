@@ -10,7 +10,14 @@ from torch import Tensor, nn
 
 from simtoreal.envs.embodiment import TARGET_NAMES, Embodiment
 from simtoreal.envs.errors import ConfigError
-from simtoreal.policies.normalization import ACTIONS, Normalizer, Statistics, dimension_names, fit_statistics
+from simtoreal.policies.normalization import (
+    ACTIONS,
+    Normalizer,
+    Statistics,
+    dimension_names,
+    fit_statistics,
+    has_known_units,
+)
 from simtoreal.world_models.classifier import SuccessClassifier
 from simtoreal.world_models.config import STRIDE, WorldModelConfig
 from simtoreal.world_models.flow import FlowDynamics
@@ -29,8 +36,11 @@ def fit_world_statistics(data: VideoData) -> dict[str, Statistics]:
     """Return the scales of proprio, actions and targets, from the training episodes."""
     frames = data.frames_of(~data.held_out)
     found = {
-        PROPRIO: fit_statistics(data.proprio[frames], dimension_names(data.embodiment, PROPRIO), PROPRIO),
-        ACTIONS: fit_statistics(data.actions[frames], data.embodiment.action.names, ACTIONS),
+        key: fit_statistics(values[frames], names, key, known_units=has_known_units(data.embodiment, key))
+        for key, values, names in (
+            (PROPRIO, data.proprio, dimension_names(data.embodiment, PROPRIO)),
+            (ACTIONS, data.actions, data.embodiment.action.names),
+        )
     }
     if data.targets.shape[1]:
         found[TARGETS] = fit_statistics(data.targets[frames], TARGET_NAMES, TARGETS)

@@ -168,7 +168,7 @@ def policy_config(config: Config) -> PolicyConfig:
     """Return the settings of the chosen policy type.
 
     Raises:
-        ConfigError: unknown policy type, or a setting that it does not have.
+        ConfigError: unknown policy type, a setting that it does not have, or one of another type.
     """
     import dataclasses
 
@@ -178,6 +178,14 @@ def policy_config(config: Config) -> PolicyConfig:
 
     kind = policy_class(config.policy)
     for own in (config.diffusion, config.bc):
+        changed = [field.name for field in dataclasses.fields(own) if getattr(own, field.name) != _default(field)]
+        if own.type != config.policy and changed:
+            raise ConfigError(
+                f"{own.type}.{changed[0]} is set, by a flag or in the preset, but --policy is {config.policy}, which "
+                f"does not read the settings of '{own.type}' ({', '.join(changed)}). Leave them out, or give "
+                f"--policy {own.type}"
+            )
+    for own in (config.diffusion, config.bc):
         if own.type == config.policy:
             if config.settings:
                 names = ", ".join(field.name for field in dataclasses.fields(own))
@@ -185,6 +193,12 @@ def policy_config(config: Config) -> PolicyConfig:
                                   "--settings is for types without")  # fmt: skip
             return own
     return build_config(kind.config_type, {"type": config.policy, **config.settings}, source="--settings")
+
+
+def _default(field: Any) -> Any:
+    import dataclasses
+
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def trainer_config(config: Config) -> TrainerConfig:
