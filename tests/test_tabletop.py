@@ -271,6 +271,17 @@ def test_goal_stays_true_once_the_scene_is_there(task):
     assert np.all(held)
 
 
+@pytest.mark.parametrize(("task", "item", "target"), [("push", "block", "region"), ("align", "frame", "mark")])
+def test_what_is_held_above_its_target_is_not_there(task, item, target):
+    env = make_vector_env(task, 1, observe="state")
+    env.reset(seed=0)
+    _fixed(env, target, (0.5, 0.12, 0))
+    for height, there in ((env.task.object(item).half_height_m, True), (0.2, False)):
+        _free(env, item, (0.5, 0.12, height))
+        env.batch.forward()
+        assert env.task.goal_predicate(env._scene()).tolist() == [there]
+
+
 def test_only_displacements_drive_the_simulation():
     panda = panda_embodiment()
     absolute = ActionSpec(mode="ee_abs", names=TARGET_NAMES, units=("",) * 10, limits=(1.0,) * 10)
