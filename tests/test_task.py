@@ -10,7 +10,7 @@ import yaml
 
 from simtoreal.envs.errors import TaskError
 from simtoreal.envs.predicates import SceneView, parse_predicate
-from simtoreal.envs.task import sample_initial_condition
+from simtoreal.envs.task import ObjectSpec, sample_initial_condition
 from simtoreal.envs.task_file import list_tasks, load_task, parse_task, parse_task_text
 
 
@@ -57,7 +57,7 @@ def test_malformed_yaml_names_the_file(tmp_path):
         (lambda c: c["initial"].pop("plate"), "key 'initial.plate' is missing"),
         (lambda c: c["initial"]["cube"].update(x_m=[0.6, 0.4]), "low <= high"),
         (lambda c: c.update(goal="onn(cube, plate)"), "goal: unknown predicate 'onn'. Did you mean 'on'"),
-        (lambda c: c.update(goal="on(cub, plate)"), "on got 'cub' where it needs a free name. Did you mean 'cube'"),
+        (lambda c: c.update(goal="on(cub, plate)"), "on got 'cub' where it needs an object that can be moved. Did you mean 'cube'"),
         (lambda c: c.update(goal="on(cube)"), "takes 2 arguments, got 1"),
         (lambda c: c.update(goal="on(cube, plate"), "cannot read predicate"),
         (lambda c: c.update(goal="__import__('os')"), "unknown predicate '__import__'"),
@@ -175,3 +175,53 @@ def _scene(cube_xyz, touches=(False, False)) -> SceneView:
 def test_predicates(text, cube, touches, expected):
     predicate = parse_predicate(text, load_task("pick_place").objects)
     assert predicate(_scene(cube, touches)).tolist() == [expected]
+
+
+def _with_fixtures() -> tuple[ObjectSpec, ...]:
+    return (
+        *load_task("pick_place").objects,
+        ObjectSpec(name="socket", shape="socket", size_m=(0.03, 0.01, 0.02), color="gray"),
+        ObjectSpec(name="drawer", shape="drawer", size_m=(0.1, 0.09, 0.04), color="brown"),
+        ObjectSpec(name="mark", shape="region", size_m=(0.03,), color="green"),
+        ObjectSpec(name="point", shape="point", size_m=(0.02,), color="green"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("inserted(cube, plate)", r"goal: inserted got 'plate' \(plate\) where it needs a socket. Valid: socket"),
+        ("inserted(cube, mark)", "where it needs a socket"),
+        ("inserted(cube, drawer)", "where it needs a socket"),
+        ("on(cube, point)", r"on got 'point' \(point\) where it needs an object with a surface"),
+        ("released(mark)", r"released got 'mark' \(region\) where it needs an object that can be touched"),
+        ("grasped(point)", "where it needs an object that can be touched"),
+    ],
+)
+def test_shapes_without_a_meaning_are_refused(text, message):
+    with pytest.raises(TaskError, match=message):
+        parse_predicate(text, _with_fixtures(), "goal")
+
+
+@pytest.mark.parametrize(
+    ("fixture", "offset", "height", "expected"),
+    [
+        ("drawer", (0.1, 0.0), "top", True),
+        ("drawer", (0.18, 0.0), "top", True),
+        ("drawer", (-0.08, 0.0), "table", False),
+        ("drawer", (-0.08, 0.0), "top", False),
+        ("socket", (0.0, 0.04), "top", True),
+        ("socket", (0.0, 0.06), "top", False),
+    ],
+)
+def test_what_stands_on_a_fixture(fixture, offset, height, expected):
+    """``offset`` is along and across the fixture's axis, which is turned."""
+    objects = {item.name: item for item in _with_fixtures()}
+    half_turn = np.deg2rad(20.0) / 2
+    axis = np.array([np.cos(2 * half_turn), np.sin(2 * half_turn)])
+    place = np.array([0.5, 0.1]) + offset[0] * axis + offset[1] * np.array([-axis[1], axis[0]])
+    base = objects[fixture].top_m if height == "top" else 0.0
+    scene = _scene((*place, base + objects["cube"].half_height_m))
+    scene.positions[fixture] = np.array([[0.5, 0.1, 0.0]])
+    scene.quaternions[fixture] = np.array([[np.cos(half_turn), 0.0, 0.0, np.sin(half_turn)]])
+    assert parse_predicate(f"on(cube, {fixture})", list(objects.values()))(scene).tolist() == [expected]
