@@ -9,14 +9,15 @@ import sys
 import gymnasium as gym
 import numpy as np
 import pytest
+import yaml
 from gymnasium.vector import AutoresetMode
 
 from simtoreal.envs import gym_id, list_tasks, load_task, make_env, make_vector_env, panda_embodiment
 from simtoreal.envs.embodiment import TARGET_NAMES, ActionSpec
 from simtoreal.envs.errors import ActionError, ConfigError, TaskError
-from simtoreal.envs.scene_layout import DRAWER_TRAVEL_M
+from simtoreal.envs.scene_layout import DRAWER_SMALLEST_M, DRAWER_TRAVEL_M
 from simtoreal.envs.tabletop_vector import SUCCESS_HOLD_STEPS
-from simtoreal.envs.task_file import RESERVED_NAMES, parse_task
+from simtoreal.envs.task_file import RESERVED_NAMES, parse_task, parse_task_text
 
 
 def _actions(steps: int, count: int, seed: int = 0) -> np.ndarray:
@@ -289,6 +290,14 @@ def test_only_displacements_drive_the_simulation():
         make_vector_env("reach", 1, embodiment=dataclasses.replace(panda, action=absolute))
     with pytest.raises(ValueError, match="'joint_abs' is not one of"):
         dataclasses.replace(absolute, mode="joint_abs")
+
+
+def test_the_smallest_drawer_can_be_simulated():
+    content = load_task("drawer_open").to_dict()
+    content["objects"]["drawer"]["size_m"] = list(DRAWER_SMALLEST_M)
+    env = make_env(parse_task_text(yaml.safe_dump(content), "mine.yaml"), observe="state")
+    env.reset(seed=0)
+    assert env.step(np.zeros(7, np.float32))[4]["sim_fault"] == ""
 
 
 def test_every_name_of_the_robot_is_reserved():
