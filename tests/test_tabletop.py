@@ -15,6 +15,7 @@ from gymnasium.vector import AutoresetMode
 from simtoreal.envs import gym_id, list_tasks, load_task, make_env, make_vector_env, panda_embodiment
 from simtoreal.envs.embodiment import TARGET_NAMES, ActionSpec
 from simtoreal.envs.errors import ActionError, ConfigError, TaskError
+from simtoreal.envs.randomization import MAX_LATENCY_STEPS, Randomization
 from simtoreal.envs.scene_layout import DRAWER_SMALLEST_M, DRAWER_TRAVEL_M
 from simtoreal.envs.tabletop_vector import SUCCESS_HOLD_STEPS
 from simtoreal.envs.task_file import RESERVED_NAMES, parse_task, parse_task_text
@@ -358,6 +359,37 @@ def test_randomization_varies_worlds_and_seeds_repeat_them():
     assert np.allclose(plain["object_state"], first["object_state"])
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latency_steps": (5, 8)}, r"'latency_steps' is \(5, 8\); expected .* two whole numbers from 0 to 4"),
+        ({"latency_steps": (-1, -1)}, "from 0 to 4"),
+        ({"latency_steps": (0.5, 1.5)}, "two whole numbers"),
+        ({"mass_scale": (-1.0, -1.0)}, r"'mass_scale' is \(-1.0, -1.0\); expected .* from 0.01 to 100"),
+        ({"mass_scale": (float("nan"), 1.0)}, "'mass_scale' is .*nan"),
+        ({"mass_scale": 2.0}, r"'mass_scale' is 2.0; expected \(low, high\)"),
+        ({"mass_scale": (1.2, 0.8)}, "low <= high"),
+        ({"gain_scale": (-1.0, 1.0)}, "'gain_scale'"),
+        ({"camera_fov_deg": (200.0, 200.0)}, "'camera_fov_deg' .* from -30 to 30"),
+        ({"image_noise": -1.0}, "'image_noise' is -1.0; expected a number from 0 to 255"),
+        ({"color_jitter": float("nan")}, "'color_jitter' is nan"),
+        ({"joint_noise_rad": (0.0, 0.1)}, "'joint_noise_rad' .* expected a number"),
+        ({"start_anywhere": 1.5}, "'start_anywhere'"),
+    ],
+)
+def test_worlds_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=f"randomization {message}" if message.startswith("'") else message):
+        Randomization(**changes)
+
+
+def test_the_longest_latency_that_is_accepted_can_be_simulated():
+    longest = Randomization(latency_steps=(MAX_LATENCY_STEPS, MAX_LATENCY_STEPS))
+    env = make_vector_env("reach", 1, observe="state", randomization=longest)
+    env.reset(seed=0)
+    for action in _actions(MAX_LATENCY_STEPS + 2, 1):
+        env.step(action)
+
+
 def test_latency_delays_the_effect_of_a_command():
     def response(latency: int) -> int:
         env = make_vector_env("reach", 1, observe="state", randomization="standard")
@@ -375,8 +407,6 @@ def test_latency_delays_the_effect_of_a_command():
 
 
 def test_arms_may_start_anywhere_above_the_table():
-    from simtoreal.envs.randomization import Randomization
-
     env = make_vector_env("insert", 16, observe="state", randomization=Randomization(start_anywhere=1.0))
     observation, info = env.reset(seed=0)
     tcp, home = observation["proprio"][:, :3], make_vector_env("insert", 1, observe="state").reset(seed=[0])[0]
