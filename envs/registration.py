@@ -39,9 +39,15 @@ def make_env(task: Any, **options: Any) -> TabletopEnv:
 
 
 def make_vector_env(task: Any, num_envs: int, **options: Any) -> TabletopVectorEnv:
-    """Return ``num_envs`` simulations; options as in :class:`TabletopVectorEnv`."""
+    """Return ``num_envs`` simulations; options as in :class:`TabletopVectorEnv`.
+
+    Raises:
+        ConfigError: see :meth:`Embodiment.require_simulated`.
+    """
     from simtoreal.envs.tabletop_vector import TabletopVectorEnv
 
+    if (embodiment := options.get("embodiment")) is not None:
+        embodiment.require_simulated()
     return TabletopVectorEnv(task, num_envs, **options)
 
 

@@ -50,6 +50,8 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray], EzPickle):
         )  # fmt: skip
         if render_mode not in (None, "rgb_array"):
             raise ConfigError(f"render_mode is '{render_mode}'; expected None or 'rgb_array'")
+        if embodiment is not None:
+            embodiment.require_simulated()
         self.vector = TabletopVectorEnv(
             task, 1, embodiment=embodiment, image_size=image_size, render_profile=render_profile, cameras=cameras,
             observe=observe, randomization=randomization, motion=motion, record_state=record_state,
@@ -94,11 +96,19 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray], EzPickle):
         return index_info(observation, 0), float(reward[0]), *flags, _plain(index_info(info, 0))
 
     def render(self, camera: str = "overview") -> np.ndarray | None:
-        """Return a ``(480, 640, 3)`` uint8 RGB picture, or None without a render mode."""
+        """Return a ``(480, 640, 3)`` uint8 RGB picture, or None without a render mode.
+
+        Args:
+            camera: ``"overview"``, or a camera of the embodiment. Without any there (state observations): of the default
+                ones.
+
+        Raises:
+            ConfigError: unknown camera.
+        """
         if self.render_mode is None:
             return None
         if self._pictures is None:
-            self._pictures = PictureRenderer(self.task)
+            self._pictures = PictureRenderer(self.task, self.embodiment)
         fields = self.vector.fields
         return self._pictures.render(fields["qpos"][0], fields["mocap_pos"][0], fields["mocap_quat"][0], camera)
 

@@ -13,8 +13,8 @@ import yaml
 from gymnasium.vector import AutoresetMode
 
 from simtoreal.envs import gym_id, list_tasks, load_task, make_env, make_vector_env, panda_embodiment
-from simtoreal.envs.embodiment import TARGET_NAMES, ActionSpec
-from simtoreal.envs.errors import ActionError, ConfigError, TaskError
+from simtoreal.envs.embodiment import SIMULATED_ARMS, TARGET_NAMES, ActionSpec, Embodiment
+from simtoreal.envs.errors import ActionError, ConfigError, EmbodimentMismatchError, TaskError
 from simtoreal.envs.randomization import MAX_LATENCY_STEPS, Randomization
 from simtoreal.envs.scene_layout import DRAWER_SMALLEST_M, DRAWER_TRAVEL_M
 from simtoreal.envs.tabletop_vector import SUCCESS_HOLD_STEPS
@@ -301,9 +301,53 @@ def test_the_smallest_drawer_can_be_simulated():
     assert env.step(np.zeros(7, np.float32))[4]["sim_fault"] == ""
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "ur5e"}, "robot 'ur5e' cannot be simulated. Valid: panda"),
+        ({"home_joint_positions_rad": (0.0,) * 6}, "has 6 values; expected 7"),
+        ({"mount": "flange"}, "camera 'front' of embodiment 'panda' is mounted on 'flange', which cannot"),
+    ],
+)
+def test_robots_that_cannot_be_simulated_are_refused(changes, message):
+    panda = panda_embodiment()
+    if "mount" in changes:
+        changes = {"cameras": (dataclasses.replace(panda.cameras[0], **changes),)}
+    other = dataclasses.replace(panda, **changes)
+    assert Embodiment.from_dict(other.to_dict()) == other, "a robot that is not simulated may be so"
+    for make in (lambda: make_env("reach", embodiment=other), lambda: make_vector_env("reach", 1, embodiment=other)):
+        with pytest.raises(ConfigError, match=message):
+            make()
+
+
+@pytest.mark.parametrize("rate", [0.0, -20.0, float("nan"), float("inf")])
+def test_control_rates_are_positive_numbers(rate):
+    with pytest.raises(ConfigError, match=f"control_hz of embodiment 'panda' is {rate}; expected a positive number"):
+        dataclasses.replace(panda_embodiment(), control_hz=rate)
+    with pytest.raises(EmbodimentMismatchError, match="control_hz"):
+        Embodiment.from_dict({**panda_embodiment().to_dict(), "control_hz": rate})
+
+
+def test_pictures_are_taken_with_the_cameras_of_the_embodiment():
+    panda = panda_embodiment(cameras=("front",))
+    side = dataclasses.replace(panda.cameras[0], name="side", position_m=(0.9, 0.0, 0.6))
+    env = make_env(
+        "lift", embodiment=dataclasses.replace(panda, cameras=(side, *panda.cameras)), observe="state",
+        render_mode="rgb_array",
+    )  # fmt: skip
+    env.reset(seed=0)
+    assert np.abs(env.render("side").astype(int) - env.render("front")).mean() > 5
+    with pytest.raises(ConfigError, match="unknown camera 'wrist'. .*Valid: front, overview, side"):
+        env.render("wrist")
+    env.close()
+
+
 def test_every_name_of_the_robot_is_reserved():
     model = make_vector_env("reach", 1, observe="state").model
     names = {model.body(index).name for index in range(model.nbody)}
+    joints, mounts = SIMULATED_ARMS["panda"]
+    assert set(mounts) == names - {"goal"}
+    assert len(panda_embodiment().home_joint_positions_rad) == joints
     names |= {model.site(index).name for index in range(model.nsite)}
     names |= {model.geom(index).name for index in range(model.ngeom)}
     assert names - {"goal", ""} <= RESERVED_NAMES
