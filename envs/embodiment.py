@@ -224,17 +224,17 @@ class Embodiment:
                 f"robot '{self.name}' cannot be simulated. {closest(self.name, SIMULATED_ARMS)} CONTRIBUTING.md says "
                 "what a further arm needs."
             )
-        joints, mounts = SIMULATED_ARMS[self.name]
-        if len(self.home_joint_positions_rad) != joints:
+        (joints, mounts), given = SIMULATED_ARMS[self.name], len(self.home_joint_positions_rad)
+        if given != joints:
             raise ConfigError(
-                f"home_joint_positions_rad of embodiment '{self.name}' has {len(self.home_joint_positions_rad)} values; "
-                f"expected {joints}, one per joint"
+                f"home_joint_positions_rad of embodiment '{self.name}' has {given} values; expected {joints}, "
+                "one per joint"
             )
         for camera in self.cameras:
             if camera.mount not in mounts:
                 raise ConfigError(
-                    f"camera '{camera.name}' of embodiment '{self.name}' is mounted on '{camera.mount}', which cannot be "
-                    f"simulated. {closest(camera.mount, mounts)}"
+                    f"camera '{camera.name}' of embodiment '{self.name}' is mounted on '{camera.mount}', which cannot "
+                    f"be simulated. {closest(camera.mount, mounts)}"
                 )
 
     def require_equal(self, other: Embodiment, mine: str, theirs: str) -> None:

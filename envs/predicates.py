@@ -178,8 +178,8 @@ def parse_predicate(
         poses_only: refuse predicates of ``NOT_FROM_POSES``.
 
     Raises:
-        TaskError: syntax error, unknown predicate or object (with the closest valid name), wrong arguments, or an object
-            of a shape for which the predicate means nothing.
+        TaskError: syntax error, unknown predicate or object (with the closest valid name), wrong arguments, or an
+            object of a shape for which the predicate means nothing.
     """
     if len(text) > MAX_CHARACTERS:
         raise TaskError(f"{where}: a predicate of {len(text)} characters; expected at most {MAX_CHARACTERS}")

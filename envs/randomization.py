@@ -19,7 +19,8 @@ _BOUNDS: dict[str, tuple[float, float]] = {
     "mass_scale": _SCALE, "friction_scale": _SCALE, "gain_scale": _SCALE,
     "latency_steps": (0, MAX_LATENCY_STEPS), "camera_offset_m": (0.0, 1.0), "camera_tilt_deg": (0.0, 90.0),
     "camera_fov_deg": (-30.0, 30.0), "light_scale": (0.0, 10.0), "light_offset_m": (0.0, 10.0),
-    "color_jitter": (0.0, 1.0), "image_noise": (0.0, 255.0), "joint_noise_rad": (0.0, 1.0), "start_anywhere": (0.0, 1.0),
+    "color_jitter": (0.0, 1.0), "image_noise": (0.0, 255.0), "joint_noise_rad": (0.0, 1.0),
+    "start_anywhere": (0.0, 1.0),
 }  # fmt: skip
 
 

@@ -99,8 +99,7 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray], EzPickle):
         """Return a ``(480, 640, 3)`` uint8 RGB picture, or None without a render mode.
 
         Args:
-            camera: ``"overview"``, or a camera of the embodiment. Without any there (state observations): of the default
-                ones.
+            camera: ``"overview"``, or a camera of the embodiment; of the default ones, if it has none.
 
         Raises:
             ConfigError: unknown camera.

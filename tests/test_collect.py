@@ -285,12 +285,12 @@ def test_the_results_of_another_command_are_not_overwritten(tmp_path: Path, comm
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "results.json").write_text('{"train": {}, "provenance": {}}')
     before = sorted(tmp_path.rglob("*"))
+    start = {
+        "collect": lambda: collecting.main(collecting.Config(task="reach", output=tmp_path, episodes=1, workers=1)),
+        "teleop": teleop.open_collection(teleop.Config(task="reach", output=tmp_path)).__enter__,
+    }[command]
     with pytest.raises(DatasetError, match=r"neither a dataset nor empty \(it holds checkpoints, results.json\)"):
-        if command == "collect":
-            collecting.main(collecting.Config(task="reach", output=tmp_path, episodes=1, workers=1))
-        else:
-            with teleop.open_collection(teleop.Config(task="reach", output=tmp_path)):
-                pass
+        start()
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -357,7 +357,9 @@ def test_command_writes_results(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert results["provenance"]["seeds"][0] == 0
     assert "95 % interval" in " ".join(capsys.readouterr().out.split())
     main(dataclasses.replace(config, episodes=2))
-    assert "already holds 3 successful episodes of reach: nothing left to do" in " ".join(capsys.readouterr().out.split())
+    assert "already holds 3 successful episodes of reach: nothing left to do" in " ".join(
+        capsys.readouterr().out.split()
+    )
     assert json.loads((tmp_path / "d/results.json").read_text()) == results
     with pytest.raises(ConfigError, match="Did you mean 'careful'"):
         main(dataclasses.replace(config, style="carefull"))

@@ -337,7 +337,7 @@ def test_pictures_are_taken_with_the_cameras_of_the_embodiment():
     )  # fmt: skip
     env.reset(seed=0)
     assert np.abs(env.render("side").astype(int) - env.render("front")).mean() > 5
-    with pytest.raises(ConfigError, match="unknown camera 'wrist'. .*Valid: front, overview, side"):
+    with pytest.raises(ConfigError, match=r"unknown camera 'wrist'. .*Valid: front, overview, side"):
         env.render("wrist")
     env.close()
 
