@@ -29,6 +29,8 @@ from simtoreal.envs.scene_motion import SceneMotion
 
 # Give up on an expert that evidently cannot do the task: after this many tries, below this rate.
 _PATIENCE_TRIES, _HOPELESS_RATE = 64, 0.05
+# The seeds of its initial conditions still fit into 64 bits.
+LARGEST_SEED = 2**63 // SEEDS_PER_COLLECTION - 1
 # Pixels; larger pictures of all simulations of a process do not fit into memory.
 LARGEST_IMAGE = 2048
 
@@ -73,8 +75,8 @@ class CollectionPlan:
                 raise ConfigError(f"{name} is {value}; expected at least 1.")
         if (self.episodes is None) == (self.steps is None):
             raise ConfigError("a collection ends after a number of episodes or of steps: give one of the two.")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; expected at least 0.")
+        if not 0 <= self.seed <= LARGEST_SEED:
+            raise ConfigError(f"seed is {self.seed}; expected 0 to {LARGEST_SEED}.")
         if self.image_size > LARGEST_IMAGE:
             raise ConfigError(f"image_size is {self.image_size}; expected at most {LARGEST_IMAGE}.")
         if not self.cameras or len(set(self.cameras)) < len(self.cameras):

@@ -25,6 +25,7 @@ from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.rollout import Observation
 from simtoreal.envs.scene_motion import MARGIN_M, free_gap
 from simtoreal.envs.task import ObjectSpec, TaskSpec
+from simtoreal.envs.task_file import require_executable
 
 CLOSE_STEPS = 4
 GIVE_UP_STEPS = 14
@@ -48,6 +49,7 @@ class ScriptedExpert:
 
     Raises:
         ConfigError: the task has no plan, or the action mode is not ``ee_delta``.
+        TaskError: see :func:`~simtoreal.envs.task_file.require_executable`.
     """
 
     observation_steps = 1
@@ -59,6 +61,7 @@ class ScriptedExpert:
     ) -> None:
         if not task.plan:
             raise ConfigError(f"task '{task.name}' has no plan; add 'plan' to {task.source} to use the expert")
+        require_executable(task)
         if embodiment.action.mode != "ee_delta":
             raise ConfigError(f"the expert needs action mode 'ee_delta', not '{embodiment.action.mode}'")
         self.task, self.embodiment, self.style, self.seed = task, embodiment, style or OperatorStyle(), seed
@@ -169,8 +172,8 @@ class ScriptedExpert:
         return {key: self.task.object(value) if isinstance(value, str) else value for key, value in arguments.items()}
 
     def _back_to_pick(self, scene: Scene, memory: Memory, item: ObjectSpec) -> Goal:
-        """The object was lost: return to the step that picks it."""
-        for index, step in enumerate(self.task.plan):
+        """The object was lost: return to the step that picked it."""
+        for index, step in enumerate(self.task.plan[: memory.plan_step]):
             if step.skill == "pick" and step.arguments["object"] == item.name:
                 memory.plan_step = index
         memory.held.discard(item.name)

@@ -29,6 +29,8 @@ from simtoreal.envs.errors import DatasetError
 from simtoreal.envs.files import fsync_folder, write_json
 from simtoreal.envs.provenance import git_commit, versions
 
+LOCK = ".lock"
+"""File in a dataset that its writer holds locked."""
 DAMAGED = "damaged"
 """Folder in a dataset with the files that ``data recover`` has set aside."""
 UNFINISHED = ".unfinished"
@@ -169,6 +171,31 @@ class DatasetWriter:
         self._lock.close()
 
 
+def require_dataset_folder(path: Path) -> None:
+    """Refuse to make a dataset of a folder that holds something else; call it before anything is created there.
+
+    Args:
+        path: a dataset, an empty folder, or nothing yet. A folder whose writer was killed before it wrote ``meta.json``
+            counts as empty.
+
+    Raises:
+        DatasetError: names what the folder holds.
+    """
+    if not path.is_dir() or (path / META).exists():
+        return
+    with disk_errors(path):
+        held = sorted(entry.name for entry in path.iterdir())
+    if other := [name for name in held if name not in (LOCK, EPISODES) and not _is_temporary(name)]:
+        raise DatasetError(
+            f"{path}: is neither a dataset nor empty (it holds {', '.join(other[:3])}{', ...' if other[3:] else ''}). "
+            "Choose a new folder."
+        )
+
+
+def _is_temporary(name: str) -> bool:
+    return name.startswith(".") and name.endswith(".tmp")
+
+
 def _clear_temporaries(path: Path) -> None:
     """Remove what a killed writer had not renamed yet; whoever calls holds the lock, so nobody is writing."""
     for folder in (path, path / EPISODES):
@@ -232,7 +259,7 @@ def lock_folder(path: Path) -> Any:
     """
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True)
-        handle = open(path / ".lock", "a")  # noqa: SIM115 - lives as long as the lock
+        handle = open(path / LOCK, "a")  # noqa: SIM115 - lives as long as the lock
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

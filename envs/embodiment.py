@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from simtoreal.envs.errors import ConfigError, EmbodimentMismatchError
+from simtoreal.envs.errors import ConfigError, EmbodimentMismatchError, closest
 
 # The simulation takes ``ee_delta``; the ROS 2 environment (``robot/ros2_env.py``) also ``ee_abs``. ``env`` is whatever
 # a foreign environment takes (``envs/gymnasium_env.py``).
 ACTION_MODES = ("ee_delta", "ee_abs", "env")
 # ``foreign``: drawn by somebody else's program or taken by a real camera that we know nothing about.
 RENDER_PROFILES = ("fast", "high", "foreign")
+
+# Arms that the simulation can build (``envs/panda.py``): number of joints, and bodies that a camera can be mounted on.
+SIMULATED_ARMS: dict[str, tuple[int, tuple[str, ...]]] = {
+    "panda": (7, ("world", *(f"link{index}" for index in range(1, 8)), "hand", "left_finger", "right_finger")),
+}
 
 # Absolute end-effector target as it is recorded at every step and understood by the mode ``ee_abs``.
 TARGET_NAMES = (
@@ -96,8 +102,6 @@ class CameraSpec:
         Raises:
             ConfigError: the field of view is not known.
         """
-        import math
-
         if self.fov_y_deg <= 0:
             raise ConfigError(f"the field of view of camera '{self.name}' is not known; calibrate it first")
         focal = 0.5 * self.height / math.tan(math.radians(self.fov_y_deg) / 2)
@@ -117,6 +121,10 @@ class Embodiment:
             there is none, which the action modes with an end-effector target do not allow.
         gripper_max_opening_m: distance between the fingers when fully open; 0 if it is not known.
         render_profile: how simulated images are drawn; pixels differ between profiles.
+
+    Raises:
+        ConfigError: the control rate is not a positive number.
+        ValueError: another field is wrong.
     """
 
     name: str
@@ -131,6 +139,11 @@ class Embodiment:
     render_profile: str = "fast"
 
     def __post_init__(self) -> None:
+        if not (math.isfinite(self.control_hz) and self.control_hz > 0):
+            raise ConfigError(
+                f"control_hz of embodiment '{self.name}' is {self.control_hz}; expected a positive number of steps per "
+                "second"
+            )
         if self.render_profile not in RENDER_PROFILES:
             raise ValueError(f"render profile '{self.render_profile}' is not one of {RENDER_PROFILES}")
         names = [camera.name for camera in self.cameras]
@@ -173,7 +186,7 @@ class Embodiment:
                 CameraSpec(**{k: frozen(v) for k, v in camera.items()}) for camera in content["cameras"]
             )
             return cls(**fields)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ConfigError) as error:
             raise EmbodimentMismatchError(
                 f"stored embodiment is incomplete or from another version: {error}"
             ) from error
@@ -199,6 +212,30 @@ class Embodiment:
             return [] if mine == theirs else [f"{prefix}: {mine} != {theirs}"]
 
         return walk("", self.to_dict(), other.to_dict())
+
+    def require_simulated(self) -> None:
+        """Raise unless the simulation can build this robot; a real or a foreign one need not be.
+
+        Raises:
+            ConfigError: unknown arm, a home of another number of joints, or a camera on a body that the arm has not.
+        """
+        if self.name not in SIMULATED_ARMS:
+            raise ConfigError(
+                f"robot '{self.name}' cannot be simulated. {closest(self.name, SIMULATED_ARMS)} CONTRIBUTING.md says "
+                "what a further arm needs."
+            )
+        (joints, mounts), given = SIMULATED_ARMS[self.name], len(self.home_joint_positions_rad)
+        if given != joints:
+            raise ConfigError(
+                f"home_joint_positions_rad of embodiment '{self.name}' has {given} values; expected {joints}, "
+                "one per joint"
+            )
+        for camera in self.cameras:
+            if camera.mount not in mounts:
+                raise ConfigError(
+                    f"camera '{camera.name}' of embodiment '{self.name}' is mounted on '{camera.mount}', which cannot "
+                    f"be simulated. {closest(camera.mount, mounts)}"
+                )
 
     def require_equal(self, other: Embodiment, mine: str, theirs: str) -> None:
         """Raise unless both embodiments agree in every field.

@@ -53,8 +53,15 @@ def _horizontal_distance(scene: SceneView, a: str, b: str) -> Array:
 
 def _on(scene: SceneView, a: ObjectSpec, b: ObjectSpec) -> Array:
     """``a`` rests on ``b``: its centre above the support and its base within 12 mm of the surface."""
-    gap = scene.positions[a.name][:, 2] - a.half_height_m - (scene.positions[b.name][:, 2] + b.top_m)
-    return (_horizontal_distance(scene, a.name, b.name) < b.half_extent_m) & (np.abs(gap) < 0.012)
+    position, support, radius_m = scene.positions[a.name], scene.positions[b.name], b.half_extent_m
+    if b.shape in ("socket", "frame"):
+        radius_m = b.size_m[0] + 2 * b.size_m[1]  # with the walls, which are what carries
+    elif b.shape == "drawer":
+        # The origin of a drawer is the middle of its front, and it carries on top of the cabinet.
+        ahead = rotation.to_matrix(scene.quaternions[b.name])[..., :, 0]
+        support, radius_m = support + b.size_m[0] * ahead, min(b.size_m[:2])
+    gap = position[:, 2] - a.half_height_m - (support[:, 2] + b.top_m)
+    return (np.linalg.norm((position - support)[:, :2], axis=-1) < radius_m) & (np.abs(gap) < 0.012)
 
 
 def _inserted(scene: SceneView, peg: ObjectSpec, socket: ObjectSpec) -> Array:
@@ -111,13 +118,23 @@ def _still(scene: SceneView, a: ObjectSpec) -> Array:
     return np.linalg.norm(scene.velocities[a.name], axis=-1) < 0.05
 
 
-# name -> (argument kinds, function). Kinds: any object or tcp, free object, drawer, number (m), angle (degrees).
+# What an argument may be, besides a number (m) and an angle (degrees): the words for it, and which objects are it.
+KINDS: dict[str, tuple[str, Callable[[ObjectSpec], bool]]] = {
+    "object": ("an object", lambda item: True),
+    "place": ("an object or tcp", lambda item: True),
+    "free": ("an object that can be moved", lambda item: not item.fixed),
+    "solid": ("an object that can be touched", lambda item: item.shape not in ("region", "point")),
+    "support": ("an object with a surface", lambda item: item.shape != "point"),
+    "socket": ("a socket", lambda item: item.shape == "socket"),
+    "drawer": ("a drawer", lambda item: item.articulated),
+}
+# name -> (kinds of the arguments, function).
 PREDICATES: dict[str, tuple[tuple[str, ...], Callable[..., Array]]] = {
-    "on": (("free", "object"), _on),
+    "on": (("free", "support"), _on),
     "stacked": (("free", "free"), _on),
-    "inserted": (("free", "object"), _inserted),
-    "grasped": (("object",), _grasped),
-    "released": (("object",), lambda scene, a: ~scene.touches[a.name].any(axis=-1)),
+    "inserted": (("free", "socket"), _inserted),
+    "grasped": (("solid",), _grasped),
+    "released": (("solid",), lambda scene, a: ~scene.touches[a.name].any(axis=-1)),
     "lifted": (("free", "number"), _lifted),
     "upright": (("free",), _upright),
     "still": (("free",), _still),
@@ -143,8 +160,6 @@ class _Tcp:
     """Stands for the end effector where a predicate accepts a place."""
 
     name = "tcp"
-    fixed = False
-    articulated = False
 
 
 # Far more than a goal needs, and far less than exhausts the stack when nested.
@@ -163,7 +178,8 @@ def parse_predicate(
         poses_only: refuse predicates of ``NOT_FROM_POSES``.
 
     Raises:
-        TaskError: syntax error, unknown predicate or object (with the closest valid name), wrong arguments.
+        TaskError: syntax error, unknown predicate or object (with the closest valid name), wrong arguments, or an
+            object of a shape for which the predicate means nothing.
     """
     if len(text) > MAX_CHARACTERS:
         raise TaskError(f"{where}: a predicate of {len(text)} characters; expected at most {MAX_CHARACTERS}")
@@ -214,14 +230,10 @@ def _argument(predicate: str, kind: str, node: ast.expr, objects: dict[str, Any]
         raise TaskError(f"{where}: {predicate} expects a number in {unit}, got '{text}'")
     if kind == "place" and text == "tcp":
         return _Tcp()
-    accepted: Callable[[ObjectSpec], bool] = {
-        "object": lambda item: True,
-        "place": lambda item: True,
-        "free": lambda item: not item.fixed,
-        "drawer": lambda item: item.articulated,
-    }[kind]
+    words, accepted = KINDS[kind]
     valid = [item_name for item_name, item in objects.items() if accepted(item)]
     if text not in valid:
         hint = closest(text, [*valid, "tcp"] if kind == "place" else valid)
-        raise TaskError(f"{where}: {predicate} got '{text}' where it needs a {kind} name. {hint}")
+        given = f"'{text}' ({objects[text].shape})" if text in objects else f"'{text}'"
+        raise TaskError(f"{where}: {predicate} got {given} where it needs {words}. {hint}")
     return objects[text]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import numbers
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,6 +10,18 @@ import numpy as np
 from simtoreal.envs.errors import ConfigError, closest
 
 Range = tuple[float, float]
+
+# Commands that the simulation keeps; those that are older have taken effect.
+MAX_LATENCY_STEPS = 4
+# Smallest and largest value of each field: what a simulation can still compute, and cameras still see.
+_SCALE = (0.01, 100.0)
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "mass_scale": _SCALE, "friction_scale": _SCALE, "gain_scale": _SCALE,
+    "latency_steps": (0, MAX_LATENCY_STEPS), "camera_offset_m": (0.0, 1.0), "camera_tilt_deg": (0.0, 90.0),
+    "camera_fov_deg": (-30.0, 30.0), "light_scale": (0.0, 10.0), "light_offset_m": (0.0, 10.0),
+    "color_jitter": (0.0, 1.0), "image_noise": (0.0, 255.0), "joint_noise_rad": (0.0, 1.0),
+    "start_anywhere": (0.0, 1.0),
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +43,9 @@ class Randomization:
         joint_noise_rad: standard deviation of noise on measured joint positions.
         start_anywhere: probability that the arm starts anywhere above the table, with open or closed gripper,
             instead of at home. Demonstrations from there teach a policy what to do after a failed grasp.
+
+    Raises:
+        ConfigError: a value is no number, or is beyond what can be simulated.
     """
 
     mass_scale: Range = (1.0, 1.0)
@@ -49,12 +64,16 @@ class Randomization:
     start_anywhere: float = 0.0
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, tuple) and (len(value) != 2 or value[0] > value[1]):
-                raise ConfigError(f"randomization '{field.name}' must be (low, high) with low <= high, got {value}")
-        if not 0 <= self.start_anywhere <= 1:
-            raise ConfigError(f"randomization 'start_anywhere' is {self.start_anywhere}; expected a probability")
+        for name, (low, high) in _BOUNDS.items():
+            value, is_range = getattr(self, name), isinstance(getattr(type(self), name), tuple)
+            ends = value if is_range else (value, value)
+            kind = numbers.Integral if name == "latency_steps" else numbers.Real
+            usable = isinstance(ends, tuple | list) and len(ends) == 2 and all(isinstance(end, kind) for end in ends)
+            # Written so that NaN, of which every comparison is false, is refused too.
+            if not (usable and low <= ends[0] <= ends[1] <= high):
+                noun = "whole number" if kind is numbers.Integral else "number"
+                what = f"(low, high) with low <= high, two {noun}s" if is_range else f"a {noun}"
+                raise ConfigError(f"randomization '{name}' is {value!r}; expected {what} from {low:g} to {high:g}")
 
 
 # Horizontal region of arm starts; its height begins above the tallest object.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import os
 import weakref
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ import numpy as np
 
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError, MissingDependencyError, closest
-from simtoreal.envs.panda import panda_embodiment
+from simtoreal.envs.panda import panda_cameras
 from simtoreal.envs.scene import build_model
 from simtoreal.envs.task import TaskSpec
 
@@ -179,11 +180,13 @@ class PictureRenderer:
 
     Args:
         task: the task whose scene is drawn.
+        embodiment: its robot and cameras; the default cameras, if it has none.
         height, width: pixels.
     """
 
-    def __init__(self, task: TaskSpec, height: int = 480, width: int = 640) -> None:
-        self.model = build_model(task, panda_embodiment(render_profile="high"))
+    def __init__(self, task: TaskSpec, embodiment: Embodiment, height: int = 480, width: int = 640) -> None:
+        cameras = embodiment.cameras or panda_cameras()
+        self.model = build_model(task, dataclasses.replace(embodiment, cameras=cameras, render_profile="high"))
         self.data = mujoco.MjData(self.model)
         self.canvas = _Canvas(self.model, height, width, "high")
         overview = mujoco.MjvCamera()

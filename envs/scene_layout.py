@@ -6,5 +6,7 @@ from __future__ import annotations
 TABLE_CENTER_M = (0.45, 0.0)
 TABLE_HALF_M = (0.4, 0.55)
 DRAWER_TRAVEL_M = 0.16
+# Half depth, width and height of the smallest drawer that has room for its tray and its handle.
+DRAWER_SMALLEST_M = (0.02, 0.03, 0.02)
 # Middle of the handle along the drawer's axis, measured from the cabinet's front towards the robot.
 DRAWER_HANDLE_X_M = -0.055

@@ -94,11 +94,18 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray], EzPickle):
         return index_info(observation, 0), float(reward[0]), *flags, _plain(index_info(info, 0))
 
     def render(self, camera: str = "overview") -> np.ndarray | None:
-        """Return a ``(480, 640, 3)`` uint8 RGB picture, or None without a render mode."""
+        """Return a ``(480, 640, 3)`` uint8 RGB picture, or None without a render mode.
+
+        Args:
+            camera: ``"overview"``, or a camera of the embodiment; of the default ones, if it has none.
+
+        Raises:
+            ConfigError: unknown camera.
+        """
         if self.render_mode is None:
             return None
         if self._pictures is None:
-            self._pictures = PictureRenderer(self.task)
+            self._pictures = PictureRenderer(self.task, self.embodiment)
         fields = self.vector.fields
         return self._pictures.render(fields["qpos"][0], fields["mocap_pos"][0], fields["mocap_quat"][0], camera)
 

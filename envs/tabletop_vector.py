@@ -18,7 +18,7 @@ from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError, TaskError
 from simtoreal.envs.panda import FINGER_TRAVEL_M, panda_embodiment, pose_to_control
 from simtoreal.envs.predicates import SceneView
-from simtoreal.envs.randomization import Randomization, load_randomization, sample_variation
+from simtoreal.envs.randomization import MAX_LATENCY_STEPS, Randomization, load_randomization, sample_variation
 from simtoreal.envs.rendering import DRAWN_FIELDS, BatchRenderer
 from simtoreal.envs.scene import TABLE_LOOKS, build_model, index_objects
 from simtoreal.envs.scene_motion import SceneMotion, SceneMover, load_motion, put_planar
@@ -28,7 +28,6 @@ from simtoreal.envs.task_file import load_task
 from simtoreal.envs.varied_models import VariedModels
 
 SUCCESS_HOLD_STEPS = 5
-MAX_LATENCY_STEPS = 4
 HOME_NOISE_RAD = 0.02
 # Control steps in which an arm is driven to a start away from home, the last of them at rest.
 START_STEPS, START_SETTLE_STEPS = 26, 8
@@ -99,6 +98,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
                 f"embodiment '{self.embodiment.name}' has action mode '{self.embodiment.action.mode}'; the simulation "
                 "takes 'ee_delta' (absolute targets are for robots behind ROS 2)"
             )
+        self.embodiment.require_simulated()
         self.images_wanted = True
         self.observe, self.autoreset_mode, self.record_state = observe, autoreset_mode, record_state
         self.randomization = load_randomization(randomization)
@@ -491,7 +491,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
             for row, slot in enumerate(drawn):
                 if self._image_noise[slot]:
                     noise = self._noise[slot].normal(0.0, self._image_noise[slot], new[row].shape)
-                    new[row] = np.clip(new[row] + noise, 0, 255).astype(np.uint8)
+                    new[row] = np.clip(np.rint(new[row] + noise), 0, 255).astype(np.uint8)
             self._images[key][drawn] = new
         return {key: image.copy() for key, image in self._images.items()}
 

@@ -30,6 +30,7 @@ COLORS = {
     "yellow": (0.95, 0.8, 0.1), "purple": (0.55, 0.2, 0.7), "orange": (0.95, 0.5, 0.1),
     "white": (0.92, 0.92, 0.92), "gray": (0.5, 0.5, 0.52), "brown": (0.55, 0.36, 0.2),
 }  # fmt: skip
+# skill -> its arguments; those that end in _m are lengths, the others objects.
 SKILLS: dict[str, tuple[str, ...]] = {
     "reach": ("point",),
     "pick": ("object",),
@@ -42,6 +43,22 @@ SKILLS: dict[str, tuple[str, ...]] = {
     "weave": ("finish",),
     "align": ("object", "to"),
 }
+_GRASPABLE = ("box", "cylinder", "sphere")
+# (skill, argument) -> shapes that the skill can deal with; any, if it is not here.
+SKILL_SHAPES: dict[tuple[str, str], tuple[str, ...]] = {
+    ("pick", "object"): _GRASPABLE,
+    ("lift", "object"): _GRASPABLE,
+    ("place", "object"): _GRASPABLE,
+    ("place", "onto"): tuple(shape for shape in SHAPE_DIMENSIONS if shape != "drawer"),
+    ("push", "object"): FREE_SHAPES,
+    ("insert", "object"): _GRASPABLE,
+    ("insert", "into"): ("socket",),
+    ("open", "drawer"): ("drawer",),
+    ("close", "drawer"): ("drawer",),
+    ("align", "object"): ("frame",),
+}
+# Skills that need their object in the gripper, or go back to the step that picks it when it is lost.
+CARRYING_SKILLS = ("lift", "place", "insert")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,8 +16,18 @@ import yaml
 
 from simtoreal.envs.config import parse_yaml
 from simtoreal.envs.errors import TaskError, closest
-from simtoreal.envs.scene_layout import DRAWER_TRAVEL_M, TABLE_CENTER_M, TABLE_HALF_M
-from simtoreal.envs.task import COLORS, SHAPE_DIMENSIONS, SKILLS, InitialSpec, ObjectSpec, SkillStep, TaskSpec
+from simtoreal.envs.scene_layout import DRAWER_SMALLEST_M, DRAWER_TRAVEL_M, TABLE_CENTER_M, TABLE_HALF_M
+from simtoreal.envs.task import (
+    CARRYING_SKILLS,
+    COLORS,
+    SHAPE_DIMENSIONS,
+    SKILL_SHAPES,
+    SKILLS,
+    InitialSpec,
+    ObjectSpec,
+    SkillStep,
+    TaskSpec,
+)
 
 # Names that the scene itself uses; an object of the same name would be taken for a part of the robot.
 RESERVED_NAMES = frozenset(
@@ -28,6 +38,7 @@ RESERVED_NAMES = frozenset(
 # What a simulation with steps of 5 ms, and a gripper, can deal with.
 SIZE_M, MASS_KG, FRICTION = (0.0005, 0.5), (0.001, 20.0), (0.01, 10.0)
 HIGHEST_M = 1.0
+YAW_DEG = (-360.0, 360.0)
 # The name is part of Gymnasium ids and of file names.
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 
@@ -113,8 +124,8 @@ def parse_task(content: Any, source: str = "task") -> TaskSpec:
             initial_reader.get(item.name, dict, "a mapping with x_m, y_m, yaw_deg"), source, f"initial.{item.name}"
         )
         opening = entry.interval("opening_m", (0.0, 0.0))
-        if item.articulated and opening[1] > DRAWER_TRAVEL_M:
-            raise entry.fail("opening_m", f"at most {DRAWER_TRAVEL_M}", list(opening))
+        if item.articulated and not 0 <= opening[0] <= opening[1] <= DRAWER_TRAVEL_M:
+            raise entry.fail("opening_m", f"within 0 to {DRAWER_TRAVEL_M} m", list(opening))
         initial[item.name] = InitialSpec(
             x_m=entry.interval("x_m"), y_m=entry.interval("y_m"), z_m=entry.interval("z_m", None),
             yaw_deg=entry.interval("yaw_deg", (0.0, 0.0)), opening_m=opening,
@@ -151,9 +162,13 @@ def _parse_objects(reader: _Reader) -> tuple[ObjectSpec, ...]:
     # A drawer has a second body; see scene.py.
     taken = RESERVED_NAMES | {f"{name}_tray" for name in content.content}
     parsed = []
+    if not content.content:
+        raise reader.fail("objects", "a mapping with at least one object", dict(content.content))
     for name in content.content:
-        if not str(name).isidentifier() or name in taken:
-            raise content.fail(str(name), f"an identifier that the scene does not use ({_listed(taken)})", name)
+        if not isinstance(name, str):
+            raise content.fail(str(name), f"a name; yaml reads this one as {name!r}, unless it is quoted", name)
+        if not name.isidentifier() or name in taken:
+            raise content.fail(name, f"an identifier that the scene does not use ({_listed(taken)})", name)
         entry = _Reader(
             content.get(name, dict, "a mapping with shape, size_m, color"), reader.source, f"objects.{name}"
         )
@@ -337,16 +352,60 @@ def _require_possible(task: TaskSpec) -> None:
         raise TaskError(f"{task.source}: key 'name' is '{task.name}'; expected letters, digits, and _ . - inside")
     for item in task.objects:
         within(f"objects.{item.name}.size_m", item.size_m, *SIZE_M, " m")
+        if item.shape == "drawer":
+            for value, smallest, dimension in zip(
+                item.size_m, DRAWER_SMALLEST_M, SHAPE_DIMENSIONS["drawer"], strict=True
+            ):
+                what = f" m for the {dimension} of a drawer"
+                within(f"objects.{item.name}.size_m", [value], smallest, SIZE_M[1], what)
         within(f"objects.{item.name}.mass_kg", [item.mass_kg], *MASS_KG, " kg")
         within(f"objects.{item.name}.friction", [item.friction], *FRICTION, "")
         initial = task.initial[item.name]
+        if initial.opening_m != (0.0, 0.0) and not item.articulated:
+            raise TaskError(
+                f"{task.source}: key 'initial.{item.name}.opening_m' is for drawers; leave it out for a {item.shape}"
+            )
         for axis, values in enumerate((initial.x_m, initial.y_m)):
             middle, half = TABLE_CENTER_M[axis], TABLE_HALF_M[axis]
             within(f"initial.{item.name}.{'xy'[axis]}_m", values, middle - half, middle + half, " m, the table")
+        within(f"initial.{item.name}.yaw_deg", initial.yaw_deg, *YAW_DEG, " degrees")
         lowest = item.half_height_m
         what = f" m, the origin of a {item.shape} of this size on the table or above it"
         within(f"initial.{item.name}.z_m", initial.z_m or (), lowest, HIGHEST_M, what)
     _require_apart(task)
+    require_executable(task)
+
+
+def require_executable(task: TaskSpec) -> None:
+    """Refuse a plan that the scripted expert cannot follow.
+
+    Raises:
+        TaskError: a skill is given an object of a shape that it cannot deal with, or that no step before it picks.
+    """
+    picked: set[str] = set()
+    for index, step in enumerate(task.plan):
+        where = f"{task.source}: key 'plan[{index}]"
+        named = {key: value for key, value in step.arguments.items() if isinstance(value, str)}
+        for key, name in named.items():
+            shape, shapes = task.object(name).shape, SKILL_SHAPES.get((step.skill, key))
+            if shapes is not None and shape not in shapes:
+                raise TaskError(
+                    f"{where}.{key}' names '{name}', a {shape}; '{step.skill}' needs a {' or '.join(shapes)} there"
+                )
+        if len(set(named.values())) < len(named):
+            raise TaskError(f"{where}' names '{next(iter(named.values()))}' twice; expected two objects")
+        if "height_m" in step.arguments and not 0 < step.arguments["height_m"] <= HIGHEST_M:
+            given = step.arguments["height_m"]
+            raise TaskError(f"{where}.height_m' is {given:g}; expected more than 0 and at most {HIGHEST_M:g} m")
+        if step.skill == "weave" and not any(item.shape == "plate" for item in task.objects):
+            raise TaskError(f"{where}' weaves through rows of plates, and the task has none; add one, or use 'reach'")
+        if step.skill == "pick":
+            picked.add(named["object"])
+        elif step.skill in CARRYING_SKILLS and named["object"] not in picked:
+            raise TaskError(
+                f"{where}' needs '{named['object']}' in the gripper; add {{skill: pick, object: {named['object']}}} "
+                "before it"
+            )
 
 
 def _require_apart(task: TaskSpec) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import importlib
 import os
 import signal
@@ -25,6 +26,7 @@ GROUPS = {
     "world-model": "Video world models: train, evaluate, play, post-train; inverse-dynamics models.",
 }
 
+LARGEST_NUMBER = 2**62
 EXIT_FAILURE = 2
 EXIT_INTERRUPTED = 130
 
@@ -134,14 +136,26 @@ def _shipped_preset(preset: Path, folder: str | None) -> Path:
         from simtoreal.envs.errors import ConfigError
 
         raise ConfigError(f"--config '{preset}' is no file, and this command has no shipped presets")
-    import simtoreal.configs
-
-    shipped = {path.stem: path for path in (Path(simtoreal.configs.__path__[0]) / folder).glob("*.yaml")}
+    shipped = _presets(folder)
     if preset.name not in shipped:
         from simtoreal.envs.errors import ConfigError, closest
 
         raise ConfigError(f"--config '{preset}' is no file and no shipped preset. {closest(preset.name, shipped)}")
     return shipped[preset.name]
+
+
+def _presets(folder: str) -> dict[str, Path]:
+    import simtoreal.configs
+
+    return {path.stem: path for path in sorted((Path(simtoreal.configs.__path__[0]) / folder).glob("*.yaml"))}
+
+
+def _description(module: Any) -> str:
+    """Return what the help of a verb begins with; ``--config`` is no field of its ``Config``, so it is said here."""
+    text = f"{module.__doc__.strip()}\n\n--config FILE.yaml gives flags from a file; those on the command line win."
+    if (folder := getattr(module, "PRESETS", None)) is not None:
+        text += f" Shipped presets, by their name alone: {', '.join(_presets(folder))}."
+    return text
 
 
 def _read_flags(verb: str, module: Any, arguments: list[str]) -> Any:
@@ -164,12 +178,12 @@ def _read_flags(verb: str, module: Any, arguments: list[str]) -> Any:
     config = tyro.cli(
         module.Config,
         prog=f"simtoreal {verb}",
-        description=module.__doc__,
+        description=_description(module),
         args=arguments,
         config=(tyro.conf.AvoidSubcommands,),
         **options,
     )
-    _require_finite(config, "")
+    _require_countable(config, "")
     return config
 
 
@@ -211,7 +225,12 @@ def _explain(error: Exception) -> str:
 
     if isinstance(error, SimtorealError):
         return f"{type(error).__name__}: {error}"
-    if isinstance(error, OSError) and error.filename and error.errno in (*DISK_FULL_ERRNOS, *UNUSABLE_ERRNOS):
+    # ENOENT: a file system such as /proc has no place for new files.
+    if (
+        isinstance(error, OSError)
+        and error.filename
+        and error.errno in (*DISK_FULL_ERRNOS, *UNUSABLE_ERRNOS, errno.ENOENT)
+    ):
         place = os.fsdecode(error.filename)
         if error.errno in DISK_FULL_ERRNOS:
             return describe_disk_error(error, place)
@@ -219,14 +238,20 @@ def _explain(error: Exception) -> str:
     raise error
 
 
-def _require_finite(value: Any, name: str) -> None:
-    """Refuse NaN and infinity anywhere in the flags: no flag means anything by them, and ``nan <= 0`` is false."""
+def _require_countable(value: Any, name: str) -> None:
+    """Refuse numbers with which nothing can be computed anywhere in the flags.
+
+    No flag means anything by NaN and infinity (and ``nan <= 0`` is false), nor by whole numbers near the end of 64
+    bits, from which seeds could not be counted on.
+    """
     import math
 
     from simtoreal.envs.errors import ConfigError
 
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected a finite number")
+    if isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+        raise ConfigError(f"--{name.replace('_', '-')} is {value}; expected at most {LARGEST_NUMBER}")
     if dataclasses.is_dataclass(value):
         inner = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
     elif isinstance(value, dict):
@@ -236,7 +261,7 @@ def _require_finite(value: Any, name: str) -> None:
     else:
         return
     for key, item in inner:
-        _require_finite(item, ".".join(filter(None, (name, str(key)))))
+        _require_countable(item, ".".join(filter(None, (name, str(key)))))
 
 
 def main() -> None:

@@ -189,6 +189,39 @@ def test_a_place_that_cannot_be_written_to_is_explained(probe, tmp_path, monkeyp
         assert str(tmp_path / "file") in message
 
 
+def test_a_place_where_no_file_can_be_made_is_explained(probe, monkeypatch, capsys):
+    assert exit_status(monkeypatch, "probe", "--task", "push", "--output", "/proc") == 2
+    assert "/proc/results.json: cannot be used (No such file or directory)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("verb", "expected"),
+    [(["collect"], ""), (["train"], " Shipped presets, by their name alone: bc_cpu, diffusion_cpu, diffusion_gpu.")],
+)
+def test_help_of_a_verb_tells_of_presets(capsys, verb, expected):
+    with pytest.raises(SystemExit):
+        cli.run([*verb, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"--config FILE.yaml gives flags from a file; those on the command line win.{expected}" in text
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["evaluate", "--actor", "expert", "--task", "reach", "--output", "x", "--seed", "9223372036854775807"],
+        ["collect", "--task", "reach", "--output", "x", "--seed", "99999999999999999999"],
+        ["collect", "--task", "reach", "--output", "x", "--seed", "9999999999999"],
+        ["view", "reach", "--seed", "99999999999999999999"],
+        ["data", "split", "x", "--output", "y", "--seed", "-1"],
+    ],
+)
+def test_seeds_that_cannot_be_counted_are_refused(monkeypatch, capsys, tmp_path, arguments):
+    monkeypatch.chdir(tmp_path)
+    assert exit_status(monkeypatch, *arguments) == 2
+    assert f"seed is {arguments[-1]}; expected" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
 def test_flags_must_be_finite(probe, monkeypatch, capsys, tmp_path, value):
     assert exit_status(monkeypatch, "probe", "--task", "push", "--optimiser.learning-rate", value) == 2

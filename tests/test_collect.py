@@ -19,6 +19,7 @@ import pytest
 
 from simtoreal.data_collection.collect import CollectionPlan, CollectionProgress, collect
 from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.writer import require_dataset_folder
 from simtoreal.envs.errors import ConfigError, DatasetError, SimtorealError
 
 # The first 20 seeds of the range that the expert can solve.
@@ -276,6 +277,30 @@ def test_hopeless_expert_is_stopped(tmp_path: Path) -> None:
         collect(make_plan(tmp_path), setup=hopeless_setup)
 
 
+@pytest.mark.parametrize("command", ["collect", "teleop"])
+def test_the_results_of_another_command_are_not_overwritten(tmp_path: Path, command: str) -> None:
+    from simtoreal.commands import collect as collecting
+    from simtoreal.commands import teleop
+
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "results.json").write_text('{"train": {}, "provenance": {}}')
+    before = sorted(tmp_path.rglob("*"))
+    start = {
+        "collect": lambda: collecting.main(collecting.Config(task="reach", output=tmp_path, episodes=1, workers=1)),
+        "teleop": teleop.open_collection(teleop.Config(task="reach", output=tmp_path)).__enter__,
+    }[command]
+    with pytest.raises(DatasetError, match=r"neither a dataset nor empty \(it holds checkpoints, results.json\)"):
+        start()
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_whose_writer_was_killed_at_once_is_continued(tmp_path: Path) -> None:
+    (tmp_path / "episodes").mkdir()
+    (tmp_path / ".lock").touch()
+    (tmp_path / ".meta.json.x1.tmp").touch()
+    require_dataset_folder(tmp_path)
+
+
 def test_folder_in_use_is_refused(tmp_path: Path) -> None:
     from simtoreal.data_collection.writer import lock_folder
 
@@ -331,7 +356,10 @@ def test_command_writes_results(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert collected["episodes_per_s"] > 0
     assert results["provenance"]["seeds"][0] == 0
     assert "95 % interval" in " ".join(capsys.readouterr().out.split())
-    main(config)
+    main(dataclasses.replace(config, episodes=2))
+    assert "already holds 3 successful episodes of reach: nothing left to do" in " ".join(
+        capsys.readouterr().out.split()
+    )
     assert json.loads((tmp_path / "d/results.json").read_text()) == results
     with pytest.raises(ConfigError, match="Did you mean 'careful'"):
         main(dataclasses.replace(config, style="carefull"))

@@ -9,15 +9,16 @@ import sys
 import gymnasium as gym
 import numpy as np
 import pytest
+import yaml
 from gymnasium.vector import AutoresetMode
 
 from simtoreal.envs import gym_id, list_tasks, load_task, make_env, make_vector_env, panda_embodiment
-from simtoreal.envs.embodiment import TARGET_NAMES, ActionSpec
-from simtoreal.envs.errors import ActionError, ConfigError, TaskError
-from simtoreal.envs.randomization import Randomization
-from simtoreal.envs.scene_layout import DRAWER_TRAVEL_M
+from simtoreal.envs.embodiment import SIMULATED_ARMS, TARGET_NAMES, ActionSpec, Embodiment
+from simtoreal.envs.errors import ActionError, ConfigError, EmbodimentMismatchError, TaskError
+from simtoreal.envs.randomization import MAX_LATENCY_STEPS, Randomization
+from simtoreal.envs.scene_layout import DRAWER_SMALLEST_M, DRAWER_TRAVEL_M
 from simtoreal.envs.tabletop_vector import SUCCESS_HOLD_STEPS
-from simtoreal.envs.task_file import RESERVED_NAMES, parse_task
+from simtoreal.envs.task_file import RESERVED_NAMES, parse_task, parse_task_text
 
 
 def _actions(steps: int, count: int, seed: int = 0) -> np.ndarray:
@@ -272,6 +273,17 @@ def test_goal_stays_true_once_the_scene_is_there(task):
     assert np.all(held)
 
 
+@pytest.mark.parametrize(("task", "item", "target"), [("push", "block", "region"), ("align", "frame", "mark")])
+def test_what_is_held_above_its_target_is_not_there(task, item, target):
+    env = make_vector_env(task, 1, observe="state")
+    env.reset(seed=0)
+    _fixed(env, target, (0.5, 0.12, 0))
+    for height, there in ((env.task.object(item).half_height_m, True), (0.2, False)):
+        _free(env, item, (0.5, 0.12, height))
+        env.batch.forward()
+        assert env.task.goal_predicate(env._scene()).tolist() == [there]
+
+
 def test_only_displacements_drive_the_simulation():
     panda = panda_embodiment()
     absolute = ActionSpec(mode="ee_abs", names=TARGET_NAMES, units=("",) * 10, limits=(1.0,) * 10)
@@ -281,9 +293,61 @@ def test_only_displacements_drive_the_simulation():
         dataclasses.replace(absolute, mode="joint_abs")
 
 
+def test_the_smallest_drawer_can_be_simulated():
+    content = load_task("drawer_open").to_dict()
+    content["objects"]["drawer"]["size_m"] = list(DRAWER_SMALLEST_M)
+    env = make_env(parse_task_text(yaml.safe_dump(content), "mine.yaml"), observe="state")
+    env.reset(seed=0)
+    assert env.step(np.zeros(7, np.float32))[4]["sim_fault"] == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": "ur5e"}, "robot 'ur5e' cannot be simulated. Valid: panda"),
+        ({"home_joint_positions_rad": (0.0,) * 6}, "has 6 values; expected 7"),
+        ({"mount": "flange"}, "camera 'front' of embodiment 'panda' is mounted on 'flange', which cannot"),
+    ],
+)
+def test_robots_that_cannot_be_simulated_are_refused(changes, message):
+    panda = panda_embodiment()
+    if "mount" in changes:
+        changes = {"cameras": (dataclasses.replace(panda.cameras[0], **changes),)}
+    other = dataclasses.replace(panda, **changes)
+    assert Embodiment.from_dict(other.to_dict()) == other, "a robot that is not simulated may be so"
+    for make in (lambda: make_env("reach", embodiment=other), lambda: make_vector_env("reach", 1, embodiment=other)):
+        with pytest.raises(ConfigError, match=message):
+            make()
+
+
+@pytest.mark.parametrize("rate", [0.0, -20.0, float("nan"), float("inf")])
+def test_control_rates_are_positive_numbers(rate):
+    with pytest.raises(ConfigError, match=f"control_hz of embodiment 'panda' is {rate}; expected a positive number"):
+        dataclasses.replace(panda_embodiment(), control_hz=rate)
+    with pytest.raises(EmbodimentMismatchError, match="control_hz"):
+        Embodiment.from_dict({**panda_embodiment().to_dict(), "control_hz": rate})
+
+
+def test_pictures_are_taken_with_the_cameras_of_the_embodiment():
+    panda = panda_embodiment(cameras=("front",))
+    side = dataclasses.replace(panda.cameras[0], name="side", position_m=(0.9, 0.0, 0.6))
+    env = make_env(
+        "lift", embodiment=dataclasses.replace(panda, cameras=(side, *panda.cameras)), observe="state",
+        render_mode="rgb_array",
+    )  # fmt: skip
+    env.reset(seed=0)
+    assert np.abs(env.render("side").astype(int) - env.render("front")).mean() > 5
+    with pytest.raises(ConfigError, match=r"unknown camera 'wrist'. .*Valid: front, overview, side"):
+        env.render("wrist")
+    env.close()
+
+
 def test_every_name_of_the_robot_is_reserved():
     model = make_vector_env("reach", 1, observe="state").model
     names = {model.body(index).name for index in range(model.nbody)}
+    joints, mounts = SIMULATED_ARMS["panda"]
+    assert set(mounts) == names - {"goal"}
+    assert len(panda_embodiment().home_joint_positions_rad) == joints
     names |= {model.site(index).name for index in range(model.nsite)}
     names |= {model.geom(index).name for index in range(model.ngeom)}
     assert names - {"goal", ""} <= RESERVED_NAMES
@@ -391,6 +455,37 @@ def test_an_episode_that_begins_in_the_last_state_of_another_runs():
     assert not np.array_equal(before, after)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"latency_steps": (5, 8)}, r"'latency_steps' is \(5, 8\); expected .* two whole numbers from 0 to 4"),
+        ({"latency_steps": (-1, -1)}, "from 0 to 4"),
+        ({"latency_steps": (0.5, 1.5)}, "two whole numbers"),
+        ({"mass_scale": (-1.0, -1.0)}, r"'mass_scale' is \(-1.0, -1.0\); expected .* from 0.01 to 100"),
+        ({"mass_scale": (float("nan"), 1.0)}, "'mass_scale' is .*nan"),
+        ({"mass_scale": 2.0}, r"'mass_scale' is 2.0; expected \(low, high\)"),
+        ({"mass_scale": (1.2, 0.8)}, "low <= high"),
+        ({"gain_scale": (-1.0, 1.0)}, "'gain_scale'"),
+        ({"camera_fov_deg": (200.0, 200.0)}, "'camera_fov_deg' .* from -30 to 30"),
+        ({"image_noise": -1.0}, "'image_noise' is -1.0; expected a number from 0 to 255"),
+        ({"color_jitter": float("nan")}, "'color_jitter' is nan"),
+        ({"joint_noise_rad": (0.0, 0.1)}, "'joint_noise_rad' .* expected a number"),
+        ({"start_anywhere": 1.5}, "'start_anywhere'"),
+    ],
+)
+def test_worlds_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ConfigError, match=f"randomization {message}" if message.startswith("'") else message):
+        Randomization(**changes)
+
+
+def test_the_longest_latency_that_is_accepted_can_be_simulated():
+    longest = Randomization(latency_steps=(MAX_LATENCY_STEPS, MAX_LATENCY_STEPS))
+    env = make_vector_env("reach", 1, observe="state", randomization=longest)
+    env.reset(seed=0)
+    for action in _actions(MAX_LATENCY_STEPS + 2, 1):
+        env.step(action)
+
+
 def test_latency_delays_the_effect_of_a_command():
     def response(latency: int) -> int:
         env = make_vector_env("reach", 1, observe="state", randomization="standard")
@@ -408,8 +503,6 @@ def test_latency_delays_the_effect_of_a_command():
 
 
 def test_arms_may_start_anywhere_above_the_table():
-    from simtoreal.envs.randomization import Randomization
-
     env = make_vector_env("insert", 16, observe="state", randomization=Randomization(start_anywhere=1.0))
     observation, info = env.reset(seed=0)
     tcp, home = observation["proprio"][:, :3], make_vector_env("insert", 1, observe="state").reset(seed=[0])[0]

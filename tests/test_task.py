@@ -8,10 +8,14 @@ import numpy as np
 import pytest
 import yaml
 
+from simtoreal.data_collection.expert import ScriptedExpert
+from simtoreal.envs import panda_embodiment
 from simtoreal.envs.errors import TaskError
 from simtoreal.envs.predicates import SceneView, parse_predicate
-from simtoreal.envs.task import sample_initial_condition
+from simtoreal.envs.task import ObjectSpec, sample_initial_condition
 from simtoreal.envs.task_file import list_tasks, load_task, parse_task, parse_task_text
+
+DRAWER = {"shape": "drawer", "size_m": [0.1, 0.09, 0.04], "color": "brown"}
 
 
 @pytest.fixture
@@ -57,12 +61,15 @@ def test_malformed_yaml_names_the_file(tmp_path):
         (lambda c: c["initial"].pop("plate"), "key 'initial.plate' is missing"),
         (lambda c: c["initial"]["cube"].update(x_m=[0.6, 0.4]), "low <= high"),
         (lambda c: c.update(goal="onn(cube, plate)"), "goal: unknown predicate 'onn'. Did you mean 'on'"),
-        (lambda c: c.update(goal="on(cub, plate)"), "on got 'cub' where it needs a free name. Did you mean 'cube'"),
+        (
+            lambda c: c.update(goal="on(cub, plate)"),
+            "on got 'cub' where it needs an object that can be moved. Did you mean 'cube'",
+        ),
         (lambda c: c.update(goal="on(cube)"), "takes 2 arguments, got 1"),
         (lambda c: c.update(goal="on(cube, plate"), "cannot read predicate"),
         (lambda c: c.update(goal="__import__('os')"), "unknown predicate '__import__'"),
         (lambda c: c.update(goal="lifted(cube, high)"), "expects a number in metres"),
-        (lambda c: c["plan"][0].update(skill="pik"), r"plan\[0\].skill' is 'pik'. Did you mean 'pick'"),
+        (lambda c: c["plan"][0].update(skill="pik"), r"\[0\].skill' is 'pik'. Did you mean 'pick'"),
         (lambda c: c["plan"][0].update(object="cubes"), "names object 'cubes'. Did you mean 'cube'"),
         (lambda c: c.update(min_distances=[["cube", "plat", 0.1]]), "names object 'plat'. Did you mean 'plate'"),
         (lambda c: c.update(min_distances=[["cube", "plate", float("nan")]]), "key 'min_distances' must be"),
@@ -72,6 +79,15 @@ def test_malformed_yaml_names_the_file(tmp_path):
         (lambda c: c["objects"]["cube"].update(mass_kg=10**400), "'objects.cube.mass_kg' must be"),
         (lambda c: c["initial"]["cube"].update(x_m=[float("nan"), 0.4]), "'initial.cube.x_m' must be"),
         (lambda c: c.update(goal="lifted(cube, 1e999)"), "expects a number in metres"),
+        (lambda c: c.update(objects={}), "key 'objects' must be a mapping with at least one object"),
+        (lambda c: c["objects"].update({True: c["objects"].pop("cube")}), "'objects.True' must be a name; yaml reads"),
+        (
+            lambda c: (
+                c["objects"].update(box=DRAWER),
+                c["initial"].update(box={"x_m": [0.7, 0.7], "y_m": [0, 0], "opening_m": [-0.1, -0.1]}),
+            ),
+            r"box.opening_m' must be within 0 to",
+        ),
     ],
 )
 def test_mistakes_name_key_and_fix(content, edit, message):
@@ -105,6 +121,11 @@ def test_files_that_are_not_text_are_named(tmp_path):
                                        plate={"x_m": [0.5, 0.51], "y_m": [0, 0]}), "'cube' and 'plate' are put inside"),
         (lambda c: c["objects"]["cube"].update(size_m=[9, 9, 9]), r"'objects\.cube\.size_m' is 9; expected 0\.0005"),
         (lambda c: c["objects"]["cube"].update(mass_kg=1e-30), r"'objects\.cube\.mass_kg' is 1e-30; expected 0\.001"),
+        (lambda c: c["initial"]["cube"].update(yaw_deg=[-1e308, 1e308]), r"'initial\.cube\.yaw_deg' is -1e\+308; exp"),
+        (lambda c: c["initial"]["cube"].update(opening_m=[0, 0.1]), r"'initial\.cube\.opening_m' is for drawers"),
+        (lambda c: (c["objects"].update(box=DRAWER | {"size_m": [0.1, 0.01, 0.04]}),
+                    c["initial"].update(box={"x_m": [0.7, 0.7], "y_m": [0, 0]})),
+         r"'objects\.box\.size_m' is 0\.01; expected 0\.03 to 0\.5 m for the half_width of a drawer"),
         (lambda c: c.update(name="../mine"), r"key 'name' is '\.\./mine'; expected letters"),
         (lambda c: c.update(goal="not " * 3000 + "lifted(cube, 0.1)"), "goal: a predicate of 12017 characters"),
     ],
@@ -112,6 +133,45 @@ def test_files_that_are_not_text_are_named(tmp_path):
 def test_scenes_that_cannot_be_simulated_are_refused(content, edit, message):
     edit(content)
     with pytest.raises(TaskError, match=rf"mine\.yaml.*{message}"):
+        parse_task_text(yaml.safe_dump(content), "mine.yaml")
+
+
+PICK = {"skill": "pick", "object": "cube"}
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (
+            [{"skill": "lift", "object": "cube", "height_m": 0.1}],
+            r"\[0\]' needs 'cube' in the gripper; add {skill: pick",
+        ),
+        ([{"skill": "place", "object": "cube", "onto": "plate"}, PICK], r"\[0\]' needs 'cube' in the gripper"),
+        ([{"skill": "open", "drawer": "cube"}], r"\[0\]\.drawer' names 'cube', a box; 'open' needs a drawer there"),
+        ([PICK, {"skill": "insert", "object": "cube", "into": "plate"}], r"\[1\]\.into' names 'plate', a plate"),
+        ([{"skill": "pick", "object": "plate"}], "'pick' needs a box or cylinder or sphere there"),
+        ([{"skill": "align", "object": "cube", "to": "plate"}], "'align' needs a frame there"),
+        ([PICK, {"skill": "place", "object": "cube", "onto": "cube"}], r"\[1\]' names 'cube' twice"),
+        ([PICK, {"skill": "lift", "object": "cube", "height_m": -5}], r"\[1\]\.height_m' is -5; expected more than 0"),
+    ],
+)
+def test_plans_that_the_expert_cannot_follow_are_refused(content, plan, message):
+    content["plan"] = plan
+    with pytest.raises(TaskError, match=rf"mine\.yaml: key '.*{message}"):
+        parse_task_text(yaml.safe_dump(content), "mine.yaml")
+    # What is stored with data can be read, and is refused where it would be executed.
+    with pytest.raises(TaskError, match=message):
+        ScriptedExpert(parse_task(content, "mine.yaml"), panda_embodiment())
+
+
+def test_a_plan_that_weaves_needs_posts(content):
+    content["objects"].pop("plate")
+    content |= {"goal": "lifted(cube, 0.1)", "milestones": {}, "min_distances": [], "moving": {}}
+    content["initial"].pop("plate")
+    content["plan"] = [{"skill": "weave", "finish": "cube"}]
+    with pytest.raises(
+        TaskError, match=r"mine\.yaml: key 'plan\[0\]' weaves through rows of plates, and the task has n"
+    ):
         parse_task_text(yaml.safe_dump(content), "mine.yaml")
 
 
@@ -175,3 +235,53 @@ def _scene(cube_xyz, touches=(False, False)) -> SceneView:
 def test_predicates(text, cube, touches, expected):
     predicate = parse_predicate(text, load_task("pick_place").objects)
     assert predicate(_scene(cube, touches)).tolist() == [expected]
+
+
+def _with_fixtures() -> tuple[ObjectSpec, ...]:
+    return (
+        *load_task("pick_place").objects,
+        ObjectSpec(name="socket", shape="socket", size_m=(0.03, 0.01, 0.02), color="gray"),
+        ObjectSpec(name="drawer", shape="drawer", size_m=(0.1, 0.09, 0.04), color="brown"),
+        ObjectSpec(name="mark", shape="region", size_m=(0.03,), color="green"),
+        ObjectSpec(name="point", shape="point", size_m=(0.02,), color="green"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("inserted(cube, plate)", r"goal: inserted got 'plate' \(plate\) where it needs a socket. Valid: socket"),
+        ("inserted(cube, mark)", "where it needs a socket"),
+        ("inserted(cube, drawer)", "where it needs a socket"),
+        ("on(cube, point)", r"on got 'point' \(point\) where it needs an object with a surface"),
+        ("released(mark)", r"released got 'mark' \(region\) where it needs an object that can be touched"),
+        ("grasped(point)", "where it needs an object that can be touched"),
+    ],
+)
+def test_shapes_without_a_meaning_are_refused(text, message):
+    with pytest.raises(TaskError, match=message):
+        parse_predicate(text, _with_fixtures(), "goal")
+
+
+@pytest.mark.parametrize(
+    ("fixture", "offset", "height", "expected"),
+    [
+        ("drawer", (0.1, 0.0), "top", True),
+        ("drawer", (0.18, 0.0), "top", True),
+        ("drawer", (-0.08, 0.0), "table", False),
+        ("drawer", (-0.08, 0.0), "top", False),
+        ("socket", (0.0, 0.04), "top", True),
+        ("socket", (0.0, 0.06), "top", False),
+    ],
+)
+def test_what_stands_on_a_fixture(fixture, offset, height, expected):
+    """``offset`` is along and across the fixture's axis, which is turned."""
+    objects = {item.name: item for item in _with_fixtures()}
+    half_turn = np.deg2rad(20.0) / 2
+    axis = np.array([np.cos(2 * half_turn), np.sin(2 * half_turn)])
+    place = np.array([0.5, 0.1]) + offset[0] * axis + offset[1] * np.array([-axis[1], axis[0]])
+    base = objects[fixture].top_m if height == "top" else 0.0
+    scene = _scene((*place, base + objects["cube"].half_height_m))
+    scene.positions[fixture] = np.array([[0.5, 0.1, 0.0]])
+    scene.quaternions[fixture] = np.array([[np.cos(half_turn), 0.0, 0.0, np.sin(half_turn)]])
+    assert parse_predicate(f"on(cube, {fixture})", list(objects.values()))(scene).tolist() == [expected]

@@ -56,12 +56,15 @@ def main(config: Config) -> None:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     from simtoreal.data_collection.collect import CollectionPlan, CollectionProgress, collect
+    from simtoreal.data_collection.dataset import Dataset
     from simtoreal.data_collection.operator_style import STYLES
+    from simtoreal.data_collection.writer import require_dataset_folder
     from simtoreal.envs.errors import ConfigError, closest
     from simtoreal.envs.scene_motion import load_motion
     from simtoreal.evaluation.statistics import format_rate
 
     console = Console()
+    require_dataset_folder(config.output)
     if config.style not in STYLES:
         raise ConfigError(f"--style '{config.style}' does not exist. {closest(config.style, STYLES)}")
     if config.workers < 0:
@@ -107,11 +110,18 @@ def main(config: Config) -> None:
         progress.update(bar, completed=total, text="done")
     summary = _summary(plan, result)
     _write_results(plan, result, summary)
+    if not result.session:
+        # There may be more than were asked for.
+        stored = sum(episode.success for episode in Dataset.open(plan.output).episodes)
+        console.print(
+            f"{plan.output} already holds {stored} successful episodes of {plan.task}: nothing left to do",
+            soft_wrap=True,
+        )
+        return
     rate = format_rate(summary["successes"], summary["tried"])
-    speed = f"{summary['episodes_per_s']:.1f} episodes/s" if summary["episodes_per_s"] else "nothing left to do"
     console.print(
         f"Collected {summary['successes']} episodes of {plan.task} ({summary['steps']} steps) in {plan.output}: "
-        f"expert success {rate}, {speed}",
+        f"expert success {rate}, {summary['episodes_per_s']:.1f} episodes/s",
         soft_wrap=True,
     )
 

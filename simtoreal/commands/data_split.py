@@ -24,6 +24,10 @@ class Config:
     seed: int = 0
     """Decides which episodes go where."""
 
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise ConfigError(f"--seed is {self.seed}; expected at least 0")
+
 
 def read_parts(parts: tuple[str, ...]) -> dict[str, float]:
     """Return name -> share of texts such as ``train=0.8``.

@@ -155,7 +155,7 @@ def open_collection(config: Config, leaving: Callable[[], None] = lambda: None) 
     from simtoreal.data_collection.teleop_page import PageDevice
     from simtoreal.data_collection.teleop_session import Board
     from simtoreal.data_collection.teleop_take import TakeStore
-    from simtoreal.data_collection.writer import DatasetWriter
+    from simtoreal.data_collection.writer import DatasetWriter, require_dataset_folder
     from simtoreal.envs import load_task, panda_embodiment
     from simtoreal.envs.errors import require
     from simtoreal.envs.scene_motion import load_motion
@@ -163,6 +163,7 @@ def open_collection(config: Config, leaving: Callable[[], None] = lambda: None) 
     require("aiohttp", "web")
     from simtoreal.data_collection.teleop_server import TeleopServer
 
+    require_dataset_folder(config.output)
     written = load_task(Path(config.task) if config.task.endswith((".yaml", ".yml")) else config.task)
     embodiment = panda_embodiment(config.image_size)
     if config.backend == "ros":
