@@ -46,11 +46,19 @@ def make_vector_env(task: Any, num_envs: int, **options: Any) -> TabletopVectorE
 
 
 def make_gym_vector(task: Any, num_envs: int = 1, **options: Any) -> TabletopVectorEnv:
-    """Constructor behind ``gym.make_vec``, whose users expect environments that reset themselves."""
+    """Constructor behind ``gym.make_vec``, whose users expect environments that reset themselves.
+
+    Raises:
+        ConfigError: a ``render_mode`` is asked for, which only single environments have.
+    """
     from gymnasium.vector import AutoresetMode
 
     options.setdefault("autoreset_mode", AutoresetMode.NEXT_STEP)
-    options.pop("render_mode", None)
+    if (mode := options.pop("render_mode", None)) is not None:
+        raise ConfigError(
+            f"render_mode '{mode}' is for single environments (gymnasium.make); the pictures of a batch are its "
+            "observations"
+        )
     return make_vector_env(task, num_envs, **options)
 
 

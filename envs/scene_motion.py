@@ -327,7 +327,10 @@ class SceneMover:
         return {"cam_xpos": positions, "cam_xmat": matrices}
 
     def log(self) -> dict[str, np.ndarray]:
-        """Parameters and speeds of the last step by name, each ``(N,)`` float64; see ``info["scene_motion"]``."""
+        """Parameters and speeds of the last step by name, each ``(N,)`` float64; see ``info["scene_motion"]``.
+
+        Poses of cameras are those of the pictures before the step, which its action answered.
+        """
         names = ("object", "target", "camera")
         entries = {f"speed_factor_{name}": self.factors[:, index].copy() for index, name in enumerate(names)}
         for which, item in enumerate(self.moving):

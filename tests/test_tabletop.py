@@ -517,6 +517,11 @@ def test_arms_may_start_anywhere_above_the_table():
     assert _same({key: value[5:6] for key, value in observation.items()}, alone.reset(seed=[5])[0])
 
 
+def test_batches_have_no_pictures_of_their_own():
+    with pytest.raises(ConfigError, match="single environments"):
+        gym.make_vec(gym_id("reach"), num_envs=2, render_mode="rgb_array")
+
+
 @pytest.mark.parametrize("task", list_tasks())
 def test_gym_make_and_picture(task):
     env = gym.make(gym_id(task), render_mode="rgb_array", observe="state")
