@@ -26,7 +26,8 @@ MINIMUM_HALF_RANGE = 0.01
 # When the percentiles span less than this part of the full range they hide a rare but intended motion (a gripper
 # that closes in 1 % of the frames, a late rotation), and the full range is used ...
 RARE_MOTION_FRACTION = 0.1
-# ... unless there is a range to work in and fewer frames than these lie that far out: a glitch of a sensor.
+# ... unless there is a range to work in and fewer frames than these lie that far out: a glitch of a sensor. Actions
+# have none, however rare: they were commanded.
 RARE_MOTION_FRAMES = 0.001
 # A range of this many float32 steps is rounding.
 ROUNDING_STEPS = 8
@@ -92,7 +93,7 @@ def fit_statistics(
     rotation = np.array([bool(_ROTATION_ENTRY.search(name)) for name in names or [""] * len(low)])
     rare = (high - low) < RARE_MOTION_FRACTION * (largest - smallest)
     working = ((high - low) / 2 > least) & ~rotation
-    glitches = rare & working & (_share_far_out(values, low, high) < RARE_MOTION_FRAMES)
+    glitches = rare & working & (_share_far_out(values, low, high) < RARE_MOTION_FRAMES) & (key != ACTIONS)
     notes = tuple(
         f"'{key}' reaches {smallest[index]:.3g} … {largest[index]:.3g} in dimension {_name(names, index)}, but in "
         f"fewer than {100 * RARE_MOTION_FRAMES:g} % of the frames, which are clipped; the scale is that of the "

@@ -80,6 +80,8 @@ def test_a_glitch_does_not_decide_the_scale_and_is_reported():
     assert clean.notes == ()
     (note,) = statistics.notes
     assert note.startswith("'velocity' reaches -1 … 60 in dimension 1 (fast), but in fewer than 0.1 % of the frames")
+    commanded = fit_statistics(values, ["slow", "fast"], "actions")
+    assert (commanded.high[1], commanded.notes) == (60.0, ())
     values[17:21, 1] = 60.0
     statistics = fit_statistics(values)
     assert statistics.high[1] == 60.0
