@@ -2,7 +2,7 @@
 
     python benchmarks/diversity.py            # resumable; a bit more than an hour per training seed on one core
     python benchmarks/diversity.py --tasks avoid --policies bc_l2 unet --seeds 1
-    python benchmarks/diversity.py --summarize    # only write the result of the trainings that are finished
+    python benchmarks/diversity.py --summarize    # only write the results of the trainings that are finished
 
 Behaviour cloning with the absolute and the squared error, and diffusion with both denoisers, learn from the same
 demonstrations, balanced over the ways, with the same number of windows. Contexts, rollouts and settings were fixed
@@ -35,16 +35,16 @@ from simtoreal.policies.training_data import open_training_data
 EVALUATION_SEED = 600_000
 DRAWS = 1000
 # Demonstrations, contexts, rollouts per context, observations, actions executed per prediction, training steps.
-# avoid: 10 demonstrations of each of 24 ways, and 480 rollouts as in D3IL's longer setting; align: 100 of each of 2
-# ways, 60 x 8 rollouts. On avoid a prediction is executed whole: whoever decides again between two rows may decide
-# otherwise.
+# avoid: 10 demonstrations of each of 24 ways, and 480 rollouts as in D3IL's longer setting; align: 300 of each of 2
+# ways (D3IL: 500), 60 x 8 rollouts. On avoid a prediction is executed whole: whoever decides again between two rows may
+# decide otherwise.
 TASKS: dict[str, dict[str, Any]] = {
     "avoid": {
         "episodes": 240, "contexts": 20, "rollouts": 24, "keys": ("proprio",), "execute_steps": 16, "steps": 24000,
     },
     "align": {
-        "episodes": 200, "contexts": 60, "rollouts": 8, "keys": ("proprio", "object_state"), "execute_steps": 8,
-        "steps": 9000,
+        "episodes": 600, "contexts": 60, "rollouts": 8, "keys": ("proprio", "object_state"), "execute_steps": 8,
+        "steps": 18000,
     },
 }  # fmt: skip
 POLICIES = {
@@ -145,65 +145,75 @@ def arm(task: str, policy: str, results: list[dict[str, Any]], draws: np.ndarray
     }
 
 
+def summarize(task: str, policies: list[str], seeds: int, output: Path, seconds: float) -> None:
+    """Write the result of a task from the trainings that are finished; nothing without the U-Net and the L2 loss.
+
+    The headline is the entropy that a deterministic policy cannot have: where there is a single start (avoid) that of
+    all rollouts, otherwise the one given the context.
+    """
+    shown = dataset_diversity(Dataset.open(output / task / "data"))
+    arms, draws = {}, {}
+    for policy in policies:
+        done = finished(task, policy, seeds, output)
+        if done:
+            results = [measure(task, policy, seed, output) for seed in done]
+            draws[policy] = interval(task, policy, done, output)
+            arms[policy] = arm(task, policy, results, draws[policy])
+            print(arms[policy], flush=True)
+    if not {"unet", "bc_l2"} <= set(arms):
+        return
+    column, key, given = (0, "value", "") if task == "avoid" else (1, "conditional", " given the context")
+    ours, base = arms["unet"], arms["bc_l2"]
+    difference = draws["unet"][:, column] - draws["bc_l2"][:, column]
+    headline = {
+        "metric": f"behaviour entropy{given} on {task} (0: one way, 1: all alike)", "ours": ours[key],
+        "baseline": base[key], "baseline_name": POLICIES["bc_l2"], "ratio": None,
+        "difference": ours[key] - base[key], "interval": np.quantile(difference, [0.025, 0.975]).tolist(),
+        "n": ours["n"], "p_value": None,
+    }  # fmt: skip
+    write_benchmark(
+        f"diversity_{task}",
+        "How many of the ways to do a task that the demonstrations show does a policy keep?",
+        headline,
+        list(arms.values()),
+        seconds=seconds,
+        seeds=list(range(seeds)),
+        notes=(
+            "value is D3IL's unconditional entropy of the behaviours of successful rollouts; conditional is its mean "
+            "over identical initial states, limited by the number of rollouts from each. Intervals: bootstrap over "
+            "training seeds, contexts and rollouts (entropy), posterior of all rollouts (success). "
+            f"{shown['successes']} demonstrations, entropy {shown['entropy']:.3f}; {TASKS[task]['steps']} steps with "
+            f"batches of {BATCH} windows."
+        ),
+    )
+
+
 def main() -> None:
-    """Run and store the measurement."""
+    """Run and store the measurements."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--policies", nargs="+", choices=POLICIES, default=list(POLICIES))
     parser.add_argument("--seeds", type=int, default=3, help="training seeds")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_diversity"))
-    parser.add_argument("--summarize", action="store_true", help="only write the result of what is finished")
+    parser.add_argument("--summarize", action="store_true", help="only write the results of what is finished")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    begin, arms, draws, data = time.perf_counter(), [], {}, []
-    for task in options.tasks:
-        plan = CollectionPlan(
-            output=options.output / task / "data", task=task, episodes=TASKS[task]["episodes"], image_size=16, workers=1
-        )
-        collect(plan)
-        shown = dataset_diversity(Dataset.open(plan.output))
-        data.append(
-            f"{task}: {shown['successes']} demonstrations, entropy {shown['entropy']:.3f}, {TASKS[task]['steps']} steps"
-        )
-    # Seed by seed, so that an interrupted run has something of everything.
-    for seed in range(0 if options.summarize else options.seeds):
+    begin = time.perf_counter()
+    if not options.summarize:
         for task in options.tasks:
-            for policy in options.policies:
-                measure(task, policy, seed, options.output)
+            collect(
+                CollectionPlan(
+                    output=options.output / task / "data", task=task, episodes=TASKS[task]["episodes"], image_size=16,
+                    workers=1,
+                )
+            )  # fmt: skip
+        # Seed by seed, so that an interrupted run has something of everything.
+        for seed in range(options.seeds):
+            for task in options.tasks:
+                for policy in options.policies:
+                    measure(task, policy, seed, options.output)
     for task in options.tasks:
-        for policy in options.policies:
-            seeds = finished(task, policy, options.seeds, options.output)
-            if not seeds:
-                continue
-            results = [measure(task, policy, seed, options.output) for seed in seeds]
-            draws[task, policy] = interval(task, policy, seeds, options.output)
-            arms.append(arm(task, policy, results, draws[task, policy]))
-            print(arms[-1])
-    values = {row["name"]: row for row in arms}
-    ours, base = (values.get(f"{options.tasks[0]}: {POLICIES[name]}") for name in ("unet", "bc_l2"))
-    if ours is None or base is None:
-        return
-    difference = draws[options.tasks[0], "unet"][:, 0] - draws[options.tasks[0], "bc_l2"][:, 0]
-    headline = {
-        "metric": f"behaviour entropy on {options.tasks[0]} (0: one way, 1: all alike)", "ours": ours["value"],
-        "baseline": base["value"], "baseline_name": POLICIES["bc_l2"], "ratio": None,
-        "difference": ours["value"] - base["value"], "interval": np.quantile(difference, [0.025, 0.975]).tolist(),
-        "n": ours["n"], "p_value": None,
-    }  # fmt: skip
-    write_benchmark(
-        "diversity",
-        "How many of the ways to do a task that the demonstrations show does a policy keep?",
-        headline,
-        arms,
-        seconds=time.perf_counter() - begin,
-        seeds=list(range(options.seeds)),
-        notes=(
-            "value is D3IL's unconditional entropy of the behaviours of successful rollouts; conditional is its mean "
-            "over identical initial states, limited by the number of rollouts from each. Intervals: bootstrap over "
-            "training seeds, contexts and rollouts (entropy), posterior of all rollouts (success). "
-            f"Batches of {BATCH} windows. {'; '.join(data)}."
-        ),
-    )
+        summarize(task, options.policies, options.seeds, options.output, time.perf_counter() - begin)
 
 
 if __name__ == "__main__":
