@@ -201,12 +201,12 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
         if not self._started:
             raise ConfigError("call reset() before announce()")
         bounded, size = self.embodiment.action.mode != "env", (len(slots), self.embodiment.action.dim)
-        for step in range(actions.shape[1]):
-            check_action(actions[:, step], size, bounded=bounded)
+        # As steps will see them, or they would not be recognised.
+        checked = [check_action(actions[:, step], size, bounded=bounded) for step in range(actions.shape[1])]
         running = ~self._ended[slots]
-        slots, actions = slots[running], actions[running]
-        if not len(slots):
+        if not checked or not running.any():
             return
+        slots, actions = slots[running], np.stack(checked, 1)[running]
         targets, ahead = self._targets[slots], []
         for step in range(actions.shape[1]):
             targets = integrate_action(targets, actions[:, step], self.embodiment) if targets.shape[1] else targets
@@ -216,8 +216,9 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
                 self._state.rows(torch.from_numpy(slots)), self._commands(actions, np.stack(ahead, 1)),
                 [self._generators[slot] for slot in slots],
             )  # fmt: skip
-        if self._ahead is None or self._ahead.latents.shape[1] < actions.shape[1]:
+        if self._ahead is None:
             self._ahead = AnnouncedSteps.empty(self.num_envs, actions, latents, proprio)
+        self._ahead.make_room(actions.shape[1])
         self._ahead.put(slots, actions, latents, proprio)
 
     def _commands(self, actions: np.ndarray, targets: np.ndarray) -> torch.Tensor:
