@@ -131,6 +131,23 @@ def test_what_any_training_learned_from_stays_known(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+def test_numbers_of_episodes_of_a_robot_are_no_initial_conditions(folder, tmp_path):
+    """Every folder of a robot begins to count at 0, and so does what is imported."""
+
+    def recorded(name: str, source: str) -> VideoData:
+        def few(info):
+            return dataclasses.replace(info, source=source) if int(info.name) < 4 else None
+
+        return open_video_data([rewrite(folder, tmp_path / name, few)])
+
+    monday, tuesday, imported = recorded("monday", "robot"), recorded("tuesday", "robot"), recorded("other", "lerobot")
+    described = describe_episodes(monday.names, monday.seeds, ~monday.held_out)
+    assert unseen(described, tuesday.names, tuesday.seeds).all()
+    assert unseen(described, imported.names, imported.seeds).all()
+    assert unseen(described, monday.names, monday.seeds).tolist() == monday.held_out.tolist()
+    assert learned_seeds(described) == set()
+
+
 def test_the_same_seed_of_another_task_is_another_condition(folder):
     data = open_video_data([folder])
     described = describe_episodes(

@@ -20,6 +20,9 @@ from simtoreal.world_models.config import STRIDE
 
 # An episode ends once the goal held for SUCCESS_HOLD_STEPS steps, and what follows its last action is not stored.
 POSITIVE_FRAMES = SUCCESS_HOLD_STEPS - 1
+# Where a seed says how an episode began. On a robot, and in imported data, it only numbers the episodes of a folder.
+SEEDED_SOURCES = ("expert", "teleop", "policy", "twin")
+UNKNOWN_SEED = -1
 # Of every ten episodes of a folder with the same outcome, one is held out.
 HELD_OUT_EVERY = 10
 
@@ -42,7 +45,7 @@ class VideoData:
         held_out: ``(E,)`` bool: episodes to validate with.
         names: ``(E,)`` folder and number of every episode.
         instructions: ``(E,)`` texts.
-        seeds: ``(E,)`` initial conditions.
+        seeds: ``(E,)`` initial conditions, :data:`UNKNOWN_SEED` where these have no number.
         notes: what was left out and why, one line each.
     """
 
@@ -186,6 +189,6 @@ def _join(
         held_out=held_out,
         names=tuple(f"{dataset.path}/{episode.name}" for dataset, episode in chosen),
         instructions=tuple(episode.instruction for _, episode in chosen),
-        seeds=tuple(episode.seed for _, episode in chosen),
+        seeds=tuple(one.seed if one.source in SEEDED_SOURCES else UNKNOWN_SEED for _, one in chosen),
         notes=notes,
     )
