@@ -35,6 +35,7 @@ from simtoreal.world_models.action_following import train_judge
 from simtoreal.world_models.checkpoint import load_world_model
 from simtoreal.world_models.clips import altered_actions, imagine_clips, real_clips
 from simtoreal.world_models.evaluate import (
+    KIND,
     Judges,
     choose_episodes,
     evaluate_world_model,
@@ -406,6 +407,11 @@ def test_what_does_not_fit_is_refused(folder, run, loaded, data, tmp_path):
     learned = int(np.array(data.seeds)[~data.held_out][0])
     with pytest.raises(ConfigError, match=r"1 of the 1 initial conditions .* that the world model .* learned from"):
         evaluate_policies(loaded, [policy], tmp_path / "policies", conditions=1, first_seed=learned, device="cpu")
+    # What was found about another model is not overwritten.
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text(json.dumps({"kind": KIND, "model": str(tmp_path / "earlier")}))
+    with pytest.raises(ConfigError, match=r"holds the evaluation of .*earlier; choose another --output"):
+        evaluate_world_model(run, [folder], tmp_path / "out", device="cpu")
     few = dataclasses.replace(
         data, starts=data.starts[:5], ends=data.ends[:5], names=data.names[:5], seeds=data.seeds[:5]
     )
