@@ -27,7 +27,7 @@ from simtoreal.evaluation.bootstrap import curve_with_interval, explained_varian
 from simtoreal.evaluation.results import EvaluationError
 from simtoreal.evaluation.validity import mean_maximum_rank_violation, policy_validity
 from simtoreal.policies.checkpoint import load_tensors
-from simtoreal.policies.config import BCConfig, TrainerConfig, VisionConfig
+from simtoreal.policies.config import BCConfig, DiffusionConfig, TrainerConfig, VisionConfig
 from simtoreal.policies.trainer import train
 from simtoreal.policies.training_data import open_training_data
 from simtoreal.world_models import measure
@@ -407,6 +407,13 @@ def test_what_does_not_fit_is_refused(folder, run, loaded, data, tmp_path):
     learned = int(np.array(data.seeds)[~data.held_out][0])
     with pytest.raises(ConfigError, match=r"1 of the 1 initial conditions .* that the world model .* learned from"):
         evaluate_policies(loaded, [policy], tmp_path / "policies", conditions=1, first_seed=learned, device="cpu")
+    state = DiffusionConfig(
+        image_keys=(), state_keys=("proprio", "object_state"), unet_widths=(16,), condition_width=32, noise_samples=1
+    )  # fmt: skip
+    schedule = TrainerConfig(steps=1, batch_size=4, warmup_steps=1, precision="fp32")
+    blind = train(state, schedule, open_training_data(folder, state, mask="all"), tmp_path / "state", device="cpu").run
+    with pytest.raises(ConfigError, match="reads object_state, and a world model imagines front_image"):
+        evaluate_policies(loaded, [blind], tmp_path / "policies", conditions=1, device="cpu")
     # What was found about another model is not overwritten.
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "results.json").write_text(json.dumps({"kind": KIND, "model": str(tmp_path / "earlier")}))

@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from simtoreal.envs.action import check_action, integrate_action
+from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.task import TaskSpec
 from simtoreal.envs.task_file import load_task, parse_task
@@ -343,6 +344,25 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
             "init_id": self._context.copy(),
             "success_probability": self._probability.copy(),
         }
+
+
+def require_shown(keys: Sequence[str], embodiment: Embodiment, name: str) -> None:
+    """Refuse a policy that reads what imagination does not show.
+
+    Args:
+        keys: that the policy reads.
+        embodiment: of policy and world model.
+        name: of the policy, for the message.
+
+    Raises:
+        ConfigError: lists what is missing.
+    """
+    shown = (*embodiment.image_keys, "proprio")
+    if missing := [key for key in keys if key not in shown]:
+        raise ConfigError(
+            f"{name} reads {', '.join(missing)}, and a world model imagines {', '.join(shown)} only. Give one whose "
+            "image_keys and state_keys are among these."
+        )
 
 
 def closeness(probability: np.ndarray, threshold: float) -> np.ndarray:

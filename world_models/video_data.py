@@ -106,7 +106,7 @@ def open_video_data(
     own = datasets[0].embodiment
     for dataset in datasets[1:]:
         dataset.embodiment.require_equal(own, f"dataset {dataset.path}", f"dataset {datasets[0].path}")
-    _require_images(own, datasets[0].path)
+    require_images(own, datasets[0].path)
     chosen: list[tuple[Dataset, EpisodeInfo]] = []
     held_out: list[bool] = []
     notes = []
@@ -140,12 +140,17 @@ def _held_out(success: Sequence[bool]) -> list[bool]:
     return chosen.tolist()
 
 
-def _require_images(embodiment: Embodiment, path: Path) -> None:
+def require_images(embodiment: Embodiment, source: Path | str) -> None:
+    """Refuse cameras that the tokenizer cannot take; ``source`` says whose they are.
+
+    Raises:
+        ConfigError: there are none, or they differ in size, or it is no multiple of 8 pixels.
+    """
     sizes = {(camera.height, camera.width) for camera in embodiment.cameras}
     if len(sizes) != 1 or any(side % STRIDE for size in sizes for side in size):
         found = ", ".join(f"{camera.name} {camera.height}x{camera.width}" for camera in embodiment.cameras) or "none"
         raise ConfigError(
-            f"{path}: cameras are {found}; a world model needs one or more, all of one size that is a multiple of "
+            f"{source}: cameras are {found}; a world model needs one or more, all of one size that is a multiple of "
             f"{STRIDE} pixels"
         )
 
