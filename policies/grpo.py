@@ -22,13 +22,16 @@ EQUAL_RETURNS = 1e-6
 LEAST_DEVIATION = 0.1
 
 
-def group_advantages(returns: Tensor, groups: Tensor, *, normalize: bool) -> tuple[Tensor, Tensor]:
+def group_advantages(
+    returns: Tensor, groups: Tensor, *, normalize: bool, least_deviation: float = EQUAL_RETURNS
+) -> tuple[Tensor, Tensor]:
     """Return advantages ``(R,)``, and which rollouts are in groups with different returns ``(R,)`` bool.
 
     Args:
         returns: float ``(R,)``.
         groups: int64 ``(R,)``.
-        normalize: divide by the standard deviation (of the population) of the group, or by 0.1 if that is less.
+        normalize: divide by the standard deviation (of the population) of the group.
+        least_deviation: what a smaller one counts as. How little is noise depends on what the returns are.
     """
     _, group = torch.unique(groups, return_inverse=True)
     count = torch.bincount(group).to(returns.dtype)
@@ -39,7 +42,7 @@ def group_advantages(returns: Tensor, groups: Tensor, *, normalize: bool) -> tup
     centred = returns - group_mean(returns)[group]
     deviation = group_mean(centred.square()).sqrt()[group]
     differ = deviation > EQUAL_RETURNS
-    advantages = centred / deviation.clamp_min(LEAST_DEVIATION) if normalize else centred
+    advantages = centred / deviation.clamp_min(least_deviation) if normalize else centred
     return torch.where(differ, advantages, 0.0), differ
 
 
@@ -55,7 +58,9 @@ class GRPO(PolicyGradient):
 
         The weights are 1 / (valid length of the rollout), scaled to a mean of 1.
         """
-        advantage, differ = group_advantages(rollouts.returns(), rollouts.groups, normalize=self.config.normalize)
+        advantage, differ = group_advantages(
+            rollouts.returns(), rollouts.groups, normalize=self.config.normalize, least_deviation=LEAST_DEVIATION
+        )
         decisions = torch.nonzero(differ[rollouts.rollout]).flatten()
         rollout = rollouts.rollout[decisions]
         weight = 1.0 / rollouts.lengths()[rollout]

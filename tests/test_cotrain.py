@@ -47,8 +47,8 @@ from simtoreal.policies.trainer import train
 from simtoreal.policies.training_data import batch_indices, open_training_data
 from simtoreal.policies.training_log import read_metrics
 from simtoreal.world_models import cotrain_measurement, ranking, trainer
-from simtoreal.world_models.checkpoint import load_world_model
-from simtoreal.world_models.config import StageConfig, WorldModelConfig
+from simtoreal.world_models.checkpoint import load_world_model, save_world_model
+from simtoreal.world_models.config import DynamicsConfig, StageConfig, WorldModelConfig
 from simtoreal.world_models.cotrain_anchor import anchor_on
 from simtoreal.world_models.cotrain_config import KeyframeConfig, MeasurementConfig, RlcoConfig, WovrConfig
 from simtoreal.world_models.cotrain_measurement import World
@@ -58,6 +58,7 @@ from simtoreal.world_models.ranking import compare_ranks, rank_rollouts, reached
 from simtoreal.world_models.reward_calibration import LEAST_THRESHOLD, MOST_THRESHOLD, matching_threshold
 from simtoreal.world_models.rlco import Rlco
 from simtoreal.world_models.video_data import open_video_data
+from simtoreal.world_models.world_model import WorldModel, fit_world_statistics
 from simtoreal.world_models.wovr import Wovr
 
 torch.set_num_threads(1)
@@ -493,6 +494,29 @@ def test_what_does_not_fit_is_refused_before_anything_is_done(finished, data, po
     flags = ["cotrain", "--config", "wovr", "--output", str(output), "--demonstrations", str(data)]
     with pytest.raises(ConfigError, match="--policy is missing"):
         cli.run(flags)
+
+
+def test_what_no_world_model_shows_is_refused_before_anything_is_done(data, policy, tmp_path):
+    output, state = tmp_path / "output", tmp_path / "state"
+    blind = dataclasses.replace(DIFFUSION, image_keys=(), state_keys=("proprio", "object_state"))
+    train(blind, dataclasses.replace(IMITATION, steps=1), open_training_data(data, blind), state, device="cpu")
+    reads = "reads object_state, and a world model imagines front_image"
+    with pytest.raises(ConfigError, match=reads):
+        wovr(output, data, state)
+    # Imitation alone needs no world model.
+    wovr(output, data, state, config=dataclasses.replace(WOVR, iterations=0, imitation_rollouts=4))
+    video = open_video_data([data])
+    model = WorldModel(RESIDUAL, video.embodiment, fit_world_statistics(video))
+    save_world_model(
+        tmp_path / "model", 1, model, weights=model.state_dict(), state={"none": torch.zeros(0)},
+        training={"step": 1, "finished": True, "task": video.task},
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match=reads):
+        rlco(output, data, state, config=RlcoConfig(world="world_model"), world_model=tmp_path / "model")
+    coarse = dataclasses.replace(RESIDUAL, dynamics=DynamicsConfig(kind="flow", width=64, patch=4))
+    with pytest.raises(ConfigError, match="patch is 4"):
+        wovr(output, data, policy, config=dataclasses.replace(WOVR, world_model=coarse))
+    assert not output.exists()
 
 
 def test_a_policy_that_got_worse_is_not_recommended(tmp_path):

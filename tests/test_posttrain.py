@@ -20,6 +20,7 @@ from simtoreal.policies.inverse_dynamics import InverseDynamics
 from simtoreal.policies.inverse_dynamics_config import InverseDynamicsConfig
 from simtoreal.policies.inverse_dynamics_data import open_frame_pairs
 from simtoreal.policies.trainer import train
+from simtoreal.world_models import posttrain as posttraining
 from simtoreal.world_models.checkpoint import load_world_model
 from simtoreal.world_models.clips import real_clips
 from simtoreal.world_models.inverse_reward import InverseReward, require_whole_pairs
@@ -174,6 +175,23 @@ def test_grpo_raises_the_reward(kind, runs, data, inverse, tmp_path):
     # The first update begins with a ratio of 1.
     assert lines[0]["clip_fraction"] < 0.3
     assert all(line["differing"] == 1.0 for line in lines)
+
+
+def test_videos_whose_rewards_differ_by_little_are_told_apart_as_clearly(runs, data, inverse, tmp_path, monkeypatch):
+    advantages, original = [], posttraining.clipped_surrogate
+    monkeypatch.setattr(
+        posttraining, "clipped_surrogate",
+        lambda ratio, advantage, clip: advantages.append(advantage) or original(ratio, advantage, clip),
+    )  # fmt: skip
+    loaded = load_world_model(runs["residual"])
+    # Pictures of noisy latents are about equally bright.
+    reward = Bright(make_reward(loaded, data, inverse))
+    config = dataclasses.replace(SHORT, frame_passes=1, noise_scale=0.2)
+    posttrain(loaded, config, data, ~data.held_out, reward, tmp_path)
+    # Three videos of a group per part: in units of their standard deviation, as Shao et al. 2024 have it.
+    assert [len(part) for part in advantages] == [3, 3, 3]
+    for part in advantages:
+        assert part.std(unbiased=False).item() == pytest.approx(1.0, rel=0.05)
 
 
 @pytest.mark.parametrize("method", ["rlir", "sft", "sft_idm"])

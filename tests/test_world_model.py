@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_world import FLOW, RESIDUAL, make_world_data, short_training
+from small_world import CLASSIFIER, FLOW, RESIDUAL, make_world_data, short_training
 
 import simtoreal.configs
 from simtoreal import cli
@@ -39,7 +39,7 @@ from simtoreal.world_models.stages import evenly_chosen
 from simtoreal.world_models.state import Imagination
 from simtoreal.world_models.trainer import train_world_model
 from simtoreal.world_models.video_data import POSITIVE_FRAMES, VideoData, _held_out, open_video_data
-from simtoreal.world_models.world_model import WorldModel, fit_world_statistics
+from simtoreal.world_models.world_model import WorldModel, fit_world_statistics, require_possible
 
 torch.set_num_threads(1)
 # A few steps of everything, where only the mechanics matter.
@@ -131,6 +131,23 @@ def test_what_any_training_learned_from_stays_known(tmp_path, monkeypatch):
     ]  # fmt: skip
 
 
+def test_numbers_of_episodes_of_a_robot_are_no_initial_conditions(folder, tmp_path):
+    """Every folder of a robot begins to count at 0, and so does what is imported."""
+
+    def recorded(name: str, source: str) -> VideoData:
+        def few(info):
+            return dataclasses.replace(info, source=source) if int(info.name) < 4 else None
+
+        return open_video_data([rewrite(folder, tmp_path / name, few)])
+
+    monday, tuesday, imported = recorded("monday", "robot"), recorded("tuesday", "robot"), recorded("other", "lerobot")
+    described = describe_episodes(monday.names, monday.seeds, ~monday.held_out)
+    assert unseen(described, tuesday.names, tuesday.seeds).all()
+    assert unseen(described, imported.names, imported.seeds).all()
+    assert unseen(described, monday.names, monday.seeds).tolist() == monday.held_out.tolist()
+    assert learned_seeds(described) == set()
+
+
 def test_the_same_seed_of_another_task_is_another_condition(folder):
     data = open_video_data([folder])
     described = describe_episodes(
@@ -175,6 +192,20 @@ def test_images_must_fit_the_latent_grid(data):
     embodiment = panda_embodiment(20)
     with pytest.raises(ConfigError, match="multiple of 8"):
         WorldModel(RESIDUAL, embodiment, fit_world_statistics(data))
+
+
+def test_what_no_world_model_can_be_made_of_is_said_without_data(data, tmp_path):
+    with pytest.raises(ConfigError, match=r"policy base: cameras are front 20x20, .* multiple of 8"):
+        require_possible(RESIDUAL, panda_embodiment(20), "policy base")
+    halves = dataclasses.replace(FLOW, dynamics=dataclasses.replace(FLOW.dynamics, patch=2))
+    with pytest.raises(ConfigError, match=r"patch is 2, which does not divide the latents of \(3, 3\)"):
+        require_possible(halves, panda_embodiment(24), "policy base")
+    # No recorded success shows its goal for so long.
+    long = dataclasses.replace(RESIDUAL, classifier=dataclasses.replace(CLASSIFIER, consecutive=POSITIVE_FRAMES + 1))
+    with pytest.raises(ConfigError, match=f"choose 1 to {POSITIVE_FRAMES}"):
+        train_world_model(long, MOMENT, data, tmp_path / "run", device="cpu")
+    for config in (RESIDUAL, FLOW):
+        require_possible(config, data.embodiment, "the data")
 
 
 def test_one_class_only_is_refused_before_anything_is_trained(folder, tmp_path):

@@ -309,6 +309,35 @@ def test_steps_may_differ_from_what_was_announced(env):
         env.announce(3 * actions, np.arange(3))
 
 
+def test_announced_actions_are_taken_as_steps_take_them(env, loaded, monkeypatch):
+    """Other numbers are converted to float32, and what is out of range by a rounding is clipped."""
+    actions = actions_of(3, 4)
+    actions[..., 0] = 1.0
+    passes, original = [], loaded.model.imagine
+    monkeypatch.setattr(
+        loaded.model, "imagine", lambda state, told, noise: passes.append(told.shape[1]) or original(state, told, noise)
+    )
+    expected = run_steps(env, actions, actions)
+    others = actions.astype(np.float64)
+    # No float32, and a little too large.
+    others[..., 0] += 5e-4
+    others[..., 1] += 1e-12
+    np.testing.assert_array_equal(run_steps(env, actions, others), expected)
+    assert passes == [4, 4]
+    env.announce(actions[:, :0], np.arange(3))
+
+
+def test_a_longer_chunk_of_one_episode_leaves_what_was_announced_for_others(env, loaded, monkeypatch):
+    actions = actions_of(3, 4)
+    expected = run_steps(env, actions, actions)
+    env.reset(seed=0)
+    env.announce(actions[:2], np.arange(2))
+    env.announce(np.concatenate([actions[2:], actions[2:]], 1), np.array([2]))
+    monkeypatch.setattr(loaded.model, "imagine", lambda *_: pytest.fail("all of it was announced"))
+    images = np.stack([env.step(actions[:, step])[0]["front_image"] for step in range(4)])
+    np.testing.assert_allclose(images[:, :2].astype(int), expected[:, :2], atol=1)
+
+
 def test_a_rollout_announces_its_chunks(env, monkeypatch):
     announced = []
     original = env.announce

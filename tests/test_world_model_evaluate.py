@@ -12,7 +12,7 @@ import pytest
 import torch
 from gymnasium.vector import AutoresetMode
 from safetensors.torch import save_file
-from small_world import MOMENT, RESIDUAL, make_world_data
+from small_world import FLOW, MOMENT, RESIDUAL, make_world_data
 
 from simtoreal.cli import run as command_line
 from simtoreal.data_collection.dataset import Dataset
@@ -27,7 +27,7 @@ from simtoreal.evaluation.bootstrap import curve_with_interval, explained_varian
 from simtoreal.evaluation.results import EvaluationError
 from simtoreal.evaluation.validity import mean_maximum_rank_violation, policy_validity
 from simtoreal.policies.checkpoint import load_tensors
-from simtoreal.policies.config import BCConfig, TrainerConfig, VisionConfig
+from simtoreal.policies.config import BCConfig, DiffusionConfig, TrainerConfig, VisionConfig
 from simtoreal.policies.trainer import train
 from simtoreal.policies.training_data import open_training_data
 from simtoreal.world_models import measure
@@ -35,6 +35,7 @@ from simtoreal.world_models.action_following import train_judge
 from simtoreal.world_models.checkpoint import load_world_model
 from simtoreal.world_models.clips import altered_actions, imagine_clips, real_clips
 from simtoreal.world_models.evaluate import (
+    KIND,
     Judges,
     choose_episodes,
     evaluate_world_model,
@@ -47,6 +48,7 @@ from simtoreal.world_models.positions import decode_positions, read_positions, t
 from simtoreal.world_models.trainer import train_world_model
 from simtoreal.world_models.video_data import open_video_data
 from simtoreal.world_models.violations import find_violations, learn_evidence
+from simtoreal.world_models.world_model import WorldModel, fit_world_statistics
 
 torch.set_num_threads(1)
 
@@ -157,6 +159,28 @@ def test_imagination_begins_in_the_real_frame_and_obeys_other_actions(loaded, da
     assert np.abs(other.proprio - imagined.proprio).max() > 0.01
     with pytest.raises(ConfigError, match="at least two"):
         altered_actions(data, episodes[:1], "swapped")
+
+
+@pytest.mark.parametrize("config", [RESIDUAL, FLOW], ids=["residual", "flow"])
+def test_what_is_imagined_of_an_episode_does_not_depend_on_longer_ones(config, data, monkeypatch):
+    # What another size of a batch rounds otherwise is not meant.
+    monkeypatch.setattr("simtoreal.world_models.clips.choose_precision", lambda precision, device: "fp32")
+    torch.manual_seed(0)
+    model = WorldModel(config, data.embodiment, fit_world_statistics(data)).eval()
+    for parameter in model.dynamics.parameters():
+        if parameter.ndim > 1:
+            # Before training the last layers are zero, and nothing that an action does is seen.
+            torch.nn.init.normal_(parameter, std=0.05)
+    imagined = data.ends - data.starts - 1
+    order = np.argsort(imagined, kind="stable")
+    # Its last chunk is not whole, and the one of the longest episode at the same time is.
+    short = next(one for one in order if imagined[one] % config.dynamics.chunk)
+    alone = imagine_clips(model, data, np.array([short]))
+    beside = imagine_clips(model, data, np.array([short, order[-1]]))
+    mine = slice(0, beside.ends[0])
+    assert np.abs(alone.images.astype(int) - beside.images[mine]).max() <= 1
+    np.testing.assert_allclose(alone.proprio, beside.proprio[mine], atol=1e-3)
+    np.testing.assert_allclose(alone.success_probability, beside.success_probability[mine], atol=1e-2)
 
 
 # Physics --------------------------------------------------------------------------------------------------------
@@ -383,6 +407,18 @@ def test_what_does_not_fit_is_refused(folder, run, loaded, data, tmp_path):
     learned = int(np.array(data.seeds)[~data.held_out][0])
     with pytest.raises(ConfigError, match=r"1 of the 1 initial conditions .* that the world model .* learned from"):
         evaluate_policies(loaded, [policy], tmp_path / "policies", conditions=1, first_seed=learned, device="cpu")
+    state = DiffusionConfig(
+        image_keys=(), state_keys=("proprio", "object_state"), unet_widths=(16,), condition_width=32, noise_samples=1
+    )  # fmt: skip
+    schedule = TrainerConfig(steps=1, batch_size=4, warmup_steps=1, precision="fp32")
+    blind = train(state, schedule, open_training_data(folder, state, mask="all"), tmp_path / "state", device="cpu").run
+    with pytest.raises(ConfigError, match="reads object_state, and a world model imagines front_image"):
+        evaluate_policies(loaded, [blind], tmp_path / "policies", conditions=1, device="cpu")
+    # What was found about another model is not overwritten.
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "results.json").write_text(json.dumps({"kind": KIND, "model": str(tmp_path / "earlier")}))
+    with pytest.raises(ConfigError, match=r"holds the evaluation of .*earlier; choose another --output"):
+        evaluate_world_model(run, [folder], tmp_path / "out", device="cpu")
     few = dataclasses.replace(
         data, starts=data.starts[:5], ends=data.ends[:5], names=data.names[:5], seeds=data.seeds[:5]
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as functional
 
 
 @dataclass
@@ -32,6 +33,14 @@ class AnnouncedSteps:
             np.zeros((count, *actions.shape[1:]), actions.dtype), latents.new_zeros(count, *latents.shape[1:]),
             proprio.new_zeros(count, *proprio.shape[1:]), np.zeros(count, np.int64), np.zeros(count, np.int64),
         )  # fmt: skip
+
+    def make_room(self, steps: int) -> None:
+        """Hold chunks of up to ``steps`` steps from now on; what is announced already stays."""
+        more = steps - self.actions.shape[1]
+        if more > 0:
+            self.actions = np.pad(self.actions, ((0, 0), (0, more), (0, 0)))
+            self.latents = functional.pad(self.latents, (0, 0, 0, 0, 0, 0, 0, more))
+            self.proprio = functional.pad(self.proprio, (0, 0, 0, more))
 
     def put(self, slots: np.ndarray, actions: np.ndarray, latents: torch.Tensor, proprio: torch.Tensor) -> None:
         """Keep what was imagined for the episodes ``slots``, in place of what they had."""

@@ -144,12 +144,14 @@ def imagine_clips(
 ) -> Clips:
     """Imagine episodes open loop: from their first frame, under given actions, to their last frame.
 
+    What is imagined of an episode does not depend on the others, but for the rounding of batches of another size.
+
     Args:
         model: in evaluation mode.
         data: real episodes, of the model's embodiment.
         episodes: indices.
         actions: ``(M, A)`` for all frames of the episodes; default: the recorded ones.
-        seed: of the noise of a ``flow`` model; an episode's noise does not depend on the others.
+        seed: of the noise of a ``flow`` model.
 
     Raises:
         EmbodimentMismatchError: model and data are of different embodiments.
@@ -160,12 +162,15 @@ def imagine_clips(
     proprio, probability = np.empty((len(frames), data.proprio.shape[1]), np.float32), np.empty(len(frames), np.float32)
     images[starts], proprio[starts] = data.images[frames[starts]], data.proprio[frames[starts]]
     probability[starts] = _probability(model, images[starts], proprio[starts])
-    lengths = ends - starts
+    lengths, chunk = ends - starts, model.config.dynamics.chunk
     order = np.argsort(lengths, kind="stable")
     for rows in np.array_split(order, -(-len(order) // BATCH)):
         steps = int(lengths[rows].max()) - 1
         if not steps:
             continue
+        # Whole chunks: what comes from a pass depends on how many steps it is asked for, which must not follow from the
+        # longest episode that happens to be imagined beside.
+        steps = -(-steps // chunk) * chunk
         ahead = starts[rows, None] + np.minimum(np.arange(steps), lengths[rows, None] - 1)
         generators = [torch.Generator().manual_seed(seed * 1_000_003 + int(episodes[row])) for row in rows]
         with _autocast(model):

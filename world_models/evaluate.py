@@ -8,6 +8,7 @@ videos: the probe's error, the judge's reading of actions, the rate of false ala
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from simtoreal.envs.errors import DatasetError
+from simtoreal.envs.errors import ConfigError, DatasetError
 from simtoreal.envs.files import write_json
 from simtoreal.envs.provenance import provenance
 from simtoreal.evaluation.evaluate import FIRST_SEED
@@ -163,6 +164,7 @@ def evaluate_world_model(
 
     Raises:
         CheckpointError: the model or a policy cannot be loaded.
+        ConfigError: ``output`` holds the evaluation of another model.
         DatasetError: too few episodes.
         EmbodimentMismatchError: model, data, judge or a policy are of different embodiments or render profiles.
     """
@@ -173,6 +175,7 @@ def evaluate_world_model(
     judged, learned = choose_episodes(loaded, data, episodes)
     # What would stop the evaluation in the end is said before the judges are trained.
     require_own_folder(output, KIND)
+    _require_same_model(output, loaded.folder)
     if policies:
         evaluated_task(loaded, task)
         load_policies(loaded, policies, range(first_seed, first_seed + conditions), chosen)
@@ -201,6 +204,14 @@ def evaluate_world_model(
     }  # fmt: skip
     write_json(output / RESULTS_FILE, results)
     return results
+
+
+def _require_same_model(output: Path, folder: Path) -> None:
+    """Refuse to write over what was found about another model."""
+    path = output / RESULTS_FILE
+    earlier = json.loads(path.read_text()).get("model") if path.is_file() else None
+    if earlier is not None and Path(earlier).resolve() != folder.resolve():
+        raise ConfigError(f"{output} holds the evaluation of {earlier}; choose another --output for that of {folder}")
 
 
 def judge_videos(

@@ -27,6 +27,16 @@ HEAD_WIDTH = 64
 PROPRIO_UNIT = 0.05
 
 
+def require_patches(config: DynamicsConfig, grid: tuple[int, int]) -> None:
+    """Refuse a latent grid that cannot be cut into patches.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if grid[0] % config.patch or grid[1] % config.patch:
+        raise ConfigError(f"dynamics.patch is {config.patch}, which does not divide the latents of {grid} cells")
+
+
 def time_embedding(time: Tensor, width: int) -> Tensor:
     """Return sinusoids ``(..., width)`` of times in [0, 1] (Vaswani et al. 2017)."""
     frequencies = torch.exp(torch.linspace(0, math.log(1000), width // 2, device=time.device))
@@ -105,8 +115,7 @@ class FlowDynamics(nn.Module):
         known: KnownProprio,
     ) -> None:
         super().__init__()
-        if grid[0] % config.patch or grid[1] % config.patch:
-            raise ConfigError(f"dynamics.patch is {config.patch}, which does not divide the latents of {grid} cells")
+        require_patches(config, grid)
         self.config, self.views, self.grid, self.channels = config, views, grid, channels
         width, frames = config.width, 1 + config.memory + config.chunk
         self.patches = views * (grid[0] // config.patch) * (grid[1] // config.patch)

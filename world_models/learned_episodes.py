@@ -40,8 +40,8 @@ def describe_episodes(
 
 
 def learned_seeds(described: Mapping[str, Any]) -> set[int]:
-    """Initial conditions of the episodes that were learned from."""
-    return {seed for _, seed, used in _described(described) if used}
+    """Initial conditions of the episodes that were learned from, as far as they have a number."""
+    return {seed for _, seed, used in _described(described) if used and seed >= 0}
 
 
 def fresh_episodes(loaded: LoadedWorldModel, data: VideoData) -> np.ndarray:

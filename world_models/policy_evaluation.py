@@ -23,7 +23,7 @@ from simtoreal.policies.checkpoint import LoadedPolicy
 from simtoreal.world_models.checkpoint import LoadedWorldModel
 from simtoreal.world_models.hallucination import first_frames, places_by_seed
 from simtoreal.world_models.learned_episodes import learned_seeds
-from simtoreal.world_models.vector_env import WorldModelVectorEnv
+from simtoreal.world_models.vector_env import WorldModelVectorEnv, require_shown
 
 # Episodes run together.
 SLOTS = 32
@@ -47,7 +47,8 @@ def load_policies(
 
     Raises:
         CheckpointError: a policy cannot be loaded.
-        ConfigError: the model or a policy was trained on some of the initial conditions ``seeds``.
+        ConfigError: the model or a policy was trained on some of the initial conditions ``seeds``, or a policy reads
+            what the model does not show.
         EmbodimentMismatchError: a policy is of another embodiment or render profile than the model.
     """
     if common := learned_seeds(loaded.training.get("data") or {}) & set(seeds):
@@ -59,6 +60,7 @@ def load_policies(
     for path in policies:
         policy, actor = load_actor(path, device=device)
         policy.embodiment.require_equal(loaded.embodiment, f"policy {path}", f"the world model {loaded.folder}")
+        require_shown(policy.config.keys, loaded.embodiment, f"policy {path}")
         check_unseen(seeds, training_seeds(policy))
         actors.append((path, policy, actor))
     return actors

@@ -234,6 +234,7 @@ class _Posttraining:
                     for part in torch.arange(len(frames)).split(64)
                 ]
             ).float()
+            # Not with the least deviation that rollouts of a policy get: videos that begin alike differ by hundredths.
             advantages, differ = group_advantages(rewards.cpu(), groups, normalize=True)
             advantages = advantages.to(self.device)
             # In the same parts as the updates, so that equal weights give ratios of exactly 1.

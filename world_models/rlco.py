@@ -44,7 +44,7 @@ from simtoreal.world_models.cotrain_stages import (
 from simtoreal.world_models.hallucination import world_gap
 from simtoreal.world_models.imagined_starts import ImaginedReinforcement, ImaginedStarts
 from simtoreal.world_models.keyframes import find_keyframes
-from simtoreal.world_models.vector_env import WorldModelVectorEnv
+from simtoreal.world_models.vector_env import WorldModelVectorEnv, require_shown
 from simtoreal.world_models.video_data import open_video_data
 
 
@@ -135,6 +135,8 @@ class Rlco:
         self.real_sizes, self.simulated_sizes = sizes[: len(self.demonstrations)], sizes[len(self.demonstrations) :]
         if self.world_model is not None:
             require_same_embodiment(dataset, self.world_model)
+            reads = self.config.diffusion if self.policy is None else loaded.config
+            require_shown(reads.keys, dataset.embodiment, f"policy {self.policy or 'of the first stage'}")
 
     def run(self) -> dict[str, Any]:
         """Do the stages that are left; return and write the results."""

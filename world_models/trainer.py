@@ -30,7 +30,7 @@ from simtoreal.world_models.config import WorldModelConfig, WorldModelTrainerCon
 from simtoreal.world_models.learned_episodes import describe_episodes
 from simtoreal.world_models.stages import ClassifierStage, DynamicsStage, EncodedData, Stage, TokenizerStage
 from simtoreal.world_models.video_data import VideoData
-from simtoreal.world_models.world_model import WorldModel, fit_world_statistics
+from simtoreal.world_models.world_model import WorldModel, fit_world_statistics, require_possible
 
 # Settings that may change when a training is continued: they do not touch the weights.
 HARMLESS = ("checkpoint_every", "log_every")
@@ -83,7 +83,8 @@ def train_world_model(
         progress: draw a progress bar.
 
     Raises:
-        ConfigError: ``output`` holds a run already, or the run to be continued was made with other settings or data.
+        ConfigError: ``output`` holds a run already, the run to be continued was made with other settings or data, or no
+            world model of these sizes can be made of the data.
         CheckpointError: a checkpoint cannot be read or written.
         DatasetError: the data have successes or failures only, so that no classifier can be trained.
         EmbodimentMismatchError: ``initial`` is of another embodiment than the data.
@@ -107,6 +108,8 @@ class _Training:
     ) -> None:
         self.config, self.data, self.output, self.device, self.progress = config, data, output, device, progress
         ClassifierStage.require_both_classes(data)
+        if initial is None:
+            require_possible(model_config, data.embodiment, data.names[0])
         self.precision = choose_precision(config.precision, device)
         self.seconds, self.step, self.metrics = 0.0, 0, {}
         found = folders.checkpoints_to_continue(output, resume)

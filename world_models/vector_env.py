@@ -13,6 +13,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 
 from simtoreal.envs.action import check_action, integrate_action
+from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.task import TaskSpec
 from simtoreal.envs.task_file import load_task, parse_task
@@ -201,12 +202,12 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
         if not self._started:
             raise ConfigError("call reset() before announce()")
         bounded, size = self.embodiment.action.mode != "env", (len(slots), self.embodiment.action.dim)
-        for step in range(actions.shape[1]):
-            check_action(actions[:, step], size, bounded=bounded)
+        # As steps will see them, or they would not be recognised.
+        checked = [check_action(actions[:, step], size, bounded=bounded) for step in range(actions.shape[1])]
         running = ~self._ended[slots]
-        slots, actions = slots[running], actions[running]
-        if not len(slots):
+        if not checked or not running.any():
             return
+        slots, actions = slots[running], np.stack(checked, 1)[running]
         targets, ahead = self._targets[slots], []
         for step in range(actions.shape[1]):
             targets = integrate_action(targets, actions[:, step], self.embodiment) if targets.shape[1] else targets
@@ -216,8 +217,9 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
                 self._state.rows(torch.from_numpy(slots)), self._commands(actions, np.stack(ahead, 1)),
                 [self._generators[slot] for slot in slots],
             )  # fmt: skip
-        if self._ahead is None or self._ahead.latents.shape[1] < actions.shape[1]:
+        if self._ahead is None:
             self._ahead = AnnouncedSteps.empty(self.num_envs, actions, latents, proprio)
+        self._ahead.make_room(actions.shape[1])
         self._ahead.put(slots, actions, latents, proprio)
 
     def _commands(self, actions: np.ndarray, targets: np.ndarray) -> torch.Tensor:
@@ -342,6 +344,25 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
             "init_id": self._context.copy(),
             "success_probability": self._probability.copy(),
         }
+
+
+def require_shown(keys: Sequence[str], embodiment: Embodiment, name: str) -> None:
+    """Refuse a policy that reads what imagination does not show.
+
+    Args:
+        keys: that the policy reads.
+        embodiment: of policy and world model.
+        name: of the policy, for the message.
+
+    Raises:
+        ConfigError: lists what is missing.
+    """
+    shown = (*embodiment.image_keys, "proprio")
+    if missing := [key for key in keys if key not in shown]:
+        raise ConfigError(
+            f"{name} reads {', '.join(missing)}, and a world model imagines {', '.join(shown)} only. Give one whose "
+            "image_keys and state_keys are among these."
+        )
 
 
 def closeness(probability: np.ndarray, threshold: float) -> np.ndarray:

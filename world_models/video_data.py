@@ -20,6 +20,9 @@ from simtoreal.world_models.config import STRIDE
 
 # An episode ends once the goal held for SUCCESS_HOLD_STEPS steps, and what follows its last action is not stored.
 POSITIVE_FRAMES = SUCCESS_HOLD_STEPS - 1
+# Where a seed says how an episode began. On a robot, and in imported data, it only numbers the episodes of a folder.
+SEEDED_SOURCES = ("expert", "teleop", "policy", "twin")
+UNKNOWN_SEED = -1
 # Of every ten episodes of a folder with the same outcome, one is held out.
 HELD_OUT_EVERY = 10
 
@@ -42,7 +45,7 @@ class VideoData:
         held_out: ``(E,)`` bool: episodes to validate with.
         names: ``(E,)`` folder and number of every episode.
         instructions: ``(E,)`` texts.
-        seeds: ``(E,)`` initial conditions.
+        seeds: ``(E,)`` initial conditions, :data:`UNKNOWN_SEED` where these have no number.
         notes: what was left out and why, one line each.
     """
 
@@ -103,7 +106,7 @@ def open_video_data(
     own = datasets[0].embodiment
     for dataset in datasets[1:]:
         dataset.embodiment.require_equal(own, f"dataset {dataset.path}", f"dataset {datasets[0].path}")
-    _require_images(own, datasets[0].path)
+    require_images(own, datasets[0].path)
     chosen: list[tuple[Dataset, EpisodeInfo]] = []
     held_out: list[bool] = []
     notes = []
@@ -137,12 +140,17 @@ def _held_out(success: Sequence[bool]) -> list[bool]:
     return chosen.tolist()
 
 
-def _require_images(embodiment: Embodiment, path: Path) -> None:
+def require_images(embodiment: Embodiment, source: Path | str) -> None:
+    """Refuse cameras that the tokenizer cannot take; ``source`` says whose they are.
+
+    Raises:
+        ConfigError: there are none, or they differ in size, or it is no multiple of 8 pixels.
+    """
     sizes = {(camera.height, camera.width) for camera in embodiment.cameras}
     if len(sizes) != 1 or any(side % STRIDE for size in sizes for side in size):
         found = ", ".join(f"{camera.name} {camera.height}x{camera.width}" for camera in embodiment.cameras) or "none"
         raise ConfigError(
-            f"{path}: cameras are {found}; a world model needs one or more, all of one size that is a multiple of "
+            f"{source}: cameras are {found}; a world model needs one or more, all of one size that is a multiple of "
             f"{STRIDE} pixels"
         )
 
@@ -186,6 +194,6 @@ def _join(
         held_out=held_out,
         names=tuple(f"{dataset.path}/{episode.name}" for dataset, episode in chosen),
         instructions=tuple(episode.instruction for _, episode in chosen),
-        seeds=tuple(episode.seed for _, episode in chosen),
+        seeds=tuple(one.seed if one.source in SEEDED_SOURCES else UNKNOWN_SEED for _, one in chosen),
         notes=notes,
     )

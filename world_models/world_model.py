@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,16 +21,38 @@ from simtoreal.policies.normalization import (
 )
 from simtoreal.world_models.classifier import SuccessClassifier
 from simtoreal.world_models.config import STRIDE, WorldModelConfig
-from simtoreal.world_models.flow import FlowDynamics
+from simtoreal.world_models.flow import FlowDynamics, require_patches
 from simtoreal.world_models.known_proprio import TARGETS, KnownProprio
 from simtoreal.world_models.residual import ResidualDynamics
 from simtoreal.world_models.state import PROPRIO_STEPS, Imagination, Noise
 from simtoreal.world_models.tokenizer import Tokenizer, to_images
-from simtoreal.world_models.video_data import VideoData
+from simtoreal.world_models.video_data import POSITIVE_FRAMES, VideoData, require_images
 
 PROPRIO = "proprio"
 # Pictures decoded together on a CPU: the features of more do not stay in its caches, which halves the speed.
 CPU_PICTURES = 128
+
+
+def require_possible(config: WorldModelConfig, embodiment: Embodiment, source: Path | str) -> None:
+    """Refuse what no world model can be made of, before anything is collected for one.
+
+    Args:
+        config: sizes.
+        embodiment: whose cameras it is to imagine.
+        source: whose embodiment that is, for the message.
+
+    Raises:
+        ConfigError: cameras that the tokenizer cannot take, or settings that do not suit them or the data.
+    """
+    require_images(embodiment, source)
+    camera, consecutive = embodiment.cameras[0], config.classifier.consecutive
+    if config.dynamics.kind == "flow":
+        require_patches(config.dynamics, (camera.height // STRIDE, camera.width // STRIDE))
+    if consecutive > POSITIVE_FRAMES:
+        raise ConfigError(
+            f"classifier.consecutive is {consecutive}, but a recorded success shows its goal in its last "
+            f"{POSITIVE_FRAMES} frames only and would never count; choose 1 to {POSITIVE_FRAMES}"
+        )
 
 
 def fit_world_statistics(data: VideoData) -> dict[str, Statistics]:

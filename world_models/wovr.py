@@ -51,8 +51,9 @@ from simtoreal.world_models.keyframes import find_keyframes
 from simtoreal.world_models.reward_calibration import calibrate_reward, save_calibrated
 from simtoreal.world_models.stages import evenly_chosen
 from simtoreal.world_models.trainer import train_world_model
-from simtoreal.world_models.vector_env import WorldModelVectorEnv
+from simtoreal.world_models.vector_env import WorldModelVectorEnv, require_shown
 from simtoreal.world_models.video_data import VideoData, open_video_data
+from simtoreal.world_models.world_model import require_possible
 
 IMITATION, IMITATION_ROLLOUTS = "imitation", "imitation_rollouts"
 
@@ -75,8 +76,9 @@ class Wovr:
         progress: draw progress bars of the trainings.
 
     Raises:
-        ConfigError: the folder holds another co-training, the policy cannot be improved, its training data overlap
-            with the initial conditions of the measurements, or no folder has the filter.
+        ConfigError: the folder holds another co-training, the policy cannot be improved or reads what no world model
+            shows, no world model can be made of its cameras, its training data overlap with the initial conditions of
+            the measurements, or no folder has the filter.
         CheckpointError, DatasetError: policy, world model or data are missing or damaged.
         EmbodimentMismatchError: they are of different embodiments or render profiles.
     """
@@ -104,6 +106,10 @@ class Wovr:
         self.loaded = load_policy(policy)
         require_denoising(self.loaded.policy, reinforcement.denoising_steps, f"policy {policy}")
         # A world model that does not fit, or data that are not there, must not be found out an hour from now.
+        if config.iterations:
+            require_shown(self.loaded.config.keys, self.loaded.embodiment, f"policy {policy}")
+            if world_model is None:
+                require_possible(config.world_model, self.loaded.embodiment, f"policy {policy}")
         self.data_sizes = [
             (len(dataset.episodes), sum(episode.steps for episode in dataset.episodes))
             for dataset in (Dataset.open(path, embodiment=self.loaded.embodiment) for path in self.demonstrations)
