@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 from rich.console import Console
@@ -43,6 +44,15 @@ class EpisodeProgress(Listener):
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
         self.progress.stop()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the terminal to others: the bar draws over what is typed, and takes ``[y/n]`` for a style."""
+        self.progress.stop()
+        try:
+            yield
+        finally:
+            self.progress.start()
 
     def on_episode(self, slot: int, result: EpisodeResult) -> None:
         """Advance the bar."""

@@ -261,23 +261,29 @@ class _Rebuilder:
             track.forget_before(arrived_ns)
 
     def _store(self, message: Message) -> None:
-        content, topic = message.content, message.topic
+        content = message.content
         stamp = message.published_ns
         if hasattr(content, "header"):
             stamp = content.header.stamp.sec * 1_000_000_000 + content.header.stamp.nanosec or stamp
-        if topic == self.joints.name:
+        track = next(track for track in self._tracks() if track.name == message.topic)
+        value = self._value(track, message)
+        if track.is_after(message.arrived_ns):
+            # Times of before would be taken for times of what follows.
+            for every in self._tracks():
+                every.forget()
+        track.add(stamp, message.arrived_ns, value)
+
+    def _value(self, track: Track, message: Message) -> Any:
+        """What is kept of a message on its track."""
+        content = message.content
+        if track is self.joints:
             arm = self.joint_states.read(content, message.arrived_ns)
-            self.joints.add(stamp, message.arrived_ns, np.append(arm.joint_positions_rad, arm.opening))
-        elif topic == self.poses.name:
-            self.poses.add(stamp, message.arrived_ns, self._commanded_pose(content))
-        elif topic == self.grippers.name:
-            self.grippers.add(stamp, message.arrived_ns, float(content.data))
-        elif topic == self.truths.name:
-            self.truths.add(stamp, message.arrived_ns, content.data)
-        else:
-            for track in self.images.values():
-                if track.name == topic:
-                    track.add(stamp, message.arrived_ns, content)
+            return np.append(arm.joint_positions_rad, arm.opening)
+        if track is self.poses:
+            return self._commanded_pose(content)
+        if track is self.grippers:
+            return float(content.data)
+        return content.data if track is self.truths else content
 
     def _commanded_pose(self, content: Any) -> np.ndarray:
         """Position and quaternion wxyz ``(7,)`` of a PoseStamped, or of a joint trajectory's last point."""
@@ -302,8 +308,12 @@ class _Rebuilder:
         steps = round((episode.end_ns - episode.begin_ns) / period_ns)
         if steps < 1:
             raise DatasetError("it is shorter than one control step")
-        ticks = episode.begin_ns + period_ns * np.arange(steps + 1)
         limits = self.robot.staleness
+        longest_ns = max(period_ns, 2e9 * limits.joint_states_s)
+        if steps * period_ns > longest_ns * (len(self.joints.values) + 1):
+            # A clock that was set by years makes a grid that does not fit into the memory.
+            raise DatasetError(f"{self.joints.name} is silent for most of its {steps * period_ns * 1e-9:.0f} s")
+        ticks = episode.begin_ns + period_ns * np.arange(steps + 1)
         arm = self.joints.interpolate(ticks[:-1], limits.joint_states_s, limits.joint_states_s)
         joints, openings = arm[:, :-1], arm[:, -1]
         forward = [self.kinematics.forward(row) for row in joints]

@@ -35,6 +35,8 @@ TWIN_STOP_TIMEOUT_S = 1.5
 LOG_LINES_SHOWN = 8
 # An episode in which the twin skipped more is not what the policy would have met in real time.
 TOLERATED_SKIP_S = 0.05
+# The gate's word for a runtime that sent nothing for too long.
+SILENT = "command_silent_stop"
 _PR_SET_PDEATHSIG = 1
 # Another Ctrl-C within this time is impatience; one after it, the wish to end what seems not to have heard.
 SIGNAL_GAP_S = 2.0
@@ -236,8 +238,9 @@ class GroupedFaults(gym.Wrapper):  # type: ignore[misc]
             self.details.append(f"seed {self._seed}: {fault}")
             tag = re.sub(r"\d+(\.\d+)?", "#", fault)
             with contextlib.suppress(SafetyError):  # a gate that is gone is reported by the next episode
-                status = self._gate.status()
-                tag = f"gate:{status.kind}" if status.kind else tag
+                kind = self._gate.status().kind
+                # Nothing is sent while an input is bad. That the gate then misses it is no cause.
+                tag = tag if not kind or (info["robot_fault"] and kind == SILENT) else f"gate:{kind}"
             info = {**info, "sim_fault": tag}
         return observation, float(reward), terminated, truncated, info
 

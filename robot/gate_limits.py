@@ -103,16 +103,24 @@ class GateLimits(MotionLimits):
         """Limits inside the workspace of ``embodiment``: ``motion`` (of a robot yaml), or the defaults.
 
         Raises:
-            ConfigError: nothing is known about the workspace, as of the robots of foreign data.
+            ConfigError: nothing is known about the workspace, as of the robots of foreign data; or targets come so
+                rarely that the gate would take every pause between two of them for the end of the runtime.
         """
         if not embodiment.workspace_low_m:
             raise ConfigError(f"the workspace of '{embodiment.name}' is not known; without one nothing may be driven.")
+        motion = motion or MotionLimits()
+        if motion.command_timeout_s <= embodiment.control_period_s:
+            raise ConfigError(
+                f"command_timeout_s is {motion.command_timeout_s:g} s, but '{embodiment.name}' is controlled at "
+                f"{embodiment.control_hz:g} Hz: the safety gate would brake in every control step. Set 'limits: "
+                f"{{ command_timeout_s: {1.5 * embodiment.control_period_s:g} }}' in the robot yaml."
+            )
         low_x, low_y, low_z = embodiment.workspace_low_m
         high_x, high_y, high_z = embodiment.workspace_high_m
         return cls(
             workspace_low_m=(low_x, low_y, low_z),
             workspace_high_m=(high_x, high_y, high_z),
-            **vars(motion or MotionLimits()),
+            **vars(motion),
         )
 
 

@@ -144,6 +144,11 @@ class GateLogic:
             self.faults["joint_states_repeated"] += 1
             return
         index = {name: position for position, name in enumerate(names)}
+        if len(index) < len(names) and (doubled := [name for name in self._joint_names if names.count(name) > 1]):
+            # Nobody knows which of the two values is that of the arm.
+            self._joints_problem = f"joint_states names {', '.join(doubled)} more than once"
+            self.faults["joint_states_doubled"] += 1
+            return
         missing = [name for name in self._joint_names if name not in index]
         if missing or len(positions) < len(names):
             self._joints_problem = f"joint_states lacks {', '.join(missing) or 'positions'}"

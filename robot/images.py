@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,11 @@ def decode_image(message: Any, topic: str) -> np.ndarray:
     if hasattr(message, "format"):
         import cv2
 
-        image = cv2.imdecode(np.frombuffer(message.data, dtype=np.uint8), cv2.IMREAD_COLOR) if message.data else None
+        image = None
+        if message.data:
+            # Sizes in a damaged header that OpenCV refuses are an exception; other damage gives None.
+            with contextlib.suppress(cv2.error):
+                image = cv2.imdecode(np.frombuffer(message.data, dtype=np.uint8), cv2.IMREAD_COLOR)
         if image is None:
             raise RobotError(f"{topic}: {len(message.data)} bytes of '{message.format}' cannot be decoded: torn image")
         return np.ascontiguousarray(image[:, :, ::-1])

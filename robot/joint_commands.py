@@ -35,6 +35,7 @@ class JointCommands:
 
         self._kinematics, self._publisher = kinematics, publisher
         self._joints: np.ndarray | None = None
+        self._unreachable: tuple[np.ndarray, np.ndarray, str] | None = None
         self._max_step = MAX_SPEED_SHARE * dt * np.array(JOINT_VELOCITY_LIMIT_RAD_S)
         self._point = JointTrajectoryPoint()
         self._point.time_from_start.nanosec = round(dt * 1e9)
@@ -47,7 +48,7 @@ class JointCommands:
 
     def restart(self, measured: np.ndarray) -> None:
         """Solutions are near ``measured`` ``(7,)`` radians from now on."""
-        self._joints = np.array(measured)
+        self._joints, self._unreachable = np.array(measured), None
 
     def publish(self, position: np.ndarray, quaternion: np.ndarray) -> str:
         """Publish the joint positions of a pose; returns why not, or an empty string.
@@ -56,18 +57,28 @@ class JointCommands:
         way comes with the next poses. The last solution is repeated when the pose cannot be reached, so that the arm
         holds.
         """
-        problem = ""
-        try:
-            joints = self._kinematics.solve_ik(position, quaternion, self._joints)
-            step = joints - self._joints if self._joints is not None else np.zeros_like(joints)
-            if np.abs(step).max() > MAX_JOINT_STEP_RAD:
-                problem = "inverse kinematics jumps to another configuration of the arm"
-            else:
-                excess = float((np.abs(step) / self._max_step).max())
-                self._joints = joints - step * (1 - 1 / excess) if excess > 1 else joints
-        except RobotError as error:
-            problem = str(error)
+        problem = self._solve(position, quaternion)
         if self._joints is not None:
             self._point.positions = self._joints.tolist()
             self._publisher.publish(self._message)
         return problem
+
+    def _solve(self, position: np.ndarray, quaternion: np.ndarray) -> str:
+        """Take over the joint positions of a pose; returns why not, or an empty string."""
+        if self._unreachable is not None:
+            tried, turned, problem = self._unreachable
+            # Trying everything takes several ticks, and a gate that has stopped repeats its pose until it is armed.
+            if np.array_equal(tried, position) and np.array_equal(turned, quaternion):
+                return problem
+        self._unreachable = None
+        try:
+            joints = self._kinematics.solve_ik(position, quaternion, self._joints)
+        except RobotError as error:
+            self._unreachable = position.copy(), quaternion.copy(), str(error)
+            return str(error)
+        step = joints - self._joints if self._joints is not None else np.zeros_like(joints)
+        if np.abs(step).max() > MAX_JOINT_STEP_RAD:
+            return "inverse kinematics jumps to another configuration of the arm"
+        excess = float((np.abs(step) / self._max_step).max())
+        self._joints = joints - step * (1 - 1 / excess) if excess > 1 else joints
+        return ""

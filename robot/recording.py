@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
@@ -289,8 +290,13 @@ class _File:
 
 def _record(path: str, robot: RobotConfig, description: dict[str, str], link: Connection) -> None:
     """Body of the recorder process."""
-    # Ctrl-C reaches the whole process group; the runtime ends the run and then tells us to stop.
+    # Ctrl-C, and the end of a terminal, reach the whole process group; the runtime ends the run and then tells us to
+    # stop, or dies, which ends the link. Who ends processes one by one (timeout, systemd, a scheduler) ends this one,
+    # too; its file gets an end all the same.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    terminated = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: terminated.set())
     os.nice(5)
     try:
         file = _File(path, description)
@@ -308,14 +314,17 @@ def _record(path: str, robot: RobotConfig, description: dict[str, str], link: Co
                     link.send(("ready", None))
                     ready = True
                 # Marks first: what is on the topics when the stop is seen still gets recorded.
-                stopping = _take_marks(link, file, marks)
+                stopping = _take_marks(link, file, marks) or terminated.is_set()
                 time.sleep(POLL_S)
                 for topic, subscription in subscriptions.items():
                     if _drain(subscription, file, channels[topic]):
                         unheard.discard(topic)
                 file.flush()
         file.finish()
-        link.send(("finished", file.messages))
+        # A run must not go on unrecorded.
+        told = ("failed", "it was told to end (SIGTERM)") if terminated.is_set() else ("finished", file.messages)
+        with contextlib.suppress(BrokenPipeError):  # nobody is left to be told
+            link.send(told)
     except OSError as error:
         with contextlib.suppress(OSError):
             link.send(("failed", f"{path}: {error.strerror or error}"))

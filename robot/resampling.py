@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from simtoreal.envs import rotation
 from simtoreal.envs.errors import DatasetError
+from simtoreal.robot.camera import CLOCK_STEP_NS
 
 # Stamps further than this before their arrival belong to another computer's clock; a delay this long is none.
 CLOCK_OFFSET_NS = 500_000_000
@@ -29,13 +31,42 @@ class Track:
     stamps_ns: list[int] = field(default_factory=list)
     arrived_ns: list[int] = field(default_factory=list)
     values: list[Any] = field(default_factory=list)
+    _set_back_ns: int = field(default=0, init=False)
 
     def add(self, stamp_ns: int, arrived_ns: int, value: Any) -> None:
-        """Append a value; stamps that do not advance are dropped."""
-        if not self.stamps_ns or stamp_ns > self.stamps_ns[-1]:
-            self.stamps_ns.append(stamp_ns)
-            self.arrived_ns.append(arrived_ns)
-            self.values.append(value)
+        """Append a value; stamps that do not advance are dropped, unless the sender's clock was set back.
+
+        As for a running robot (:class:`~simtoreal.robot.camera.StampClock`), messages of one sender do not overtake
+        each other: a stamp that goes back, is none of those seen, and comes with a larger delay is that of a clock that
+        was set. Stamps then go on as if it had not been.
+        """
+        stamp_ns += self._set_back_ns
+        if self.stamps_ns and stamp_ns <= self.stamps_ns[-1]:
+            grown = (arrived_ns - stamp_ns) - (self.arrived_ns[-1] - self.stamps_ns[-1])
+            if grown <= CLOCK_STEP_NS or self._knows(stamp_ns):
+                return
+            self._set_back_ns += grown
+            stamp_ns += grown
+            if stamp_ns <= self.stamps_ns[-1]:
+                return
+        self.stamps_ns.append(stamp_ns)
+        self.arrived_ns.append(arrived_ns)
+        self.values.append(value)
+
+    def _knows(self, stamp_ns: int) -> bool:
+        place = bisect.bisect_left(self.stamps_ns, stamp_ns)
+        return place < len(self.stamps_ns) and self.stamps_ns[place] == stamp_ns
+
+    def is_after(self, arrived_ns: int) -> bool:
+        """Whether values are of later than the next arrival, because the recorder's own clock was set back."""
+        return bool(self.arrived_ns) and self.arrived_ns[-1] > arrived_ns + CLOCK_STEP_NS
+
+    def forget(self) -> None:
+        """Drop everything."""
+        self.stamps_ns.clear()
+        self.arrived_ns.clear()
+        self.values.clear()
+        self._set_back_ns = 0
 
     def forget_before(self, arrived_ns: int) -> None:
         """Drop what arrived before, except the newest value."""

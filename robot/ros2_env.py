@@ -35,6 +35,8 @@ READY_TIMEOUT_S = 15.0
 # period old because of a millisecond of jitter.
 IMAGE_JITTER_S = 0.006
 HOME_TOLERANCE_RAD = 0.15
+# A hand that is nearer has come home, wherever the rest of the arm is.
+HOME_TOLERANCE_M = 0.03
 
 
 class TargetSink(Protocol):
@@ -254,10 +256,14 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
             # As in simulation, the first target is where the arm is.
             position, quaternion = self._kinematics.forward(arm.joint_positions_rad)
             self._target = np.concatenate([position, rotation.to_6d(quaternion), [1.0]])
-            self._align_clock()
             self._steps, self._fault, self._began, self._judgement = 0, "", True, {}
-            self._inputs.restart_counts()
-            self._observe()
+            try:
+                self._align_clock()
+            except StaleObservationError as error:
+                self._fault = str(error)
+            else:
+                self._inputs.restart_counts()
+                self._observe()
             if not self._fault:
                 return
             if time.monotonic() > deadline:
@@ -354,11 +360,19 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
     def _check_at_home(self, arm: Arm) -> None:
         apart = arm.joint_positions_rad - self.embodiment.home_joint_positions_rad
         index = int(np.abs(apart).argmax())
-        if abs(apart[index]) > HOME_TOLERANCE_RAD:
-            raise RobotError(
-                f"the arm is not at home: '{self.config.joint_names[index]}' is {apart[index]:.2f} rad away. "
-                "Is the gate stopped, or the path blocked?"
-            )
+        if abs(apart[index]) <= HOME_TOLERANCE_RAD:
+            return
+        hand, _ = self._kinematics.forward(arm.joint_positions_rad)
+        home, _ = self._kinematics.forward(np.array(self.embodiment.home_joint_positions_rad))
+        why = (
+            "Is the gate stopped, or the path blocked?"
+            if np.linalg.norm(hand - home) > HOME_TOLERANCE_M
+            else "The hand is there, but the elbow is not, which targets of the hand do not move: move it by hand, or "
+            "let the controller's null space rest at the embodiment's home_joint_positions_rad."
+        )
+        raise RobotError(
+            f"the arm is not at home: '{self.config.joint_names[index]}' is {apart[index]:.2f} rad away. {why}"
+        )
 
     def _move_home(self, arm: Arm) -> None:
         """Drive a real arm home through the gate."""

@@ -194,8 +194,11 @@ class RobotConfig:
         names = (*self.joint_names, *self.finger_joint_names)
         if not self.joint_names or not self.finger_joint_names or len(set(names)) != len(names):
             raise ValueError(f"joint_names and finger_joint_names need distinct names, found {list(names)}")
-        if not abs(self.finger_open - self.finger_closed) > 0:
-            raise ValueError(f"finger_open and finger_closed are {self.finger_open} and {self.finger_closed}")
+        if not 0 < abs(self.finger_open - self.finger_closed) < float("inf"):
+            raise ValueError(
+                f"finger_open and finger_closed are {self.finger_open} and {self.finger_closed}; "
+                "expected two different finite numbers"
+            )
         taken: dict[str, str] = {}
         for key, topic in self._topics():
             if topic.name in taken:

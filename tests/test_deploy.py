@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import re
@@ -30,7 +31,7 @@ from simtoreal.envs.errors import ActionError, CheckpointError, ConfigError, Rob
 from simtoreal.evaluation.evaluate import check_settings
 from simtoreal.evaluation.results import EvaluationError, load_evaluation, read_episodes
 from simtoreal.robot.bag_import import import_recording, read_description
-from simtoreal.robot.deployment import JudgedByOperator, join_graph, running_twin
+from simtoreal.robot.deployment import GroupedFaults, JudgedByOperator, join_graph, running_twin
 from simtoreal.robot.gate_limits import MotionLimits
 from simtoreal.robot.gate_messages import GateStatus
 from simtoreal.robot.inference import InferenceProcess
@@ -324,6 +325,48 @@ def test_a_latched_stop_fails_its_episode_but_not_the_evaluation(tmp_path: Path)
     assert results["gate"]["fault_counts"]["foreign_publisher"] == 1
     assert set(results["realtime"]) == {"control", "gate"}
     assert all(isinstance(granted, bool) for granted in results["realtime"].values())
+
+
+@pytest.mark.parametrize(
+    ("fault", "robot_fault", "kind", "tag"),
+    [
+        ("front is frozen (held for 1.0 s)", "front is frozen", "command_silent_stop", "front is frozen"),
+        ("wrist is 0.4 s old", "wrist is 0.4 s old", "camera_stale_stop", "gate:camera_stale_stop"),
+        ("the safety gate is stopped", "", "command_silent_stop", "gate:command_silent_stop"),
+        ("the twin diverged", "", "", "the twin diverged"),
+    ],
+)
+def test_a_fault_is_counted_as_what_caused_it(fault: str, robot_fault: str, kind: str, tag: str) -> None:
+    class Ended(gym.Env[Any, Any]):
+        def step(self, action: Any) -> Any:
+            return {}, 0.0, False, True, {"success": False, "sim_fault": fault, "robot_fault": robot_fault}
+
+    gate: Any = SimpleNamespace(status=lambda: GateStatus(state="stopped", kind=kind))
+    faults = GroupedFaults(Ended(), gate)
+    assert faults.step(None)[4]["sim_fault"].startswith(tag)
+    assert fault in faults.details[0]
+
+
+def test_questions_are_asked_without_the_progress_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rich.console import Console
+
+    from simtoreal.evaluation.progress import EpisodeProgress
+
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    answers = iter(["perhaps", "Y"])
+
+    def type_in(question: str) -> str:
+        terminal.write("<")  # what is drawn behind this would be over what is typed
+        print(question, end=">", flush=True)
+        return next(answers)
+
+    monkeypatch.setattr("builtins.input", type_in)
+    with EpisodeProgress(Console(file=terminal, force_terminal=True), "a policy", 3) as progress:
+        assert sys.stdout is not terminal, "the bar draws itself below what others print"
+        assert deploy._ask_for_success(progress, None)
+        assert sys.stdout is not terminal
+    assert terminal.getvalue().count("<Did the robot succeed? [y/n] >") == 2
 
 
 def test_nobody_is_asked_whether_a_fault_was_a_success() -> None:

@@ -15,7 +15,7 @@ from simtoreal.envs import rotation
 from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.panda import HOME_RAD, panda_embodiment
 from simtoreal.robot import timing
-from simtoreal.robot.gate_limits import GateLimits, PoseLimiter, rotation_between, stopping_distance
+from simtoreal.robot.gate_limits import GateLimits, MotionLimits, PoseLimiter, rotation_between, stopping_distance
 from simtoreal.robot.gate_logic import GateLogic
 from simtoreal.robot.gate_messages import TARGET, Request
 from simtoreal.robot.joint_guard import JointGuard
@@ -347,6 +347,19 @@ def test_joint_states_are_mapped_by_name_and_incomplete_ones_do_not_count() -> N
     assert rig.logic.faults == {"joint_states_incomplete": 1, "joint_states_not_finite": 1}
 
 
+def test_a_joint_that_is_named_twice_is_not_measured() -> None:
+    rig = Rig()
+    rig.tick()
+    names, positions = [*rig.names, "finger", rig.names[2]], [*rig.joints.tolist(), 0.04, rig.joints[2] + 0.3]
+    rig.logic.on_joint_state(names, positions, [], rig.now + MS, rig.now + MS)
+    assert np.array_equal(rig.logic.measured_joints, rig.joints)
+    assert f"names {rig.names[2]} more than once" in rig.logic.arm(1, rig.now + MS)
+    # Others, which are not of this arm, may be named as they like.
+    others = [*rig.names, "wheel", "wheel"]
+    rig.logic.on_joint_state(others, [*rig.joints.tolist(), 0.0, 0.0], [], rig.now + 2 * MS, rig.now + 2 * MS)
+    assert rig.logic.arm(1, rig.now + 2 * MS) == ""
+
+
 def test_a_repeated_joint_state_is_not_a_fresh_one() -> None:
     rig = Rig()
     rig.tick()
@@ -514,6 +527,10 @@ def test_limits_come_from_the_robot_yaml(tmp_path: Path) -> None:
     foreign = foreign_embodiment(name="hand", control_hz=20, action_dim=3)
     with pytest.raises(ConfigError, match="workspace of 'hand' is not known"):
         GateLimits.for_embodiment(foreign)
+    slow = dataclasses.replace(panda_embodiment(), control_hz=10.0)
+    with pytest.raises(ConfigError, match=r"'panda' is controlled at 10 Hz.*command_timeout_s: 0.15"):
+        GateLimits.for_embodiment(slow)
+    assert GateLimits.for_embodiment(slow, MotionLimits(command_timeout_s=0.15)).command_timeout_s == 0.15
     changed = limits("{ max_speed_m_s: 0.25, joint_margin_rad: 0.1 }")
     assert (changed.max_speed_m_s, changed.joint_margin_rad, changed.max_step_m) == (0.25, 0.1, 0.08)
     for text, message in {
@@ -558,6 +575,25 @@ def test_joint_trajectories_never_move_faster_than_the_joints_may() -> None:
     steps = np.abs(np.diff([home, *publisher.positions], axis=0))
     assert (steps <= 1.2 * DT * np.array(JOINT_VELOCITY_LIMIT_RAD_S) * (1 + 1e-9)).all()
     assert (steps[-1] == 0).all()
+
+
+def test_a_pose_that_cannot_be_reached_is_not_tried_in_every_tick(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra 'ros')")
+    from simtoreal.robot.joint_commands import JointCommands
+
+    kinematics, publisher, home = Kinematics(panda_embodiment()), Publisher(), np.array(HOME_RAD)
+    commands = JointCommands(kinematics, load_robot_config(), publisher, DT, home)
+    commands.restart(home)
+    position, quaternion = kinematics.forward(home)
+    solve, tried = kinematics.solve_ik, []
+    monkeypatch.setattr(kinematics, "solve_ik", lambda *given: (tried.append(given), solve(*given))[1])
+    # A gate that has stopped there publishes this pose until it is armed again.
+    problems = {commands.publish(position + [0.0, 0.0, 2.0], quaternion) for _ in range(20)}
+    assert len(tried) == len(problems) == 1
+    assert "no joint positions reach" in problems.pop()
+    np.testing.assert_array_equal(publisher.positions, np.tile(home, (20, 1)))
+    assert commands.publish(position, quaternion) == ""
+    assert len(tried) == 2
 
 
 def test_rearming_needs_fresh_joint_states() -> None:

@@ -122,6 +122,8 @@ def write_run(
     marked: bool = True,
     episodes: int = 1,
     robot_clock_ns: int = 0,
+    robot_clock_set_ns: int = 0,
+    recorder_clock_set_ns: int = 0,
     without: str = "",
     blackout_s: tuple[float, float] = (2.0, 2.0),
 ) -> Path:
@@ -129,6 +131,7 @@ def write_run(
 
     Args:
         robot_clock_ns: how far the clock of the robot's computer is ahead of the recorder's.
+        robot_clock_set_ns, recorder_clock_set_ns: by how much one or the other clock is set before the second episode.
         without: name of a topic to leave out.
         blackout_s: interval of each episode in which the front camera is silent.
     """
@@ -141,13 +144,13 @@ def write_run(
             bag.add(topic.name, topic.type, content, at_ns)
 
     for episode in range(episodes):
-        begin = BEGIN + episode * 3_000 * MS
+        begin = BEGIN + episode * 3_000 * MS + (recorder_clock_set_ns if episode else 0)
         if marked:
             bag.mark(begin, "begin", episode=episode, seed=100 + episode, instruction="touch the point")
         for tick in range(-20, int(DURATION_S * 100) + 20):
             now = begin + tick * 10 * MS
             seconds = tick * 0.01
-            stamp = now + robot_clock_ns
+            stamp = now + robot_clock_ns + (robot_clock_set_ns if episode else 0)
             arm = HOME + np.array([0.1 * seconds, 0, 0, 0, 0, 0, 0])
             add(topics.joint_states, now + MS, joint_state(stamp, arm))
             if 0 <= tick <= DURATION_S * 100:
@@ -222,6 +225,44 @@ def test_clock_of_another_computer_does_not_matter(tmp_path, ahead_ms):
     # An image of just this tick, which arrives 2 ms later, is not there yet for who does not know the delay.
     counts = [arrays["obs/front_image"][:, 0, 0, 0].astype(int) for arrays in (left, right)]
     assert np.abs(counts[0] - counts[1]).max() <= 1
+
+
+@pytest.mark.parametrize("set_s", [-86_400, -3_600, -2.5, 2.5, 3_600])
+@pytest.mark.parametrize("clock", ["robot", "recorder"])
+def test_a_clock_that_is_set_between_episodes_does_not_matter(tmp_path, clock, set_s):
+    """A live robot goes on as well; before, everything after a clock was set back was lost."""
+    path = write_run(tmp_path / "run.mcap", episodes=3, **{f"{clock}_clock_set_ns": int(set_s * 1e9)})
+    result = import_recording(path, tmp_path / "data", described(path))
+    assert (result.episodes, result.skipped) == (3, ())
+    dataset = Dataset.open(tmp_path / "data")
+    first, *others = [dataset.read(episode) for episode in dataset.episodes]
+    for arrays in others:
+        # How old an image is when it arrives, 2 ms, is not known of a clock that is ahead.
+        counts = [one["obs/front_image"][:, 0, 0, 0].astype(int) for one in (arrays, first)]
+        assert np.abs(counts[0] - counts[1]).max() <= (1 if clock == "robot" else 0)
+        np.testing.assert_allclose(arrays["obs/proprio"], first["obs/proprio"], atol=1e-3)
+        np.testing.assert_allclose(arrays["actions"], first["actions"], atol=5e-3)
+
+
+def test_a_clock_that_is_set_by_years_in_an_episode_costs_this_episode_only(tmp_path):
+    path = write_run(tmp_path / "run.mcap", episodes=1)
+    description = described(path)
+    bag = Bag(tmp_path / "jumped.mcap")
+    bag.mark(BEGIN, "begin", episode=0, seed=0, instruction="touch the point")
+    bag.add(ROBOT.topics.joint_states.name, ROBOT.topics.joint_states.type, joint_state(BEGIN, HOME), BEGIN)
+    years = BEGIN + 10 * 365 * 86_400 * 1_000 * MS
+    bag.mark(years, "end", episode=0, success=True, failure="", milestones={})
+    with pytest.raises(DatasetError, match="silent for most of its 315360000 s"):
+        import_recording(bag.close(), tmp_path / "data", description)
+
+
+def test_old_messages_that_are_sent_again_do_not_look_like_a_clock_that_was_set():
+    track = Track("/joint_states")
+    for tick in range(20):
+        track.add(tick * 10 * MS, tick * 10 * MS + MS, tick)
+    for tick in range(20):
+        track.add(tick % 3 * 10 * MS, (20 + tick) * 10 * MS, -1)
+    assert track.values == list(range(20))
 
 
 def test_time_that_a_person_takes_to_judge_is_not_imported(tmp_path):
@@ -520,6 +561,24 @@ def test_killed_recorder_loses_little_and_is_noticed(tmp_path, publishers):
     # Nothing is missing before.
     assert np.diff(times).max() < 500 * MS
     with pytest.raises(RobotError, match="is incomplete: the recorder ended with exit status -9"):
+        recorder.close()
+
+
+@pytest.mark.realtime
+def test_a_recorder_that_is_told_to_end_finishes_its_file_and_says_so(tmp_path, publishers):
+    path = tmp_path / "run.mcap"
+    recorder = recorder_of(path)
+    os.kill(recorder._process.pid, signal.SIGHUP)  # of a terminal that is gone
+    wait_for(lambda: path.stat().st_size > 100_000)
+    assert not recorder.problem
+    os.kill(recorder._process.pid, signal.SIGTERM)  # as timeout(1) does with the whole group
+    recorder._process.join(20.0)
+    reader = BagReader(path)
+    assert list(reader.messages(["/joint_states"]))
+    assert reader.complete
+    with pytest.raises(RobotError, match=r"not recorded any more: it was told to end \(SIGTERM\)"):
+        recorder.on_step(None)
+    with pytest.raises(RobotError, match="is incomplete"):
         recorder.close()
 
 

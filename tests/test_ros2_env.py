@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import cv2
 import numpy as np
@@ -119,6 +121,16 @@ def test_an_arm_in_the_scene_rises_before_it_goes_home() -> None:
     np.testing.assert_allclose(stays[0][:3], home, atol=1e-9)
 
 
+def test_an_elbow_that_is_elsewhere_is_said(config) -> None:
+    kinematics = Kinematics(EMBODIMENT)
+    env: Any = SimpleNamespace(embodiment=EMBODIMENT, config=config, _kinematics=kinematics)
+    swung = kinematics.solve_ik(*kinematics.forward(HOME), HOME + [0.5, 0, -0.5, 0, 0.3, 0, 0])
+    for joints, message in ((swung, "elbow is not"), (HOME + [0.3, 0, 0, 0, 0, 0, 0], "path blocked")):
+        with pytest.raises(RobotError, match=message):
+            Ros2Env._check_at_home(env, inputs.Arm(joints, 1.0, 0, 0))
+    Ros2Env._check_at_home(env, inputs.Arm(HOME, 1.0, 0, 0))
+
+
 def test_an_operator_who_does_not_agree_stops_the_arm(make, robot) -> None:
     def refuse(text: str) -> None:
         raise ConfigError("nobody is at the terminal")
@@ -198,6 +210,27 @@ def test_an_input_that_stalls_before_the_first_observation_is_waited_for(make, r
         StaleObservationError, match=r"not ready after 3 s.*joint_states.*ROS_DOMAIN_ID \d+ \(discovery LOCALHOST\)"
     ):
         env.reset(seed=0)
+
+
+def test_a_camera_that_stalls_while_the_clock_is_aligned_to_it_is_waited_for() -> None:
+    kinematics, waited = Kinematics(EMBODIMENT), []
+    inputs_there: Any = SimpleNamespace(
+        wait_until_ready=lambda *_, **__: waited.append(True) or inputs.Arm(HOME, 1.0, 0, 0),
+        restart_counts=lambda: None,
+    )
+    stalls = iter(["no image within 0.3 s", "no image within 0.3 s", ""])
+
+    def align() -> None:
+        if stalled := next(stalls):
+            raise StaleObservationError(stalled)
+
+    env: Any = SimpleNamespace(
+        _inputs=inputs_there, _kinematics=kinematics, _check_at_home=lambda arm: None, _align_clock=align,
+        _observe=lambda: None,
+    )  # fmt: skip
+    Ros2Env._begin(env)
+    assert env._fault == ""
+    assert len(waited) == 3
 
 
 @pytest.mark.parametrize(
@@ -499,6 +532,12 @@ def test_images_that_cannot_be_read() -> None:
             decode_image(Image(**fields), "/camera")
     with pytest.raises(RobotError, match="torn"):
         decode_image(CompressedImage(format="jpeg", data=b"nothing"), "/camera")
+    # A size that OpenCV refuses by an exception, which would end the thread of every input.
+    jpeg = bytearray(cv2.imencode(".jpg", np.zeros((4, 4, 3), np.uint8))[1].tobytes())
+    size = jpeg.find(b"\xff\xc0") + 5
+    jpeg[size : size + 4] = b"\xff" * 4
+    with pytest.raises(RobotError, match="torn"):
+        decode_image(CompressedImage(format="jpeg", data=bytes(jpeg)), "/camera")
 
 
 def test_larger_images_are_cropped_in_the_middle_and_averaged() -> None:
@@ -547,6 +586,7 @@ def test_implausible_joint_states(config, change, message) -> None:
         ("reliability: best_effort, depth: 1 }\n  target", "reliability: often, depth: 1 }\n  target", "best_effort"),
         ("command: target_pose", "command: target_poses", "Did you mean 'target_pose'"),
         ("finger_open: 0.04", "finger_open: wide", "finger_open"),
+        ("finger_open: 0.04", "finger_open: .inf", "two different finite numbers"),
         ("robot: panda", "robot: [", "not valid yaml"),
     ],
 )

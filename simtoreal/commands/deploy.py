@@ -11,6 +11,7 @@ from simtoreal.envs.errors import ConfigError
 if TYPE_CHECKING:
     from simtoreal.envs.embodiment import Embodiment
     from simtoreal.envs.task import TaskSpec
+    from simtoreal.evaluation.progress import EpisodeProgress
     from simtoreal.robot.inference import InferenceProcess
     from simtoreal.robot.recording import RunRecorder
     from simtoreal.robot.topics import RobotConfig
@@ -164,7 +165,7 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
         if inference is not None:
             gate.watch(inference.pid)
         actor, listeners = _actor(config, task, embodiment, inference)
-        ask = _ask_for_success
+        recorder: RunRecorder | None = None
         if config.record:
             recorder = RunRecorder(
                 _next_recording(config.output),
@@ -175,19 +176,19 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
                 operator=settings["label"],
             )
             listeners.append(stack.enter_context(recorder))
-            ask = functools.partial(_ask_for_success, recorder)
         # From here on: this thread and all that are started below (ROS, progress bar). One that is not preferred
         # could be suspended while it holds the interpreter's lock, and the control loop would wait for it.
         granted = stack.enter_context(realtime(CONTROL_PRIORITY))
         known = [result.success for result in read_episodes(config.output) if result.seed in seeds]
         title = f"{settings['label']} on the {config.robot}"
-        listeners.append(stack.enter_context(EpisodeProgress(console, title, config.episodes, known)))
+        progress = stack.enter_context(EpisodeProgress(console, title, config.episodes, known))
+        listeners.append(progress)
         env = Ros2Env(
             task,
             embodiment=embodiment,
             config=robot,
             gate=guarded.targets,
-            operator=None if twin else _ask_person,
+            operator=None if twin else functools.partial(_ask_person, progress),
             check_robot=guarded.check,
             observe_truth=config.actor == "expert",
         )
@@ -196,7 +197,7 @@ def _deploy(config: Config, console: Any) -> dict[str, Any]:
         stack.callback(leaving)
         faults = GroupedFaults(env, gate)
         results = evaluate(
-            faults if twin else JudgedByOperator(faults, ask),
+            faults if twin else JudgedByOperator(faults, functools.partial(_ask_for_success, progress, recorder)),
             actor,
             seeds,
             config.output,
@@ -301,23 +302,24 @@ def _settings(config: Config, task: TaskSpec, robot: RobotConfig, inference: Inf
     }
 
 
-def _ask(question: str) -> str:
+def _ask(progress: EpisodeProgress, question: str) -> str:
     try:
-        return input(question).strip().lower()
+        with progress.paused():
+            return input(question).strip().lower()
     except EOFError as error:
         raise ConfigError(
             "--robot ros needs a person at the terminal, who arranges and judges every episode"
         ) from error
 
 
-def _ask_person(text: str) -> None:
-    _ask(f"{text} Press Enter: ")
+def _ask_person(progress: EpisodeProgress, text: str) -> None:
+    _ask(progress, f"{text} Press Enter: ")
 
 
-def _ask_for_success(recorder: RunRecorder | None = None) -> bool:
+def _ask_for_success(progress: EpisodeProgress, recorder: RunRecorder | None) -> bool:
     if recorder is not None:
         # The time that a person takes to judge belongs to no episode.
         recorder.mark("over")
-    while (answer := _ask("Did the robot succeed? [y/n] ")) not in ("y", "n", "yes", "no"):
+    while (answer := _ask(progress, "Did the robot succeed? [y/n] ")) not in ("y", "n", "yes", "no"):
         continue
     return answer.startswith("y")
