@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from simtoreal.data_collection.compatibility import Scores, collection_mode
-from simtoreal.data_collection.dataset import EPISODES, META, Dataset, read_meta
+from simtoreal.data_collection.dataset import EPISODES, META, Dataset, read_meta, without_half_a_split
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors
 from simtoreal.data_collection.filters import FOLDER as FILTERS
 from simtoreal.data_collection.filters import Filter, FilteredEpisode, action_digest, read_filter, write_filter
@@ -119,7 +119,7 @@ def _carry_masks(members: Sequence[Member], names: Sequence[str]) -> dict[str, l
         ]
         for mask in kept
     }
-    return {mask: chosen for mask, chosen in masks.items() if chosen}
+    return without_half_a_split({mask: chosen for mask, chosen in masks.items() if chosen}, kept)
 
 
 def _carry_filters(members: Sequence[Member], names: Sequence[str], output: Path) -> tuple[list[Filter], list[str]]:
