@@ -401,6 +401,19 @@ def test_steps_that_the_success_needs_are_not_trimmed(tmp_path: Path) -> None:
     assert [episode.steps for episode in trimmed.episodes] == [22, 27]
 
 
+def test_a_reward_that_alone_says_success_is_not_trimmed(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / "a", EMBODIMENT, TASKS) as writer:
+        for seed, reward in ((0, 1.0), (1, 0.5)):
+            arrays, info = make_episode(seed, steps=30)
+            arrays["actions"][20:, :6] = 0
+            arrays["obs/proprio"][20:] = arrays["obs/proprio"][20]
+            arrays["rewards"][26:] = reward
+            writer.add(arrays, info)
+    trimmed = edit(tmp_path / "a", tmp_path / "t", Edit(trim_idle=True)).derivation.dataset
+    assert [episode.steps for episode in trimmed.episodes] == [27, 22]
+    assert trimmed.read(trimmed.episodes[0], ["rewards"])["rewards"].sum() == 1
+
+
 def test_edits_that_make_no_sense(dataset: Dataset, tmp_path: Path) -> None:
     assert parse_numbers(["3", "7-9"], "--remove") == {3, 7, 8, 9}
     for word in ("x", "3-", "9-7", "-1"):
