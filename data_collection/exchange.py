@@ -178,6 +178,11 @@ def observation_names(keys: Iterable[str], images: Iterable[str], *, taken: Iter
     return names
 
 
+def step_name(key: str, taken: Container[str] = ()) -> str:
+    """Return the name of a further number per step: ``step/`` and ``key``, in the characters that names may have."""
+    return unique_name("step/" + re.sub(r"[^A-Za-z0-9_.:-]", "_", key), taken)
+
+
 def pixel_scale(episodes: Iterable[np.ndarray]) -> float:
     """Return the factor that brings the pixels of a camera to [0, 255]: 255 if its floats are in [0, 1], otherwise 1.
 

@@ -135,6 +135,24 @@ def test_foreign_file_keeps_its_names_masks_and_rate(tmp_path: Path) -> None:
     assert arrays["obs/agentview_image"][0, 0, 0].tolist() == [10, 10, 10]
 
 
+def test_names_that_are_none_here_and_late_observations_cost_no_episode(tmp_path: Path) -> None:
+    file = foreign_file(tmp_path / "lift.hdf5")
+    with h5py.File(file, "a") as handle:
+        for index, steps in zip((10, 2), FOREIGN_STEPS, strict=True):
+            handle[f"data/demo_{index}/torque (Nm)"] = np.full((steps, 2), 1.0)
+            handle[f"data/demo_{index}/torque [Nm]"] = np.full((steps, 2), 2.0)
+        handle["data/demo_10/obs/late"] = np.zeros((5, 2))
+    with RobomimicReader(file) as reader:
+        result = import_dataset(reader, tmp_path / "lift")
+    assert (result.episodes, result.skipped) == (2, ())
+    assert "left out observation 'late', which the first demo does not have" in result.notes
+    assert result.notes.count("'torque [Nm]' is called 'step/torque__Nm__2' here") == 1
+    dataset = Dataset.open(tmp_path / "lift")
+    for episode in dataset.episodes:
+        arrays = dataset.read(episode)
+        assert (arrays["step/torque__Nm_"][0, 0], arrays["step/torque__Nm__2"][0, 0]) == (1, 2)
+
+
 def test_foreign_environment_survives_an_export(tmp_path: Path) -> None:
     dataset = imported(foreign_file(tmp_path / "lift.hdf5"), tmp_path / "lift")
     export_robomimic(dataset, tmp_path / "again.hdf5")
