@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -25,7 +28,7 @@ from simtoreal.data_collection.robomimic_export import export_robomimic
 from simtoreal.data_collection.summary import summarize
 from simtoreal.data_collection.takes import StreamTake, read_part
 from simtoreal.data_collection.windows import CACHE, WindowSampler
-from simtoreal.data_collection.writer import DatasetWriter, rebuild
+from simtoreal.data_collection.writer import DatasetWriter, lock_folder, new_dataset, rebuild
 from simtoreal.envs.errors import ConfigError, DatasetError, EmbodimentMismatchError
 from simtoreal.envs.panda import panda_embodiment
 
@@ -468,6 +471,29 @@ def test_masks_name_episodes_as_their_files_do(tmp_path: Path) -> None:
     assert Dataset.open(dataset.path).masks["good"] == ["000000"]
     found = [one.what for one in check(dataset.path).problems]
     assert "mask 'good' names 1 episodes that do not exist, e.g. 000009" in found
+
+
+def test_the_same_command_started_twice_fills_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first look at what a killed one has left to the last rename, nobody else gets in."""
+    folder, seen = tmp_path / "out.unfinished", []
+    (folder / "episodes").mkdir(parents=True)
+    remove, rename = shutil.rmtree, os.replace
+
+    def others_are_refused(then: Callable[..., None], path: Path, *more: object, **options: object) -> None:
+        if Path(path) in (folder, folder / "episodes"):
+            with pytest.raises(DatasetError, match="is being written by another process"):
+                lock_folder(folder)
+            seen.append(then)
+        then(path, *more, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", functools.partial(others_are_refused, remove))
+    monkeypatch.setattr(os, "replace", functools.partial(others_are_refused, rename))
+    with new_dataset(tmp_path / "out", EMBODIMENT, TASKS) as writer:
+        writer.add(make_arrays(0), make_info(0))
+    assert seen == [remove, rename]
+    monkeypatch.undo()
+    assert len(Dataset.open(tmp_path / "out").episodes) == 1
+    DatasetWriter(tmp_path / "out", EMBODIMENT, TASKS).close()
 
 
 def test_without_hard_links_files_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
