@@ -359,7 +359,9 @@ def test_edit_by_links(dataset: Dataset, tmp_path: Path) -> None:
     assert linked == [False, False, True, True]
     assert {file.name: file.read_bytes() for file in (dataset.path / "episodes").iterdir()} == before
     assert edited.masks["chosen"] == ["000001", "000003"]
-    assert read_filter(edited.path, "compatible").episodes["000003"].seed == 4
+    verdicts = read_filter(edited.path, "compatible").episodes
+    assert verdicts["000003"].seed == 4
+    assert [verdict.operator for verdict in verdicts.values()] == ["bob", "bob", "ann", "ann"]
     assert check(edited.path).problems == ()
     results = json.loads((tmp_path / "e/results.json").read_text())["edit"]
     assert results["removed"] == ["000003", "000005"]
