@@ -6,6 +6,7 @@ import errno
 import functools
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -652,6 +653,36 @@ def test_really_full_file_system(tmp_path: Path) -> None:
         assert leftovers(mount) == []
     finally:
         subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_a_full_disk_under_the_window_cache_is_an_error_and_no_sigbus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_dataset(tmp_path / "d", episodes=2)
+    places = []
+
+    def full(descriptor: int, begin: int, size: int) -> None:
+        places.append(size)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DatasetError, match=r"front_image\.npy: the disk is full"):
+        WindowSampler(dataset, keys=("front_image",), memory_map=True)
+    assert places[0] > sum(episode.steps for episode in dataset.episodes) * 16 * 16 * 3
+    assert list((dataset.path / CACHE).iterdir()) == []
+
+
+def test_a_full_disk_during_an_export_does_not_blame_the_episodes(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "d", episodes=3)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(DatasetError, match=r"out\.hdf5: the disk is full") as caught:
+            export_robomimic(dataset, tmp_path / "out.hdf5")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "damaged" not in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["d"]
 
 
 def test_contact_sheet_plays_every_episode(tmp_path: Path) -> None:
