@@ -120,9 +120,13 @@ def import_dataset(reader: Reader, output: Path, *, progress: Progress | None = 
             masks = {key: names for key, names in masks.items() if key not in ("train", "valid")}
         # Masks that follow from the episodes stay derived, so that they grow with the dataset.
         derived = Dataset.open(writer.path).masks
-        own = {key: names for key, names in masks.items() if names and names != derived.get(key)}
+        own = {key for key, names in masks.items() if names and names != derived.get(key)}
+        if own & {"train", "valid"}:
+            # An episode may be in neither of the two; each alone says less than both.
+            own |= masks.keys() & {"train", "valid"}
         with disk_errors(writer.path / META):
-            write_json(writer.path / META, {**read_meta(writer.path), "masks": own})
+            kept = {key: names for key, names in masks.items() if key in own}
+            write_json(writer.path / META, {**read_meta(writer.path), "masks": kept})
     return ImportResult(
         episodes=len(stored), successes=successes, steps=steps, skipped=tuple(skipped), notes=tuple(reader.notes)
     )

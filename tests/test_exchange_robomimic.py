@@ -361,6 +361,20 @@ def test_masks_that_follow_from_the_episodes_stay_derived(dataset: Dataset, tmp_
     assert imported(tmp_path / "all.hdf5", tmp_path / "back").meta["masks"] == {"compatible": ["000000", "000002"]}
 
 
+def test_an_episode_in_neither_train_nor_valid_stays_in_neither(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "many.hdf5", "w") as file:
+        for number in range(20):
+            demo = file.create_group(f"data/demo_{number}")
+            demo["actions"], demo["obs/pos"] = np.full((2, 1), number), np.full((2, 3), float(number))
+        file["data"].attrs["env_args"] = json.dumps({"env_name": "Lift", "type": 1})
+        # As derived here, but that the second episode to hold out, 19, is not used at all.
+        file["mask/train"] = np.array([f"demo_{number}" for number in range(19) if number != 9], dtype="S")
+        file["mask/valid"] = np.array(["demo_9"], dtype="S")
+    masks = imported(tmp_path / "many.hdf5", tmp_path / "back").masks
+    assert masks["valid"] == ["000009"]
+    assert masks["train"] == [f"{number:06d}" for number in range(19) if number != 9]
+
+
 def test_random_damage_ends_in_an_error_that_names_the_file(tmp_path: Path) -> None:
     noticed = survive_damage(RobomimicReader, foreign_file(tmp_path / "lift.hdf5"), tmp_path / "damaged", rounds=120)
     assert noticed > 20
