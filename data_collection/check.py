@@ -229,6 +229,13 @@ class _Checker:
                 self.problem(META, f"mask '{mask}' names {len(unknown)} episodes that do not exist, e.g. {unknown[0]}")
             if len(set(members)) < len(members):
                 self.problem(META, f"mask '{mask}' names an episode twice")
+            if filters.has_filter(self.path, mask):
+                remedy = f"take the mask out of 'masks' in {self.path / META}"
+                self.problem(META, f"mask '{mask}' hides what the filter of this name accepts", remedy)
+        train, valid = (masks.get(mask) for mask in ("train", "valid"))
+        if isinstance(train, list) and isinstance(valid, list) and (both := [one for one in train if one in valid]):
+            what = f"masks 'train' and 'valid' share {len(both)} episodes, e.g. {both[0]}"
+            self.problem(META, what, "take them out of one of the two")
 
     def check_filters(self, dataset: Dataset) -> None:
         folder = self.path / filters.FOLDER

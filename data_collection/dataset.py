@@ -14,7 +14,7 @@ that goes missing later is noticed; newer files (of a collection that is still r
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,8 @@ class Dataset:
 
     @property
     def masks(self) -> dict[str, list[str]]:
-        """Name -> episode numbers. ``train`` and ``valid`` are derived unless ``meta.json`` sets them.
+        """Name -> episode numbers. ``train`` and ``valid`` are derived unless ``meta.json`` sets them; if it sets one,
+        the other is derived from what that leaves.
 
         Every filter has a mask of its name with the successes that it accepts. Episodes that no longer exist (lost,
         or set aside as damaged) are in none.
@@ -128,7 +129,7 @@ class Dataset:
         # A failure may agree with the base data in every step; it is still not worth imitating.
         good = set(derived.get("success", ()))
         accepted = {name: [one for one in members if one in good] for name, members in filter_masks(self.path).items()}
-        return {**derived, **accepted, **own}
+        return {**_beside(own, derived), **accepted, **own}
 
     def filter(self, mask: str | None = None) -> list[EpisodeInfo]:
         """Episodes of a mask (``train``, ``valid``, ``success``, ``failure`` or one of the dataset's own), or all.
@@ -171,6 +172,30 @@ def episode_files(path: Path) -> list[Path]:
 
 def _is_mask(members: object) -> bool:
     return isinstance(members, list) and all(isinstance(name, str) and name.isdecimal() for name in members)
+
+
+def _beside(own: Mapping[str, list[str]], derived: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Derived masks, whose ``train`` and ``valid`` have nothing in common with the other one as ``own`` sets it.
+
+    robomimic and everything else that is given these masks learns from ``train`` and believes what ``valid`` says.
+    """
+    found = dict(derived)
+    for mask, other, candidates in (("train", "valid", "success"), ("valid", "train", "valid")):
+        if other in own and mask not in own:
+            taken = set(own[other])
+            found[mask] = [name for name in derived.get(candidates, ()) if name not in taken]
+    return {mask: members for mask, members in found.items() if members}
+
+
+def without_half_a_split(masks: dict[str, list[str]], before: Container[str]) -> dict[str, list[str]]:
+    """Masks without ``train`` and ``valid`` if only one of them is left of the two that there were ``before``.
+
+    Both follow anew from the episodes then, so that something is held out again.
+    """
+    split = ("train", "valid")
+    if all(mask in before for mask in split) and not all(mask in masks for mask in split):
+        return {mask: members for mask, members in masks.items() if mask not in split}
+    return masks
 
 
 def read_meta(path: Path) -> dict[str, Any]:

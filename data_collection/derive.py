@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from simtoreal.data_collection.compatibility import Scores, collection_mode
-from simtoreal.data_collection.dataset import EPISODES, META, Dataset, read_meta
+from simtoreal.data_collection.dataset import EPISODES, META, Dataset, read_meta, without_half_a_split
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo, disk_errors
 from simtoreal.data_collection.filters import FOLDER as FILTERS
 from simtoreal.data_collection.filters import Filter, FilteredEpisode, action_digest, read_filter, write_filter
@@ -119,7 +119,7 @@ def _carry_masks(members: Sequence[Member], names: Sequence[str]) -> dict[str, l
         ]
         for mask in kept
     }
-    return {mask: chosen for mask, chosen in masks.items() if chosen}
+    return without_half_a_split({mask: chosen for mask, chosen in masks.items() if chosen}, kept)
 
 
 def _carry_filters(members: Sequence[Member], names: Sequence[str], output: Path) -> tuple[list[Filter], list[str]]:
@@ -152,7 +152,7 @@ def _carry_filters(members: Sequence[Member], names: Sequence[str], output: Path
         if cut:
             notes.append(f"filter '{name}' no longer covers {len(cut)} episodes that were cut; run it again")
         if pairs:
-            filters.append(_select(first, [(new, one, member.episode.name) for new, one, member in pairs]))
+            filters.append(_select(first, pairs))
     return filters, notes
 
 
@@ -185,13 +185,22 @@ def _kept_whole(like: Filter, base: Dataset) -> Filter | None:
     )
 
 
-def _select(like: Filter, chosen: Sequence[tuple[str, Filter, str]]) -> Filter:
+def _select(like: Filter, chosen: Sequence[tuple[str, Filter, Member]]) -> Filter:
+    """Verdicts of every member's filter under its new name, and under that of who acted as it is now."""
+    named = [(new, one, member.episode.name, member) for new, one, member in chosen]
     return dataclasses.replace(
         like,
-        episodes={new: one.episodes[old] for new, one, old in chosen},
-        keep={new: one.keep[old] for new, one, old in chosen},
-        scores={new: one.scores[old] for new, one, old in chosen},
+        episodes={
+            new: dataclasses.replace(one.episodes[old], operator=_description(member).operator)
+            for new, one, old, member in named
+        },
+        keep={new: one.keep[old] for new, one, old, _ in named},
+        scores={new: one.scores[old] for new, one, old, _ in named},
     )
+
+
+def _description(member: Member) -> EpisodeInfo:
+    return member.episode if member.rewritten is None else member.rewritten[1]
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from collections.abc import Container, Mapping, Sequence
@@ -11,9 +12,23 @@ from typing import Any
 
 import numpy as np
 
-from simtoreal.data_collection.dataset import EPISODES, META, Dataset, episode_files, read_meta
+from simtoreal.data_collection.dataset import (
+    EPISODES,
+    META,
+    Dataset,
+    episode_files,
+    read_meta,
+    without_half_a_split,
+)
 from simtoreal.data_collection.derive import Derivation, Member, derive
-from simtoreal.data_collection.episode import Arrays, EpisodeInfo, open_episode, read_episode, read_info
+from simtoreal.data_collection.episode import (
+    Arrays,
+    EpisodeInfo,
+    content_checksums,
+    open_episode,
+    read_episode,
+    read_info,
+)
 from simtoreal.data_collection.filters import FOLDER as FILTERS
 from simtoreal.data_collection.filters import read_filter, write_filter
 from simtoreal.data_collection.takes import EmptyPartError, read_part
@@ -104,7 +119,7 @@ def _without_lost(masks: Any, existing: Container[str]) -> Any:
     if not isinstance(masks, dict) or not all(isinstance(members, list) for members in masks.values()):
         return masks
     kept = {mask: [one for one in members if not _is_name(one) or one in existing] for mask, members in masks.items()}
-    return {mask: members for mask, members in kept.items() if members}
+    return without_half_a_split({mask: members for mask, members in kept.items() if members}, masks)
 
 
 def _is_name(member: object) -> bool:
@@ -155,8 +170,10 @@ def _set_aside(file: Path, dataset: Path) -> Path:
 def merge(sources: Sequence[str | Path], output: str | Path) -> Derivation:
     """Make a dataset of the episodes of several, in their order, by hard links where the file system allows.
 
-    Masks that somebody set are merged as well, and so are filters that were made in the same way in all sources. A
-    source that is the base data of a filter need not have it.
+    An episode that several of them hold, as when one was merged of others before, is taken once, from the first of
+    them: twice it would count twice, and be learnt from in one place while it is held out in the other. Masks that
+    somebody set are merged as well, and so are filters that were made in the same way in all sources. A source that is
+    the base data of a filter need not have it.
 
     Raises:
         ConfigError: nothing to merge, or a dataset twice.
@@ -179,8 +196,34 @@ def merge(sources: Sequence[str | Path], output: str | Path) -> Derivation:
                     f"{dataset.path}: has another specification of task '{name}' than a dataset before it. "
                     "Merge only data of the same task version."
                 )
-    members = [Member(dataset=dataset, episode=episode) for dataset in datasets for episode in dataset.episodes]
-    return derive(members, first.embodiment, tasks, Path(output), operation="merge")
+    members, repeated = _each_once(datasets)
+    made = derive(members, first.embodiment, tasks, Path(output), operation="merge")
+    return dataclasses.replace(made, notes=(*repeated, *made.notes))
+
+
+def _each_once(datasets: Sequence[Dataset]) -> tuple[list[Member], list[str]]:
+    """Every episode of the datasets but those that an earlier one holds as well, and one line per dataset with such."""
+    members: list[Member] = []
+    notes: list[str] = []
+    earlier: dict[Any, Dataset] = {}
+    for dataset in datasets:
+        own: dict[Any, Dataset] = {}
+        repeated: list[Dataset] = []
+        for episode in dataset.episodes:
+            content = episode.task, frozenset(content_checksums(Path(str(episode.path))).items())
+            if content in earlier:
+                repeated.append(earlier[content])
+                continue
+            own[content] = dataset
+            members.append(Member(dataset=dataset, episode=episode))
+        earlier |= own
+        if repeated:
+            others = ", ".join(dict.fromkeys(str(other.path) for other in repeated))
+            notes.append(
+                f"{len(repeated)} episodes of {dataset.path} are in {others} too; they are taken once, as they are "
+                "described and masked there"
+            )
+    return members, notes
 
 
 def split(

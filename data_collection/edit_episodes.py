@@ -152,7 +152,10 @@ def trimmed_range(arrays: Arrays, scale: MotionScale) -> tuple[int, int]:
         return 0, len(idle)
     start = max(0, int(moving[0]) - KEPT_REST_STEPS)
     stop = min(len(idle), int(moving[-1]) + 1 + KEPT_REST_STEPS)
-    done = np.flatnonzero(arrays["dones"])
+    # Files from elsewhere may say that the goal was reached by a reward of 1 only; other rewards mark nothing.
+    rewards = arrays["rewards"]
+    rewarded = (rewards == 1) & bool(np.isin(rewards, (0, 1)).all())
+    done = np.flatnonzero((arrays["dones"] != 0) | rewarded)
     return start, max(stop, int(done[0]) + 1) if len(done) else stop
 
 

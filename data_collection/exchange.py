@@ -120,9 +120,13 @@ def import_dataset(reader: Reader, output: Path, *, progress: Progress | None = 
             masks = {key: names for key, names in masks.items() if key not in ("train", "valid")}
         # Masks that follow from the episodes stay derived, so that they grow with the dataset.
         derived = Dataset.open(writer.path).masks
-        own = {key: names for key, names in masks.items() if names and names != derived.get(key)}
+        own = {key for key, names in masks.items() if names and names != derived.get(key)}
+        if own & {"train", "valid"}:
+            # An episode may be in neither of the two; each alone says less than both.
+            own |= masks.keys() & {"train", "valid"}
         with disk_errors(writer.path / META):
-            write_json(writer.path / META, {**read_meta(writer.path), "masks": own})
+            kept = {key: names for key, names in masks.items() if key in own}
+            write_json(writer.path / META, {**read_meta(writer.path), "masks": kept})
     return ImportResult(
         episodes=len(stored), successes=successes, steps=steps, skipped=tuple(skipped), notes=tuple(reader.notes)
     )
@@ -176,6 +180,11 @@ def observation_names(keys: Iterable[str], images: Iterable[str], *, taken: Iter
         names[key] = unique_name(name, used, IMAGE_SUFFIX if key in image_keys else "")
         used.add(names[key])
     return names
+
+
+def step_name(key: str, taken: Container[str] = ()) -> str:
+    """Return the name of a further number per step: ``step/`` and ``key``, in the characters that names may have."""
+    return unique_name("step/" + re.sub(r"[^A-Za-z0-9_.:-]", "_", key), taken)
 
 
 def pixel_scale(episodes: Iterable[np.ndarray]) -> float:

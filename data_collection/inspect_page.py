@@ -13,6 +13,7 @@ import numpy as np
 import simtoreal
 from simtoreal.data_collection import inspect_plots as plots
 from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.episode import open_episode
 from simtoreal.data_collection.inspection import Inspection
 from simtoreal.envs import html_page
 from simtoreal.envs.figures import to_svg
@@ -171,7 +172,7 @@ def smoothness_table(episodes: Sequence[dict[str, Any]]) -> list[list[str]]:
 
 
 def film_strip(dataset: Dataset, name: str) -> str:
-    """Return evenly spaced images of every camera of an episode as one JPEG, base64; empty without cameras.
+    """Return evenly spaced images of the cameras of an episode as one JPEG, base64; empty without images.
 
     Raises:
         DatasetError: the episode is damaged.
@@ -180,7 +181,10 @@ def film_strip(dataset: Dataset, name: str) -> str:
 
     info = next(episode for episode in dataset.episodes if episode.name == name)
     cells: list[np.ndarray] = []
-    for key in dataset.embodiment.image_keys:
+    with open_episode(Path(str(info.path))) as file:
+        # That one is missing is a finding, not the end of the page.
+        held = [key for key in dataset.embodiment.image_keys if key in file["obs"]]
+    for key in held:
         images = dataset.read(info, [f"obs/{key}"])[f"obs/{key}"]
         for step in np.linspace(0, len(images) - 1, SHOWN_FRAMES).round().astype(int):
             width = round(images.shape[2] * _STRIP_HEIGHT_PX / images.shape[1])

@@ -98,8 +98,9 @@ def describe_scene_motion(arrays: Arrays, info: EpisodeInfo, period_s: float) ->
         period_s: of the control steps.
 
     Returns:
-        ``speed_factor``; per moving thing ``moving_share`` (of the steps), ``mean_speed_m_s`` (while it moved),
-        ``distance_m``, ``turn_deg``; ``camera``: largest change of every camera parameter.
+        ``speed_factor`` (that of the object, if every thing has its own); per moving thing ``moving_share`` (of the
+        steps), ``mean_speed_m_s`` (while it moved), ``distance_m``, ``turn_deg``; ``camera``: largest change of every
+        camera parameter.
     """
     rows, names = arrays.get("step/scene_motion"), info.columns.get("scene_motion", ())
     if rows is None or rows.ndim != 2 or len(names) != rows.shape[1]:
@@ -113,8 +114,8 @@ def describe_scene_motion(arrays: Arrays, info: EpisodeInfo, period_s: float) ->
         if name.endswith("_turn_rad_s"):
             things.setdefault(name.removesuffix("_turn_rad_s"), {})["turn"] = values
     result: dict[str, Any] = {"things": {}, "camera": {}}
-    if "speed_factor" in columns:
-        result["speed_factor"] = float(columns["speed_factor"][0])
+    if "speed_factor_object" in columns:
+        result["speed_factor"] = float(columns["speed_factor_object"][0])
     for thing, parts in things.items():
         still = np.zeros(len(rows))
         speed = np.sqrt(sum(np.square(parts.get(axis, still)) for axis in "xyz"))

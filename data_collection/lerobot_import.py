@@ -21,6 +21,7 @@ from simtoreal.data_collection.exchange import (
     observation_names,
     require_size,
     single_precision,
+    step_name,
     unique_name,
 )
 from simtoreal.data_collection.filters import action_digest
@@ -110,7 +111,9 @@ class LeRobotReader:
         action = next((key for key in _ACTION_KEYS if key in features), None)
         if action is None:
             raise DatasetError(f"{self.root}: has no feature 'action'; it holds {', '.join(features)}.")
-        state = next((key for key in _STATE_KEYS if key in features), None)
+        # One of several axes (an arm per row) is an observation like others.
+        vectors = [key for key in features if len(self.index.features[key]["shape"]) == 1]
+        state = next((key for key in _STATE_KEYS if key in vectors), None)
         reward = next((key for key in _REWARD_KEYS if key in features), None)
         fixed = {action: "actions", "timestamp": "step/timestamp_ns"}
         fixed |= {state: f"obs/{PROPRIO}"} if state else {}
@@ -132,8 +135,11 @@ class LeRobotReader:
                 wanted = key.removeprefix(layout.OWN).replace(".", "/", 1)
                 name = unique_name(wanted, taken)
             elif not name:
-                wanted = "step/" + key.replace(".", "_").replace(" ", "_")
+                plain = key.replace(".", "_").replace(" ", "_")
+                wanted = step_name(plain)
                 name = unique_name(wanted, taken)
+                if wanted != f"step/{plain}":
+                    self.notes.append(f"feature '{key}' is called '{wanted}' here")
             if name != wanted:
                 self.notes.append(f"feature '{key}' is called '{name}' here; '{wanted}' is another one")
             taken.add(name)

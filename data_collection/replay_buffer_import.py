@@ -25,6 +25,7 @@ from simtoreal.data_collection.exchange import (
     pixel_scale,
     require_size,
     single_precision,
+    step_name,
     to_image,
 )
 from simtoreal.data_collection.foreign_embodiment import foreign_embodiment, foreign_task
@@ -35,6 +36,9 @@ PUSHT_KEYS, PUSHT_HZ = frozenset({"img", "state", "action", "n_contacts"}), 10.0
 UMI_HZ = 59.94
 _UMI_ROBOT = re.compile(r"robot(\d+)_eef_pos")
 _UMI_POSE = ("eef_pos", "eef_rot_axis_angle", "gripper_width")
+# When diffusion_policy's recorder of a real robot took the observations, in seconds. Steps shorter than half or longer
+# than two control periods show another unit.
+_STAMPS, _PERIODS = "timestamp", (0.5, 2.0)
 # Where a UMI episode starts and ends, repeated at every step: not an observation, it would give the end away.
 _UMI_BOUNDARY = re.compile(r"robot\d+_demo_(start|end)_pose")
 
@@ -94,6 +98,8 @@ class ReplayBufferReader:
         if not self._action_keys:
             raise DatasetError(f"{self.path}: has no 'data/action'; it holds {', '.join(self._arrays)}.")
         self._umi = umi
+        rate_hz = control_hz or self._known_rate()
+        self._stamps_s = self._read_stamps(rate_hz)
         self._assign_names()
         name = task or re.sub(r"\.(zarr|zip)$", "", re.sub(r"\.zip$", "", self.path.name)) or "replay_buffer"
         self._task = name
@@ -102,7 +108,7 @@ class ReplayBufferReader:
         names = [f"{key}_{i}" for key, size in dims.items() for i in range(size)] if umi else ()
         self.embodiment = foreign_embodiment(
             name="umi" if umi else name,
-            control_hz=control_hz or self._known_rate(),
+            control_hz=rate_hz,
             action_dim=sum(dims.values()),
             action_names=names,
             observations={own: self._arrays[key].shape[1:] for key, own in self._observations.items()},
@@ -111,16 +117,33 @@ class ReplayBufferReader:
 
     def _assign_names(self) -> None:
         own = [key for key in self._arrays if self._umi or key not in self._action_keys]
+        own = [key for key in own if key != _STAMPS or self._stamps_s is None]
         images = [key for key in own if is_image_shape(self._arrays[key].shape[1:])]
         kept = [key for key in own if len(self._arrays[key].shape) <= 3 or key in images]
         observed = [key for key in kept if not _UMI_BOUNDARY.fullmatch(key)]
         self._observations = observation_names(observed, images)
         self._images = frozenset(images)
         self._scales: dict[str, float] = {}
-        self._extra = [key for key in own if key not in observed]
+        self._extra: dict[str, str] = {}
+        for key in own:
+            if key not in observed:
+                self._extra[key] = step_name(key, self._extra.values())
         self.notes += [
             f"observation '{key}' is called '{name}' here" for key, name in self._observations.items() if key != name
         ]
+
+    def _read_stamps(self, rate_hz: float) -> np.ndarray | None:
+        """Times ``(N,)`` of the observations in seconds; None if the store holds nothing that looks like them."""
+        array = self._arrays.get(_STAMPS)
+        total = int(self._ends[-1])
+        if array is None or array.dtype.kind != "f" or math.prod(array.shape[1:]) != 1 or total < 2:
+            return None
+        stamps = array.rows(0, total).reshape(total).astype(np.float64)
+        periods = float(np.median(np.diff(stamps))) * rate_hz
+        if not (np.isfinite(stamps).all() and _PERIODS[0] <= periods <= _PERIODS[1]):
+            return None
+        self.notes.append(f"'{_STAMPS}' is taken for the times of the observations in seconds (step/timestamp_ns)")
+        return stamps
 
     def _known_rate(self) -> float:
         if self._umi:
@@ -151,8 +174,10 @@ class ReplayBufferReader:
             image = key in self._images
             where = self._arrays[key].where
             arrays[f"obs/{name}"] = to_image(values, where, self._scale(key)) if image else single_precision(values)
-        for key in self._extra:
-            arrays[f"step/{key}"] = self._arrays[key].rows(start, stop)
+        for key, name in self._extra.items():
+            arrays[name] = self._arrays[key].rows(start, stop)
+        if self._stamps_s is not None:
+            arrays["step/timestamp_ns"] = np.rint(self._stamps_s[start:stop] * 1e9).astype(np.int64)
         info = EpisodeInfo(
             task=self._task, seed=index, success=True, operator=self._task, source="umi" if self._umi else "zarr",
             embodiment=embodiment_digest(self.embodiment), instructions=("",),

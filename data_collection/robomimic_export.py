@@ -6,8 +6,11 @@ demo and the attribute ``simtoreal`` of ``data``. An import finds them again, so
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,7 @@ def export_robomimic(
     with (
         explained_disk_errors(output, DatasetError, safe),
         atomic_path(output) as temporary,
+        _hdf5_errors(),
         h5py.File(temporary, "w", libver="latest") as file,
     ):
         data = file.create_group("data", track_order=True)
@@ -71,15 +75,25 @@ def export_robomimic(
     return steps
 
 
+@contextlib.contextmanager
+def _hdf5_errors() -> Iterator[None]:
+    """Turn what h5py raises while it writes into the error of the disk behind it, which it only tells in its text."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        found = re.search(r"errno = (\d+)", str(error))
+        raise OSError(int(found[1]) if found else errno.EIO, str(error).partition(" (")[0]) from error
+
+
 def _copy_demo(path: Path, episode: EpisodeInfo, data: h5py.Group, next_obs: bool) -> int:
     demo = data.create_group(f"demo_{int(episode.name)}")
+    # Read first: a full disk while writing must not be taken for damage of the episode.
     with open_episode(path) as source:
-        for name in array_names(source):
-            source.copy(source[name], demo, name)
-        if next_obs:
-            for key, values in source["obs"].items():
-                rows = values[()]
-                demo[f"next_obs/{key}"] = np.concatenate([rows[1:], rows[-1:]])
+        arrays = {name: source[name][()] for name in array_names(source)}
+    for name, rows in arrays.items():
+        demo[name] = rows
+        if next_obs and name.startswith("obs/"):
+            demo[f"next_{name}"] = np.concatenate([rows[1:], rows[-1:]])
     demo.attrs["num_samples"] = episode.steps
     demo.attrs["episode"] = episode.to_json()
     if isinstance(model := episode.extra.get("model_file"), str):

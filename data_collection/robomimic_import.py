@@ -31,6 +31,7 @@ from simtoreal.data_collection.exchange import (
     pixel_scale,
     require_size,
     single_precision,
+    step_name,
     to_image,
 )
 from simtoreal.data_collection.foreign_embodiment import IMAGE_SUFFIX, foreign_embodiment, foreign_task
@@ -66,6 +67,7 @@ class RobomimicReader:
         self.path = path
         self.notes: list[str] = []
         self._scales: dict[str, float] = {}
+        self._extras: dict[str, str] = {}
         if path.is_symlink() or not path.is_file():
             raise DatasetError(f"{path}: is not a file (links are refused); expected a robomimic HDF5 file.")
         try:
@@ -224,11 +226,13 @@ class RobomimicReader:
             elif name != "actions" and head not in ("obs", "next_obs"):
                 # Extras per step (robomimic 0.5: actions_abs, action_dict) stay with them, others with the episode.
                 if dataset.ndim and len(dataset) == steps:
-                    arrays[f"step/{name.replace('/', '_')}"] = dataset[()]
+                    arrays[self._extra_name(name)] = dataset[()]
                 elif dataset.size <= _LARGEST_CONSTANT and np.isfinite(values := dataset[()]).all():
                     constants[name] = values.tolist()
-                elif (note := f"left out '{name}', which is too large or not finite") not in self.notes:
-                    self.notes.append(note)
+                else:
+                    self._note(f"left out '{name}', which is too large or not finite")
+            elif head == "obs" and key not in self._names:
+                self._note(f"left out observation '{key}', which the first demo does not have")
         missing = [key for key in self._names if key not in self._unusable and f"obs/{key}" not in demo]
         if missing:
             raise DatasetError(f"{where} has no 'obs/{missing[0]}', which other demos have.")
@@ -256,6 +260,19 @@ class RobomimicReader:
             extra=extra,
         )
         return arrays, info
+
+    def _extra_name(self, name: str) -> str:
+        """Where an array per step that robomimic does not know is kept, the same in every demo."""
+        if name not in self._extras:
+            plain = name.replace("/", "_")
+            self._extras[name] = step_name(plain, self._extras.values())
+            if self._extras[name] != f"step/{plain}":
+                self._note(f"'{name}' is called '{self._extras[name]}' here")
+        return self._extras[name]
+
+    def _note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
 
 
 def _datasets(group: h5py.Group) -> dict[str, h5py.Dataset]:

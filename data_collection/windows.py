@@ -180,10 +180,21 @@ def _map_episodes(dataset: Path, episodes: Sequence[EpisodeInfo], names: dict[st
             with disk_errors(path), atomic_path(path) as temporary:
                 _fill(
                     episodes, {key: names[key]}, {},
-                    lambda _, shape, dtype, to=temporary: np.lib.format.open_memmap(to, "w+", dtype, shape),
+                    lambda _, shape, dtype, to=temporary: _mapped_file(to, shape, dtype),
                 )  # fmt: skip
     mapped = {key: np.load(path, mmap_mode="r", allow_pickle=False) for key, path in paths.items()}
     _drop_unused(folder, set(paths.values()))
+    return mapped
+
+
+def _mapped_file(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """A new ``.npy`` file, mapped for writing, that has all of its place on the disk.
+
+    Else a full disk is no error but the end of this process (SIGBUS), as soon as a page has nowhere to go.
+    """
+    mapped = np.lib.format.open_memmap(path, "w+", dtype, shape)
+    with open(path, "r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
     return mapped
 
 
@@ -197,15 +208,15 @@ def _drop_unused(folder: Path, used: set[Path]) -> None:
 
 def _fill(episodes: Sequence[EpisodeInfo], names: dict[str, str], joined: Arrays, allocate: Any) -> None:
     total, row = sum(episode.steps for episode in episodes), 0
+    # Before any episode is open: a full disk must not be taken for damage of the episode.
+    types = _row_types(episodes[0], names) if episodes else {}
+    for key, (shape, dtype) in types.items():
+        joined[key] = allocate(key, (total, *shape), dtype)
     for episode in episodes:
         path = Path(str(episode.path))
         with open_episode(path) as file:
             for key, name in names.items():
-                if name not in file:
-                    raise DatasetError(f"{path}: has no '{name}'; it holds obs keys {', '.join(file['obs'])}.")
-                source = file[name]
-                if key not in joined:
-                    joined[key] = allocate(key, (total, *source.shape[1:]), source.dtype)
+                source = _array(file, name, path)
                 target = joined[key][row : row + episode.steps]
                 if source.shape != target.shape or source.dtype != target.dtype:
                     raise DatasetError(
@@ -214,3 +225,17 @@ def _fill(episodes: Sequence[EpisodeInfo], names: dict[str, str], joined: Arrays
                     )
                 source.read_direct(target)
         row += episode.steps
+
+
+def _row_types(episode: EpisodeInfo, names: dict[str, str]) -> dict[str, tuple[tuple[int, ...], np.dtype[Any]]]:
+    """Key -> shape of one step and type of its array in an episode."""
+    path = Path(str(episode.path))
+    with open_episode(path) as file:
+        arrays = {key: _array(file, name, path) for key, name in names.items()}
+        return {key: (array.shape[1:], array.dtype) for key, array in arrays.items()}
+
+
+def _array(file: Any, name: str, path: Path) -> Any:
+    if name not in file:
+        raise DatasetError(f"{path}: has no '{name}'; it holds obs keys {', '.join(file['obs'])}.")
+    return file[name]

@@ -48,6 +48,7 @@ class DatasetWriter:
         embodiment: of everything that will be added.
         tasks: task name -> specification (plain, JSON-compatible).
         collection: how the data are made, for :func:`simtoreal.data_collection.collect.collect` to compare on resume.
+        lock: of :func:`lock_folder`, if the caller has it already; it is closed by :meth:`release`.
 
     Raises:
         DatasetError: another process writes the folder, or a task has another specification there.
@@ -61,9 +62,10 @@ class DatasetWriter:
         tasks: Mapping[str, Mapping[str, Any]],
         *,
         collection: Mapping[str, Any] | None = None,
+        lock: Any = None,
     ) -> None:
         self.path, self.embodiment = Path(path), embodiment
-        self._lock = lock_folder(self.path)
+        self._lock = lock_folder(self.path) if lock is None else lock
         try:
             meta = self._describe(dict(tasks), collection)
         except BaseException:
@@ -223,22 +225,27 @@ def new_dataset(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise DatasetError(f"{output}: already exists and is not an empty folder. Choose a new folder.")
     folder = output.with_name(f"{output.name}{UNFINISHED}")
-    lock_folder(folder).close()
-    try:
-        with disk_errors(folder):
-            shutil.rmtree(folder)
-        writer = DatasetWriter(folder, embodiment, tasks)
+    # Held until the folder has its name or is gone: the same command, started twice, must not clear away or fill what
+    # the other one is writing.
+    with contextlib.closing(lock_folder(folder)) as lock:
         try:
-            yield writer
+            with disk_errors(folder):
+                for left in folder.iterdir():
+                    if left.name == LOCK:
+                        continue
+                    if left.is_dir() and not left.is_symlink():
+                        shutil.rmtree(left)
+                    else:
+                        left.unlink()
+            yield DatasetWriter(folder, embodiment, tasks, lock=lock)
             rebuild(folder)
-        finally:
-            writer.release()
-        with disk_errors(output):
-            os.replace(folder, output)
-            fsync_folder(output.parent)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+            with disk_errors(output):
+                os.replace(folder, output)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    with disk_errors(output):
+        fsync_folder(output.parent)
 
 
 def _after(path: Path, suffix: str, listed: Iterable[str] = ()) -> int:

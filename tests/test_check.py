@@ -282,6 +282,58 @@ def test_merge_and_split_keep_masks_filters_and_extras(dataset: Dataset, tmp_pat
     assert "which it was linked to" in texts(check(tmp_path / "p/x"))
 
 
+def test_an_episode_of_several_datasets_is_merged_once(dataset: Dataset, tmp_path: Path) -> None:
+    """Else it counts twice, and one copy is learnt from while the other one is held out."""
+    other = make_dataset(tmp_path / "b", episodes=3, first_seed=20)
+    both = merge([dataset.path, other.path], tmp_path / "m").dataset
+    relabelled = edit(other.path, tmp_path / "r", Edit(operator="bob")).derivation.dataset
+    with h5py.File(relabelled.episodes[0].path, "r+") as file:
+        del file.attrs["crc32"]  # of an older version
+    grown = make_dataset(tmp_path / "c", episodes=2, first_seed=23)
+    merged = merge([both.path, grown.path, relabelled.path, dataset.path], tmp_path / "n")
+    assert [episode.seed for episode in merged.dataset.episodes] == [0, 1, 2, 3, 4, 5, 20, 21, 22, 23, 24]
+    assert {episode.operator for episode in merged.dataset.episodes} == {"ann"}
+    assert [note.partition(";")[0] for note in merged.notes if "too" in note] == [
+        f"3 episodes of {relabelled.path} are in {both.path} too",
+        f"6 episodes of {dataset.path} are in {both.path} too",
+    ]
+    assert merged.dataset.masks["chosen"] == ["000001", "000004"]
+    assert check(merged.dataset.path).problems == ()
+
+
+def test_nothing_is_learnt_from_and_held_out_at_once(tmp_path: Path) -> None:
+    made = make_dataset(tmp_path / "a", episodes=6)
+    train = ["000000", "000001", "000002", "000003", "000005"]
+    split_of_a_person = set_mask(set_mask(made, "train", train), "valid", ["000004"])
+    parts = split(made.path, tmp_path / "p", {"x": 0.5, "y": 0.5})
+    found = [split_of_a_person, *(part.dataset for part in parts.values())]
+    # All that was held out is in one part; the other one holds out anew.
+    assert sorted(set(part.dataset.meta["masks"]) for part in parts.values()) == [set(), {"train", "valid"}]
+    made.episodes[4].path.unlink()
+    recover(made.path)
+    found.append(Dataset.open(made.path))
+    assert found[-1].meta["masks"] == {}
+    found.append(set_mask(make_dataset(tmp_path / "b"), "train", [f"{number:06d}" for number in range(5)]))
+    assert found[-1].masks["valid"] == ["000005"]
+    found.append(set_mask(make_dataset(tmp_path / "c"), "valid", ["000001", "000002"]))
+    assert found[-1].masks["train"] == ["000000", "000003", "000004", "000005"]
+    for one in found:
+        assert one.masks["train"]
+        assert one.masks["valid"]
+        assert not set(one.masks["train"]) & set(one.masks["valid"])
+    everything = set_mask(make_dataset(tmp_path / "d"), "train", [f"{number:06d}" for number in range(6)])
+    assert "valid" not in everything.masks
+    set_mask(everything, "valid", ["000002"])
+    assert "masks 'train' and 'valid' share 1 episodes, e.g. 000002" in texts(check(everything.path))
+
+
+def test_a_mask_does_not_hide_a_filter(dataset: Dataset) -> None:
+    set_mask(dataset, "compatible", ["000002"])  # as an export of filtered data brings it along
+    assert "mask 'compatible' hides what the filter of this name accepts" in texts(check(dataset.path))
+    with pytest.raises(ConfigError, match=r"has a mask 'compatible' of its own.*--output-name"):
+        cli.run(["data", "filter", str(dataset.path), "--against", str(dataset.path)])
+
+
 def test_filters_that_do_not_fit_together_are_left_out_and_said_so(dataset: Dataset, tmp_path: Path) -> None:
     without = make_dataset(tmp_path / "b", episodes=3, first_seed=20)
     merged = merge([dataset.path, without.path], tmp_path / "m")
@@ -307,7 +359,9 @@ def test_edit_by_links(dataset: Dataset, tmp_path: Path) -> None:
     assert linked == [False, False, True, True]
     assert {file.name: file.read_bytes() for file in (dataset.path / "episodes").iterdir()} == before
     assert edited.masks["chosen"] == ["000001", "000003"]
-    assert read_filter(edited.path, "compatible").episodes["000003"].seed == 4
+    verdicts = read_filter(edited.path, "compatible").episodes
+    assert verdicts["000003"].seed == 4
+    assert [verdict.operator for verdict in verdicts.values()] == ["bob", "bob", "ann", "ann"]
     assert check(edited.path).problems == ()
     results = json.loads((tmp_path / "e/results.json").read_text())["edit"]
     assert results["removed"] == ["000003", "000005"]
@@ -347,6 +401,19 @@ def test_steps_that_the_success_needs_are_not_trimmed(tmp_path: Path) -> None:
         writer.add(arrays, dataclasses.replace(info, seed=2))
     trimmed = edit(tmp_path / "a", tmp_path / "t", Edit(trim_idle=True)).derivation.dataset
     assert [episode.steps for episode in trimmed.episodes] == [22, 27]
+
+
+def test_a_reward_that_alone_says_success_is_not_trimmed(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / "a", EMBODIMENT, TASKS) as writer:
+        for seed, reward in ((0, 1.0), (1, 0.5)):
+            arrays, info = make_episode(seed, steps=30)
+            arrays["actions"][20:, :6] = 0
+            arrays["obs/proprio"][20:] = arrays["obs/proprio"][20]
+            arrays["rewards"][26:] = reward
+            writer.add(arrays, info)
+    trimmed = edit(tmp_path / "a", tmp_path / "t", Edit(trim_idle=True)).derivation.dataset
+    assert [episode.steps for episode in trimmed.episodes] == [27, 22]
+    assert trimmed.read(trimmed.episodes[0], ["rewards"])["rewards"].sum() == 1
 
 
 def test_edits_that_make_no_sense(dataset: Dataset, tmp_path: Path) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
+import resource
+import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -25,7 +29,7 @@ from simtoreal.data_collection.robomimic_export import export_robomimic
 from simtoreal.data_collection.summary import summarize
 from simtoreal.data_collection.takes import StreamTake, read_part
 from simtoreal.data_collection.windows import CACHE, WindowSampler
-from simtoreal.data_collection.writer import DatasetWriter, rebuild
+from simtoreal.data_collection.writer import DatasetWriter, lock_folder, new_dataset, rebuild
 from simtoreal.envs.errors import ConfigError, DatasetError, EmbodimentMismatchError
 from simtoreal.envs.panda import panda_embodiment
 
@@ -470,6 +474,29 @@ def test_masks_name_episodes_as_their_files_do(tmp_path: Path) -> None:
     assert "mask 'good' names 1 episodes that do not exist, e.g. 000009" in found
 
 
+def test_the_same_command_started_twice_fills_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the first look at what a killed one has left to the last rename, nobody else gets in."""
+    folder, seen = tmp_path / "out.unfinished", []
+    (folder / "episodes").mkdir(parents=True)
+    remove, rename = shutil.rmtree, os.replace
+
+    def others_are_refused(then: Callable[..., None], path: Path, *more: object, **options: object) -> None:
+        if Path(path) in (folder, folder / "episodes"):
+            with pytest.raises(DatasetError, match="is being written by another process"):
+                lock_folder(folder)
+            seen.append(then)
+        then(path, *more, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", functools.partial(others_are_refused, remove))
+    monkeypatch.setattr(os, "replace", functools.partial(others_are_refused, rename))
+    with new_dataset(tmp_path / "out", EMBODIMENT, TASKS) as writer:
+        writer.add(make_arrays(0), make_info(0))
+    assert seen == [remove, rename]
+    monkeypatch.undo()
+    assert len(Dataset.open(tmp_path / "out").episodes) == 1
+    DatasetWriter(tmp_path / "out", EMBODIMENT, TASKS).close()
+
+
 def test_without_hard_links_files_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*unused: object) -> None:
         raise OSError(errno.EXDEV, "another file system")
@@ -626,6 +653,36 @@ def test_really_full_file_system(tmp_path: Path) -> None:
         assert leftovers(mount) == []
     finally:
         subprocess.run(["umount", str(mount)], check=True)
+
+
+def test_a_full_disk_under_the_window_cache_is_an_error_and_no_sigbus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = make_dataset(tmp_path / "d", episodes=2)
+    places = []
+
+    def full(descriptor: int, begin: int, size: int) -> None:
+        places.append(size)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(DatasetError, match=r"front_image\.npy: the disk is full"):
+        WindowSampler(dataset, keys=("front_image",), memory_map=True)
+    assert places[0] > sum(episode.steps for episode in dataset.episodes) * 16 * 16 * 3
+    assert list((dataset.path / CACHE).iterdir()) == []
+
+
+def test_a_full_disk_during_an_export_does_not_blame_the_episodes(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "d", episodes=3)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(DatasetError, match=r"out\.hdf5: the disk is full") as caught:
+            export_robomimic(dataset, tmp_path / "out.hdf5")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "damaged" not in str(caught.value)
+    assert [file.name for file in tmp_path.iterdir()] == ["d"]
 
 
 def test_contact_sheet_plays_every_episode(tmp_path: Path) -> None:

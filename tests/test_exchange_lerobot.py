@@ -545,6 +545,25 @@ def test_image_shapes_are_understood_and_what_is_no_rgb_image_is_left_out(copy: 
     assert dataset.read(dataset.episodes[0])["obs/front_image"].shape == (9, 16, 16, 3)
 
 
+def test_names_that_are_none_here_cost_no_episode(copy: Path, tmp_path: Path) -> None:
+    add_features(plain(copy), **{"torque (Nm)": [2], "größe": [1]})
+    with LeRobotReader(copy) as reader:
+        result = import_dataset(reader, tmp_path / "back")
+    assert (result.episodes, result.skipped) == (3, ())
+    assert "feature 'torque (Nm)' is called 'step/torque__Nm_' here" in result.notes
+    dataset = Dataset.open(tmp_path / "back")
+    assert dataset.read(dataset.episodes[0], ["step/torque__Nm_"])["step/torque__Nm_"].shape == (9, 2)
+
+
+def test_a_state_of_several_axes_is_an_observation_like_others(copy: Path, tmp_path: Path) -> None:
+    features = info_of(plain(copy))["features"]
+    features["observation.state"] = {"dtype": "float32", "shape": [2, 10], "names": None}
+    change_info(copy, features=features)
+    dataset = imported(copy, tmp_path / "back")
+    assert dataset.embodiment.proprio.dim == 0
+    assert dataset.read(dataset.episodes[0], ["obs/state"])["obs/state"].shape == (9, 2, 10)
+
+
 def test_features_of_the_same_name_are_all_kept(copy: Path, tmp_path: Path) -> None:
     more = {"observation.proprio": [2], "force.left": [1], "force_left": [1], "instruction": [1], "timestamp_ns": [1]}
     add_features(plain(copy), **more)

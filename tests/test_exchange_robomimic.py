@@ -135,6 +135,24 @@ def test_foreign_file_keeps_its_names_masks_and_rate(tmp_path: Path) -> None:
     assert arrays["obs/agentview_image"][0, 0, 0].tolist() == [10, 10, 10]
 
 
+def test_names_that_are_none_here_and_late_observations_cost_no_episode(tmp_path: Path) -> None:
+    file = foreign_file(tmp_path / "lift.hdf5")
+    with h5py.File(file, "a") as handle:
+        for index, steps in zip((10, 2), FOREIGN_STEPS, strict=True):
+            handle[f"data/demo_{index}/torque (Nm)"] = np.full((steps, 2), 1.0)
+            handle[f"data/demo_{index}/torque [Nm]"] = np.full((steps, 2), 2.0)
+        handle["data/demo_10/obs/late"] = np.zeros((5, 2))
+    with RobomimicReader(file) as reader:
+        result = import_dataset(reader, tmp_path / "lift")
+    assert (result.episodes, result.skipped) == (2, ())
+    assert "left out observation 'late', which the first demo does not have" in result.notes
+    assert result.notes.count("'torque [Nm]' is called 'step/torque__Nm__2' here") == 1
+    dataset = Dataset.open(tmp_path / "lift")
+    for episode in dataset.episodes:
+        arrays = dataset.read(episode)
+        assert (arrays["step/torque__Nm_"][0, 0], arrays["step/torque__Nm__2"][0, 0]) == (1, 2)
+
+
 def test_foreign_environment_survives_an_export(tmp_path: Path) -> None:
     dataset = imported(foreign_file(tmp_path / "lift.hdf5"), tmp_path / "lift")
     export_robomimic(dataset, tmp_path / "again.hdf5")
@@ -341,6 +359,20 @@ def test_arrays_that_do_not_fit_the_robot_are_skipped(dataset: Dataset, tmp_path
 def test_masks_that_follow_from_the_episodes_stay_derived(dataset: Dataset, tmp_path: Path) -> None:
     export_robomimic(dataset, tmp_path / "all.hdf5")
     assert imported(tmp_path / "all.hdf5", tmp_path / "back").meta["masks"] == {"compatible": ["000000", "000002"]}
+
+
+def test_an_episode_in_neither_train_nor_valid_stays_in_neither(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "many.hdf5", "w") as file:
+        for number in range(20):
+            demo = file.create_group(f"data/demo_{number}")
+            demo["actions"], demo["obs/pos"] = np.full((2, 1), number), np.full((2, 3), float(number))
+        file["data"].attrs["env_args"] = json.dumps({"env_name": "Lift", "type": 1})
+        # As derived here, but that the second episode to hold out, 19, is not used at all.
+        file["mask/train"] = np.array([f"demo_{number}" for number in range(19) if number != 9], dtype="S")
+        file["mask/valid"] = np.array(["demo_9"], dtype="S")
+    masks = imported(tmp_path / "many.hdf5", tmp_path / "back").masks
+    assert masks["valid"] == ["000009"]
+    assert masks["train"] == [f"{number:06d}" for number in range(19) if number != 9]
 
 
 def test_random_damage_ends_in_an_error_that_names_the_file(tmp_path: Path) -> None:

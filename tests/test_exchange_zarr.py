@@ -120,6 +120,22 @@ def test_pusht_is_read_with_every_compressor(tmp_path: Path, name: str) -> None:
     assert "observation 'img' is called 'camera_image' here" in result.notes
 
 
+def test_times_of_a_real_robot_keep_their_precision(tmp_path: Path) -> None:
+    """As diffusion_policy records them: as float32, a second of today is rounded to the next 128."""
+    stamps_s = 1.7e9 + np.arange(30) / 10 + np.random.default_rng(0).uniform(0, 0.01, 30)
+    arrays = {"action": np.zeros((30, 6)), "robot_eef_pose": np.zeros((30, 6)), "timestamp": stamps_s}
+    store = write_store(tmp_path / "real.zarr", arrays)
+    dataset, result = run_import(store, tmp_path / "out", control_hz=10.0)
+    found = dataset.read(dataset.episodes[1])
+    np.testing.assert_allclose(found["step/timestamp_ns"] * 1e-9, stamps_s[10:17], atol=1e-6)
+    assert "obs/timestamp" not in found
+    assert any("'timestamp' is taken for the times" in note for note in result.notes)
+    # Milliseconds, say: nothing is known about them.
+    store = write_store(tmp_path / "other.zarr", {**arrays, "timestamp": 1000 * stamps_s})
+    other, _ = run_import(store, tmp_path / "two", control_hz=10.0)
+    assert "obs/timestamp" in other.read(other.episodes[0])
+
+
 def test_zip_with_a_folder_inside_is_read_in_place(tmp_path: Path) -> None:
     store = write_store(tmp_path / "pusht.zarr", pusht())
     archive = zipped(store, tmp_path / "pusht.zip", "pusht_cchi/pusht.zarr/")

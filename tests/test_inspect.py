@@ -22,6 +22,7 @@ from simtoreal.data_collection.inspect_motion import (
     saturation,
     spectral_arc_length,
 )
+from simtoreal.data_collection.inspect_page import film_strip
 from simtoreal.data_collection.inspect_sensors import (
     describe_images,
     describe_scene_motion,
@@ -31,7 +32,9 @@ from simtoreal.data_collection.inspect_sensors import (
 from simtoreal.data_collection.inspect_set import find_drift, find_duplicates, fingerprint, outliers
 from simtoreal.data_collection.inspection import inspect
 from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.envs import load_task
 from simtoreal.envs.errors import DatasetError
+from simtoreal.envs.scene_motion import SceneMover, load_motion
 
 RATE = EMBODIMENT.control_hz
 
@@ -129,13 +132,13 @@ def test_an_image_that_repeats_is_frozen_only_while_the_robot_moves() -> None:
 
 
 def test_the_dose_of_move_follows_from_the_logged_speeds() -> None:
-    names = ("speed_factor", "cube_vx_m_s", "cube_vy_m_s", "plate_vx_m_s", "plate_vy_m_s", "cube_turn_rad_s",
-             "camera_azimuth_deg")  # fmt: skip
-    rows = np.zeros((20, 7))
-    rows[:, 0] = 0.4
-    rows[:10, 1], rows[:10, 2] = 0.03, -0.04
-    rows[:5, 5] = -np.pi / 2
-    rows[:, 6] = np.linspace(-5, 7, 20)
+    names = tuple(SceneMover(load_motion("move"), load_task("pick_place"), EMBODIMENT, 1).log())
+    rows = np.zeros((20, len(names)))
+    values = dict(zip(names, rows.T, strict=True))
+    values["speed_factor_object"][:], values["speed_factor_target"][:] = 0.4, 0.7
+    values["cube_vx_m_s"][:10], values["cube_vy_m_s"][:10] = 0.03, -0.04
+    values["cube_turn_rad_s"][:5] = -np.pi / 2
+    values["camera_azimuth_deg"][:] = np.linspace(-5, 7, 20)
     info = EpisodeInfo(task="t", seed=0, success=True, operator="o", source="expert", embodiment="e",
                        columns={"scene_motion": names})  # fmt: skip
     found = describe_scene_motion({"step/scene_motion": rows}, info, 0.05)
@@ -146,7 +149,7 @@ def test_the_dose_of_move_follows_from_the_logged_speeds() -> None:
         "turn_deg": pytest.approx(22.5),
     }  # fmt: skip
     assert found["things"]["plate"]["moving_share"] == 0
-    assert found["camera"] == {"azimuth_deg": pytest.approx(12)}
+    assert found["camera"] == {"azimuth_deg": pytest.approx(12), "distance_m": 0, "height_m": 0}
     assert describe_scene_motion({}, info, 0.05) is None
 
 
@@ -249,6 +252,22 @@ def test_page_table_and_results_of_the_command(
     results = json.loads((tmp_path / "results.json").read_text())["inspect"]
     assert results["suspicious"]["000003"][0]["kind"] == "gaps"
     assert len(results["episodes"]) == 15
+
+
+def test_an_episode_that_lacks_a_camera_is_a_finding_with_the_pictures_that_it_has(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / "a", EMBODIMENT, TASKS) as writer:
+        for seed in range(3):
+            arrays, info = make_episode(seed, 12)
+            for camera in ("front", "wrist")[:seed]:
+                del arrays[f"obs/{camera}_image"]
+            writer.add(arrays, info)
+    inspection = inspect(tmp_path / "a")
+    assert {name: {one.kind for one in found} for name, found in inspection.suspicious.items()} == {
+        "000001": {"layout"}, "000002": {"layout"},
+    }  # fmt: skip
+    strips = [film_strip(inspection.dataset, f"{number:06d}") for number in range(3)]
+    assert len(strips[0]) > len(strips[1]) > 0
+    assert strips[2] == ""
 
 
 def test_an_empty_or_damaged_dataset_is_an_error(tmp_path: Path) -> None:

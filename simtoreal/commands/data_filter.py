@@ -80,6 +80,7 @@ def main(config: Config) -> None:
     check_name(config.output_name)
     device = str(choose_device(config.device))
     base, dataset = Dataset.open(config.against), Dataset.open(config.dataset)
+    refuse_hidden(dataset, config.output_name)
     require_same_task(base, {episode.task for episode in dataset.episodes}, str(config.dataset))
     features = make_features(base, config.keys, config.encoder, device)
     console = Console(markup=False)
@@ -98,6 +99,22 @@ def main(config: Config) -> None:
     _show(console, config, result)
     console.print(f"{path}: use it with 'simtoreal train --data {config.dataset} --filter {config.output_name}'",
                   soft_wrap=True)  # fmt: skip
+
+
+def refuse_hidden(dataset: Dataset, name: str) -> None:
+    """Refuse the name of a mask that somebody set: it would go on naming their episodes, not those that are accepted.
+
+    Raises:
+        ConfigError: there is such a mask, as in data that were filtered before they were exported and imported.
+    """
+    from simtoreal.data_collection.dataset import META
+    from simtoreal.envs.errors import ConfigError
+
+    if name in dataset.meta.get("masks", {}):
+        raise ConfigError(
+            f"{dataset.path} has a mask '{name}' of its own, which would hide what the filter accepts. Choose another "
+            f"--output-name, or take the mask out of 'masks' in {dataset.path / META}"
+        )
 
 
 def scorer_config(config: Config) -> ScorerConfig:
