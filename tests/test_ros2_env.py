@@ -535,7 +535,7 @@ def test_images_that_cannot_be_read() -> None:
     # A size that OpenCV refuses by an exception, which would end the thread of every input.
     jpeg = bytearray(cv2.imencode(".jpg", np.zeros((4, 4, 3), np.uint8))[1].tobytes())
     size = jpeg.find(b"\xff\xc0") + 5
-    jpeg[size : size + 4] = b"\xff" * 4
+    jpeg[size : size + 4] = (65_500).to_bytes(2, "big") * 2
     with pytest.raises(RobotError, match="torn"):
         decode_image(CompressedImage(format="jpeg", data=bytes(jpeg)), "/camera")
 
