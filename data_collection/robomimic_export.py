@@ -7,10 +7,9 @@ demo and the attribute ``simtoreal`` of ``data``. An import finds them again, so
 from __future__ import annotations
 
 import contextlib
-import errno
+import io
 import json
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,33 +55,73 @@ def export_robomimic(
     with (
         explained_disk_errors(output, DatasetError, safe),
         atomic_path(output) as temporary,
-        _hdf5_errors(),
-        h5py.File(temporary, "w", libver="latest") as file,
+        contextlib.closing(_ForgivingFile(temporary)) as target,
     ):
-        data = file.create_group("data", track_order=True)
-        for done, episode in enumerate(chosen):
-            steps += _copy_demo(Path(str(episode.path)), episode, data, next_obs)
-            if progress is not None:
-                progress(done + 1, len(chosen))
-        data.attrs["total"] = steps
-        data.attrs["env_args"] = json.dumps(_env_args(dataset))
-        data.attrs[SIDECAR] = json.dumps({"embodiment": dataset.embodiment.to_dict(), "tasks": dataset.tasks})
-        included = {episode.name for episode in chosen}
-        for name, members in dataset.masks.items():
-            kept = [f"demo_{int(member)}" for member in members if member in included]
-            if kept:
-                file[f"mask/{name}"] = np.array(kept, dtype="S")
+        with h5py.File(target, "w", libver="latest") as file:
+            data = file.create_group("data", track_order=True)
+            for done, episode in enumerate(chosen):
+                steps += _copy_demo(Path(str(episode.path)), episode, data, next_obs)
+                target.check()
+                if progress is not None:
+                    progress(done + 1, len(chosen))
+            data.attrs["total"] = steps
+            data.attrs["env_args"] = json.dumps(_env_args(dataset))
+            data.attrs[SIDECAR] = json.dumps({"embodiment": dataset.embodiment.to_dict(), "tasks": dataset.tasks})
+            included = {episode.name for episode in chosen}
+            for name, members in dataset.masks.items():
+                kept = [f"demo_{int(member)}" for member in members if member in included]
+                if kept:
+                    file[f"mask/{name}"] = np.array(kept, dtype="S")
+        target.check()
     return steps
 
 
-@contextlib.contextmanager
-def _hdf5_errors() -> Iterator[None]:
-    """Turn what h5py raises while it writes into the error of the disk behind it, which it only tells in its text."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:
-        found = re.search(r"errno = (\d+)", str(error))
-        raise OSError(int(found[1]) if found else errno.EIO, str(error).partition(" (")[0]) from error
+class _ForgivingFile(io.RawIOBase):
+    """A new file for HDF5 to write, which hears of no error of the disk: those are for :meth:`check`.
+
+    HDF5 crashes the process, if not at once then at its end, when it cannot write a file that it closes.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = io.FileIO(path, "w+")
+        self._error: OSError | None = None
+
+    def check(self) -> None:
+        """Raise the first error of the disk, if there was one."""
+        if self._error is not None:
+            raise self._error
+
+    def write(self, content: Any) -> int:
+        rest = memoryview(content)
+        try:
+            while rest and self._error is None:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self._error = error
+        return len(content)
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return self._file.truncate(size)
+        except OSError as error:
+            self._error = self._error or error
+            return self.tell() if size is None else size
+
+    def readinto(self, buffer: Any) -> int:
+        """Read what was written, and zeros where nothing could be."""
+        read = self._file.readinto(buffer)
+        memoryview(buffer)[read:] = bytes(len(buffer) - read)
+        return len(buffer)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def _copy_demo(path: Path, episode: EpisodeInfo, data: h5py.Group, next_obs: bool) -> int:
