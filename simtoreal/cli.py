@@ -273,6 +273,9 @@ def main() -> None:
         with contextlib.suppress(KeyboardInterrupt):
             signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # An interruption that went through code in a string (of a dataclass being made, for instance) counts as
+        # unhandled for Python until the next such code has ended: 'python -m simtoreal' would end by SIGINT.
+        exec("")
         print("simtoreal: interrupted", file=sys.stderr)
         raise SystemExit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:

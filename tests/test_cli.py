@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -177,6 +178,15 @@ def test_errors_for_the_user_have_no_traceback(probe, monkeypatch, capsys):
 
 def test_interrupt_has_its_own_status(probe, monkeypatch, capsys):
     assert exit_status(monkeypatch, "probe", "--task", "interrupted") == 130
+
+
+def test_an_interruption_of_code_in_a_string_is_an_interruption_like_others(tmp_path: Path) -> None:
+    """``python -m`` would end by SIGINT: exec() of a string leaves a mark that handling the exception does not take."""
+    code = "from simtoreal import cli; cli.run = lambda _: exec('raise KeyboardInterrupt'); cli.main()"
+    (tmp_path / "interrupted.py").write_text(code)
+    command = [sys.executable, "-m", "interrupted"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (130, "simtoreal: interrupted\n")
 
 
 def test_a_place_that_cannot_be_written_to_is_explained(probe, tmp_path, monkeypatch, capsys):
