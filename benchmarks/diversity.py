@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -145,19 +144,26 @@ def arm(task: str, policy: str, results: list[dict[str, Any]], draws: np.ndarray
     }
 
 
-def summarize(task: str, policies: list[str], seeds: int, output: Path, seconds: float) -> None:
+def spent_s(folder: Path) -> float:
+    """Seconds of a training and its evaluation, whenever and in however many parts they ran."""
+    trained = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+    return float(trained + json.loads((folder / "evaluation" / "results.json").read_text())["seconds"])
+
+
+def summarize(task: str, policies: list[str], seeds: int, output: Path) -> None:
     """Write the result of a task from the trainings that are finished; nothing without the U-Net and the L2 loss.
 
     The headline is the entropy that a deterministic policy cannot have: where there is a single start (avoid) that of
     all rollouts, otherwise the one given the context.
     """
     shown = dataset_diversity(Dataset.open(output / task / "data"))
-    arms, draws = {}, {}
+    arms, draws, seconds = {}, {}, 0.0
     for policy in policies:
         done = finished(task, policy, seeds, output)
         if done:
             results = [measure(task, policy, seed, output) for seed in done]
             draws[policy] = interval(task, policy, done, output)
+            seconds += sum(spent_s(output / task / f"{policy}_{seed}") for seed in done)
             arms[policy] = arm(task, policy, results, draws[policy])
             print(arms[policy], flush=True)
     if not {"unet", "bc_l2"} <= set(arms):
@@ -198,7 +204,6 @@ def main() -> None:
     parser.add_argument("--summarize", action="store_true", help="only write the results of what is finished")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    begin = time.perf_counter()
     if not options.summarize:
         for task in options.tasks:
             collect(
@@ -213,7 +218,7 @@ def main() -> None:
                 for policy in options.policies:
                     measure(task, policy, seed, options.output)
     for task in options.tasks:
-        summarize(task, options.policies, options.seeds, options.output, time.perf_counter() - begin)
+        summarize(task, options.policies, options.seeds, options.output)
 
 
 if __name__ == "__main__":
