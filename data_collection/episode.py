@@ -38,6 +38,7 @@ from typing import Any
 import h5py
 import numpy as np
 
+from simtoreal.data_collection.new_hdf5_file import NewHdf5File
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import DatasetError, DiskError
 from simtoreal.envs.files import atomic_path, explained_disk_errors
@@ -184,26 +185,19 @@ def check_arrays(arrays: Arrays, where: str) -> int:
 def write_episode(path: Path, arrays: Arrays, info: EpisodeInfo) -> None:
     """Write a whole episode atomically: after a crash at any moment the file is complete or absent.
 
-    The file is laid out in memory and written in one go, which takes few system calls and lets a full disk
-    surface as a plain error instead of a damaged HDF5 handle.
-
     Raises:
         DatasetError: see :func:`check_arrays`; or the disk is full.
     """
     steps = check_arrays(arrays, str(path))
-    size = sum(array.nbytes for array in arrays.values())
-    with h5py.File(
-        path.name, "w", driver="core", backing_store=False, block_size=size + 65536, libver="latest"
-    ) as file:
-        for name, array in arrays.items():
-            file.create_dataset(name, data=array)
-        file.attrs["num_samples"] = steps
-        file.attrs["episode"] = info.to_json()
-        file.attrs[CHECKSUMS] = json.dumps(checksums(arrays, info.to_json()))
-        file.flush()
-        image = file.id.get_file_image()
-    with disk_errors(path), atomic_path(path) as temporary:
-        temporary.write_bytes(image)
+    text = info.to_json()
+    with disk_errors(path), atomic_path(path) as temporary, contextlib.closing(NewHdf5File(temporary)) as target:
+        with h5py.File(target, "w", libver="latest") as file:
+            for name, array in arrays.items():
+                file.create_dataset(name, data=array)
+            file.attrs["num_samples"] = steps
+            file.attrs["episode"] = text
+            file.attrs[CHECKSUMS] = json.dumps(checksums(arrays, text))
+        target.check()
 
 
 def checksums(arrays: Arrays, episode: str) -> dict[str, int]:

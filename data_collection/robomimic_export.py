@@ -7,7 +7,6 @@ demo and the attribute ``simtoreal`` of ``data``. An import finds them again, so
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.episode import EpisodeInfo, array_names, open_episode
 from simtoreal.data_collection.exchange import Progress, refuse_overwriting
+from simtoreal.data_collection.new_hdf5_file import NewHdf5File
 from simtoreal.data_collection.robomimic_import import SIDECAR
 from simtoreal.data_collection.view import ROBOMIMIC_ENV_TYPE
 from simtoreal.envs.errors import DatasetError
@@ -55,7 +55,7 @@ def export_robomimic(
     with (
         explained_disk_errors(output, DatasetError, safe),
         atomic_path(output) as temporary,
-        contextlib.closing(_ForgivingFile(temporary)) as target,
+        contextlib.closing(NewHdf5File(temporary)) as target,
     ):
         with h5py.File(target, "w", libver="latest") as file:
             data = file.create_group("data", track_order=True)
@@ -74,54 +74,6 @@ def export_robomimic(
                     file[f"mask/{name}"] = np.array(kept, dtype="S")
         target.check()
     return steps
-
-
-class _ForgivingFile(io.RawIOBase):
-    """A new file for HDF5 to write, which hears of no error of the disk: those are for :meth:`check`.
-
-    HDF5 crashes the process, if not at once then at its end, when it cannot write a file that it closes.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = io.FileIO(path, "w+")
-        self._error: OSError | None = None
-
-    def check(self) -> None:
-        """Raise the first error of the disk, if there was one."""
-        if self._error is not None:
-            raise self._error
-
-    def write(self, content: Any) -> int:
-        rest = memoryview(content)
-        try:
-            while rest and self._error is None:
-                rest = rest[self._file.write(rest) :]
-        except OSError as error:
-            self._error = error
-        return len(content)
-
-    def truncate(self, size: int | None = None) -> int:
-        try:
-            return self._file.truncate(size)
-        except OSError as error:
-            self._error = self._error or error
-            return self.tell() if size is None else size
-
-    def readinto(self, buffer: Any) -> int:
-        """Read what was written, and zeros where nothing could be."""
-        read = self._file.readinto(buffer)
-        memoryview(buffer)[read:] = bytes(len(buffer) - read)
-        return len(buffer)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        return self._file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def close(self) -> None:
-        self._file.close()
-        super().close()
 
 
 def _copy_demo(path: Path, episode: EpisodeInfo, data: h5py.Group, next_obs: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -24,6 +25,7 @@ _CRC = "crc32"
 _NOTE = struct.Struct("<III")
 _NOTES = 2
 _SMALLEST_NOTE = 4096
+_LONGEST_HEAD = 2**20
 
 
 class EmptyPartError(DatasetError):
@@ -235,34 +237,45 @@ def read_part(path: Path) -> tuple[EpisodeInfo, Arrays]:
         EmptyPartError: it holds no complete step.
         DatasetError: it is not a journal, or damaged before its last step.
     """
-    line, newline, body = path.read_bytes().partition(b"\n")
-    if not newline:
-        raise EmptyPartError(f"{path}: holds no complete step.")
+    with open(path, "rb") as file:
+        line = file.readline(_LONGEST_HEAD)
+        if not line.endswith(b"\n") and len(line) < _LONGEST_HEAD:
+            raise EmptyPartError(f"{path}: holds no complete step.")
+        record, size = _read_head(line, path)
+        notes = file.read(_NOTES * size)
+        steps = (os.fstat(file.fileno()).st_size - len(line) - _NOTES * size) // record.itemsize
+        if steps <= 0:
+            raise EmptyPartError(f"{path}: holds no complete step.")
+        text = _newest_note(notes, size)
+        if text is None:
+            raise DatasetError(f"{path}: what is known about the episode is damaged (its checksum differs).")
+        # Step by step, because a minute of two 640x480 cameras is gigabytes: they are in memory once.
+        names = [name for name in record.names or () if name != _CRC]
+        arrays = {name: np.empty((steps, *record[name].shape), record[name].base) for name in names}
+        for step in range(steps):
+            row = file.read(record.itemsize)
+            values = np.frombuffer(row, dtype=record)[0] if len(row) == record.itemsize else None
+            if values is None or zlib.crc32(row[:-4]) != values[_CRC]:
+                raise DatasetError(f"{path}: step {step} of {steps} is damaged (its checksum differs).")
+            for name, array in arrays.items():
+                array[step] = values[name]
+    return EpisodeInfo.from_json(text, path=path, steps=steps), arrays
+
+
+def _read_head(line: bytes, path: Path) -> tuple[np.dtype[Any], int]:
+    """Type of a record, which names every array, and the bytes of a note."""
     try:
         content = json.loads(line)
         if {key: content[key] for key in _HEADER} != _HEADER:
             raise ValueError(f"expected a header with {_HEADER}")
         fields = [(str(name), _number_type(kind), tuple(map(int, shape))) for name, kind, shape in content["fields"]]
-        record = np.dtype([*fields, (_CRC, "<u4")])
         size = int(content["note_bytes"])
         if size < _SMALLEST_NOTE:
             raise ValueError(f"notes of {size} bytes")
+        record = np.dtype([*fields, (_CRC, "<u4")])
     except (ValueError, TypeError, KeyError) as error:
         raise DatasetError(f"{path}: is not the journal of a running episode ({error}).") from error
-    steps = (len(body) - _NOTES * size) // record.itemsize
-    if steps <= 0:
-        raise EmptyPartError(f"{path}: holds no complete step.")
-    text = _newest_note(body, size)
-    if text is None:
-        raise DatasetError(f"{path}: what is known about the episode is damaged (its checksum differs).")
-    rows = memoryview(body)[_NOTES * size :]
-    records = np.frombuffer(rows, dtype=record, count=steps)
-    for step in range(steps):
-        row = rows[step * record.itemsize : (step + 1) * record.itemsize - 4]
-        if zlib.crc32(row) != records[_CRC][step]:
-            raise DatasetError(f"{path}: step {step} of {steps} is damaged (its checksum differs).")
-    arrays = {name: np.ascontiguousarray(records[name]) for name, _, _ in fields}
-    return EpisodeInfo.from_json(text, path=path, steps=steps), arrays
+    return record, size
 
 
 def _number_type(text: str) -> np.dtype[Any]:

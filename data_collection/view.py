@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 
 from simtoreal.data_collection.dataset import EPISODES, VIEW, Dataset
 from simtoreal.data_collection.episode import disk_errors
+from simtoreal.data_collection.new_hdf5_file import NewHdf5File
 from simtoreal.envs.files import atomic_path
 
 # robomimic 0.3.0 knows 1 (robosuite), 2 (gym) and 3 (iGibson); ours must be none of them.
@@ -47,20 +49,18 @@ def write_view(dataset: Dataset) -> None:
     Raises:
         DatasetError: a filter is damaged, or the disk is full.
     """
-    with h5py.File("view", "w", driver="core", backing_store=False, libver="latest") as file:
-        data = file.create_group("data")
-        for name, value in expected_view(dataset).items():
-            if name.startswith("data/"):
-                file[name] = h5py.ExternalLink(*value)
-            elif name.startswith("mask/"):
-                file[name] = np.array(value, dtype="S")
-            else:
-                data.attrs[name.removeprefix("data.")] = json.dumps(value) if isinstance(value, dict) else value
-        file.flush()
-        image = file.id.get_file_image()
-    path = dataset.path / VIEW
-    with disk_errors(path), atomic_path(path) as temporary:
-        temporary.write_bytes(image)
+    content, path = expected_view(dataset), dataset.path / VIEW
+    with disk_errors(path), atomic_path(path) as temporary, contextlib.closing(NewHdf5File(temporary)) as target:
+        with h5py.File(target, "w", libver="latest") as file:
+            data = file.create_group("data")
+            for name, value in content.items():
+                if name.startswith("data/"):
+                    file[name] = h5py.ExternalLink(*value)
+                elif name.startswith("mask/"):
+                    file[name] = np.array(value, dtype="S")
+                else:
+                    data.attrs[name.removeprefix("data.")] = json.dumps(value) if isinstance(value, dict) else value
+        target.check()
 
 
 def read_view(file: h5py.File) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -562,6 +563,25 @@ def test_torn_and_damaged_steps_of_a_part(tmp_path: Path) -> None:
     part.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     with pytest.raises(DatasetError, match="step 4 of 10 is damaged"):
         read_part(part)
+
+
+def test_keeping_a_long_take_holds_it_in_memory_once(tmp_path: Path) -> None:
+    info = make_info(1)
+    file = tmp_path / "0.hdf5"
+    take = StreamTake(tmp_path / "0.part", lambda arrays, info: write_episode(file, arrays, info), info)
+    row = {name: array[0] for name, array in make_arrays(1).items()}
+    row["obs/front_image"] = np.zeros((240, 320, 3), np.uint8)
+    for _ in range(100):
+        take.append(row)
+    tracemalloc.start()
+    try:
+        take.keep(info)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 1.2 * 100 * sum(array.nbytes for array in row.values())
+    with h5py.File(file) as stored:
+        assert stored["obs/front_image"].shape == (100, 240, 320, 3)
 
 
 def test_parts_without_content_are_cleared(tmp_path: Path) -> None:

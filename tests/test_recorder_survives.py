@@ -190,8 +190,9 @@ def test_full_disk_is_an_alarm_and_not_an_error(tmp_path: Path) -> None:
         session.record(6)
         health = session.recorder.health
         assert (health["partial"], health["steps"], health["flushed"]) == (True, 10, 4)
+    with FullDisk(1000):
         session.end()  # there is no space for the episode either
-        assert len(session.alarms) == 2
+    assert len(session.alarms) == 2
     assert "the disk is full" in session.alarms[0]
     assert "4 of its steps are safe" in session.alarms[0]
     assert "data recover" in session.recorder.alarm
