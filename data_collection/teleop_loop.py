@@ -49,6 +49,7 @@ class SessionOptions:
         judge: who decides about success: the ``simulation`` (or twin), or the ``operator`` by accepting.
         practice: the arm may be moved between takes, without a recording.
         period_s: control period.
+        longest_steps: of a take, or of practice before the scene is reset, from the first motion on.
         operator: name stored with the episodes until the page says another.
         move: whether the scene moves until the page says otherwise.
     """
@@ -58,6 +59,7 @@ class SessionOptions:
     judge: Literal["simulation", "operator"] = "simulation"
     practice: bool = True
     period_s: float = 0.05
+    longest_steps: int = 2400
     operator: str = "operator"
     move: bool = False
 
@@ -107,7 +109,7 @@ class TeleopSession(Listener):
         self._state, self._decision = READY, ""
         self._after_reset = self._waiting = False
         self._result: EpisodeResult | None = None
-        self._steps, self._success, self._begun = 0, False, False
+        self._steps, self._success, self._begun, self._hint = 0, False, False, ""
         self._verdict: dict[str, Any] | None = None
         self._gauge: float | None = None
         self._coach: Coach | None = None
@@ -188,7 +190,7 @@ class TeleopSession(Listener):
             return
         finally:
             self._hub.interrupt()
-        if recording and self._decision in ("", "finish"):
+        if recording and self._begun and self._decision in ("", "finish"):
             self._finish_take()
         else:
             self._decide()
@@ -196,6 +198,9 @@ class TeleopSession(Listener):
     def _stopped(self) -> bool:
         while self._hub.events and not self._decision:
             self._decision = TRANSITIONS.get((self._state, self._hub.events.popleft()), "")
+            if self._decision == "finish" and not self._begun:
+                self._decision = ""
+                self._hint = "there is nothing to finish yet: the take begins with the first motion"
         return bool(self._decision)
 
     def _forget_events(self) -> None:
@@ -221,7 +226,7 @@ class TeleopSession(Listener):
     def _decide(self) -> None:
         """Act on the operator's decision, or on the end of an episode."""
         decision, self._decision = self._decision, ""
-        note = ""
+        note = "" if decision else self._fault
         self._waiting = not self.options.practice
         if decision in ("accept", "accept_anyway"):
             rejected = self._verdict is not None and not self._verdict["accepted"]
@@ -272,7 +277,7 @@ class TeleopSession(Listener):
     def on_reset(self, slot: int, episode: int, seed: int, observation: Observation, info: dict[str, Any]) -> None:
         """See :class:`~simtoreal.envs.rollout.Listener`."""
         self._forget_events()
-        self._begun = False
+        self._begun, self._hint = False, ""
         self.latest = observation, info
         self._show_scene(observation)
         self._show(state=self._state, instruction=str(info.get("instruction", "")), note=self._remark())
@@ -283,7 +288,7 @@ class TeleopSession(Listener):
             step = dataclasses.replace(step, action=step.info["executed_action"])
         # A take begins with its first motion: waiting for a hand to reach the controls demonstrates nothing.
         if not self._begun and (step.action[0, :6].any() or step.action[0, 6] < 0):
-            self._begun = True
+            self._begun, self._hint = True, ""
             if self._state == RECORDING:
                 self._store.on_reset(0, 0, self._seed, *self.latest)
         self._success = self._success or bool(step.info.get("success", [False])[0])
@@ -291,10 +296,12 @@ class TeleopSession(Listener):
             self._steps += 1
             if self._state == RECORDING:
                 self._record(step)
+            if self._steps >= self.options.longest_steps:
+                self._decision = self._decision or ("finish" if self._state == RECORDING else "reset")
         observation = {key: value[0] for key, value in step.next_observation.items()}
         self.latest = observation, index_info(step.info, 0)
         self._show_scene(observation)
-        self._show(note=str(step.info.get("robot_fault", [""])[0]) or self._remark())
+        self._show(note=str(step.info.get("robot_fault", [""])[0]) or self._remark(self._hint))
 
     def _record(self, step: Step) -> None:
         self._store.on_step(step)

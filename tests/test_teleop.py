@@ -455,12 +455,15 @@ def test_a_slow_machine_skips_periods_and_says_so(monkeypatch):
 
 
 class Script:
-    """An operator who does the next thing of a list whenever the state of the session says so."""
+    """An operator who does the next thing of a list whenever the state of the session says so.
 
-    def __init__(self, hand: Hand, board: Board, lines: list[tuple]) -> None:
+    Before the first motion it lets ``waiting`` steps pass.
+    """
+
+    def __init__(self, hand: Hand, board: Board, lines: list[tuple], waiting: int) -> None:
         self.hand, self.board, self.lines = hand, board, list(lines)
         board.watch(self.look)
-        self.held, self.last, self.last_steps = 0, None, 0
+        self.held, self.last, self.last_steps, self.waiting = 0, None, 0, waiting
 
     def look(self) -> None:
         shown = self.board.snapshot
@@ -475,6 +478,9 @@ class Script:
             self.last, self.last_steps = scene, shown.steps
             self.hand.say(engaged=False, events=events)
         elif shown.state == "recording":
+            self.waiting -= 1
+            if self.waiting >= 0:
+                return
             self.hand.say(engaged=self.held % 10 > 0, motion=[0.3, 0, 0, 0, 0, 0])
             self.held += 1
 
@@ -506,7 +512,7 @@ class Judge:
 
 
 def run_session(
-    folder: Path, lines: list[tuple], *, coach: Judge | None = None, **options
+    folder: Path, lines: list[tuple], *, coach: Judge | None = None, waiting: int = 0, **options
 ) -> tuple[Board, TeleopSession]:
     written = load_task("reach")
     task = dataclasses.replace(written, horizon=400)
@@ -521,7 +527,7 @@ def run_session(
             SessionOptions(task="reach", first_seed=3, operator="Ada", **options), env, hub, page, store, board,
             coaches={False: coach} if coach else None,
         )  # fmt: skip
-        script = Script(hand, board, lines)
+        script = Script(hand, board, lines, waiting)
         thread = threading.Timer(30.0, session.end)
         thread.start()
         session.run()
@@ -561,6 +567,28 @@ def test_takes_are_kept_repeated_and_discarded(tmp_path):
     assert sorted(path.name for path in (tmp_path / "data/episodes").iterdir()) == [f"{name}.hdf5" for name in names]
     assert [row["name"] for row in board.episodes] == names
     assert (board.snapshot.state, board.snapshot.kept) == ("finished", 2)
+
+
+def test_a_take_lasts_from_its_first_motion_on_and_needs_one(tmp_path):
+    notes, original = [], Board.post
+
+    def watch(self, **changes) -> None:
+        original(self, **changes)
+        notes.append((self.snapshot.state, self.snapshot.note))
+
+    lines = [
+        ("ready", 0, ("record",)),
+        ("recording", 0, ("finish",)),  # nothing has happened yet
+        ("review", 12, ("accept",)),  # it has lasted as long as it may
+        ("ready", 0, ("stop",)),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Board, "post", watch)
+        run_session(tmp_path / "data", lines, waiting=30, longest_steps=12)
+    (episode,) = Dataset.open(tmp_path / "data").episodes
+    assert (episode.steps, episode.failure) == (12, "not_reached")
+    assert any(state == "recording" and "nothing to finish" in note for state, note in notes)
+    assert not any(state == "review" and "nothing to finish" in note for state, note in notes)
 
 
 def test_nothing_is_called_ready_or_recording_before_the_scene_is(tmp_path, monkeypatch):

@@ -49,7 +49,7 @@ class Config:
     seed: int = 0
     """First initial condition; a dataset is continued after its last one."""
     seconds: float = 120.0
-    """Longest take."""
+    """Longest take, from its first motion on."""
     image_size: int = 64
     """Height and width of the recorded images in pixels."""
     view_size: int = 256
@@ -98,7 +98,7 @@ class Collection:
     page: PageDevice
     embodiment: Embodiment
     task: TaskSpec
-    """The task as it runs, with the horizon of ``--seconds``."""
+    """The task as it runs, without a horizon: the session ends takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +171,8 @@ def open_collection(config: Config, leaving: Callable[[], None] = lambda: None) 
 
         # Before there is a dataset, a twin or a gate.
         load_robot_config(config.topics).require_fits(embodiment, config.topics)
-    task = dataclasses.replace(written, horizon=max(1, round(config.seconds * embodiment.control_hz)))
+    # A take begins with its first motion, which only the session knows of.
+    task = dataclasses.replace(written, horizon=sys.maxsize)
     motion = load_motion(config.motion)
     reference, coaches, missing = _coaches(config, embodiment, written.name)
     before = sys.getswitchinterval()
@@ -197,6 +198,7 @@ def open_collection(config: Config, leaving: Callable[[], None] = lambda: None) 
             judge=backend.judge,
             practice=backend.judge == "simulation",
             period_s=embodiment.control_period_s,
+            longest_steps=max(1, round(config.seconds * embodiment.control_hz)),
             operator=config.operator.strip(),
             move=config.move,
         )
