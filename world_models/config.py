@@ -162,7 +162,7 @@ class WorldModelTrainerConfig:
     fine_tune_share: float = 1.0
     """With an initial model: this share of the steps of dynamics and classifier. The tokenizer is kept, so that latents
     keep their meaning. Less is quicker; with 0.3 a second model ranked rollouts worse than the first one
-    (docs/world-models.md)."""
+    (docs/world-model-experiments.md)."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """``bf16`` runs matrix work in bfloat16; ``auto`` uses it where the processor has it."""
     checkpoint_every: int = 250

@@ -9,9 +9,6 @@ from torch import Tensor, nn
 from simtoreal.policies.encoders import GROUPS, GroupNorm
 from simtoreal.world_models.config import TokenizerConfig
 
-# Above this, normalised latents are none that an image ever had.
-LATENT_BOUND = 10.0
-
 
 def to_pixels(images: Tensor) -> Tensor:
     """Return uint8 images ``(N, H, W, 3)`` as float32 ``(N, 3, H, W)`` in [-1, 1], channels last in memory."""
