@@ -46,11 +46,13 @@ demo: $(READY)
 ## make test       run the test suite
 # Tests against live robot processes run one by one and mostly wait. What they leave of the cores is used by the others,
 # with the lowest priority: in a session of their own, because Linux weighs sessions before it weighs processes. There
-# are three workers, as some of them wait, too; files stay together, and with them what their tests share.
+# are three workers, as some of them wait, too; files stay together, and with them what their tests share. A worker that
+# crashes is not replaced: pytest-xdist hands its files out by scope and waits forever for the replacement's.
 test: $(READY)
 	@others=$$(mktemp); \
 	setsid env --default-signal=INT nice -n 19 bash -c 'echo 19 2>/dev/null >/proc/self/autogroup || true; exec "$$@"' low-priority \
-	  $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not realtime" >"$$others" 2>&1 & pid=$$!; \
+	  $(BIN)/python -m pytest -n 3 --max-worker-restart 0 --dist loadfile \
+	    --no-loadscope-reorder -m "not realtime" >"$$others" 2>&1 & pid=$$!; \
 	trap 'kill -- -$$pid 2>/dev/null || true; rm -f "$$others"' EXIT; \
 	status=0; \
 	$(BIN)/python -m pytest -m realtime || status=$$?; \
