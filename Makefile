@@ -47,7 +47,7 @@ demo: $(READY)
 # Tests against live robot processes run one by one and mostly wait. What they leave of the cores is used by the others,
 # with the lowest priority: in a session of their own, because Linux weighs sessions before it weighs processes. There
 # are three workers, as some of them wait, too; files stay together, and with them what their tests share. A worker that
-# crashes is not replaced: pytest-xdist hands its files out by scope and waits forever for the replacement's.
+# crashes is not replaced: with files kept together, pytest-xdist would wait forever.
 test: $(READY)
 	@others=$$(mktemp); \
 	setsid env --default-signal=INT nice -n 19 bash -c 'echo 19 2>/dev/null >/proc/self/autogroup || true; exec "$$@"' low-priority \
