@@ -55,7 +55,7 @@ from simtoreal.world_models.cotrain_measurement import World
 from simtoreal.world_models.cotrain_stages import LEARNING, REAL
 from simtoreal.world_models.learned_episodes import learned_seeds
 from simtoreal.world_models.ranking import compare_ranks, rank_rollouts, reached_probability
-from simtoreal.world_models.reward_calibration import LEAST_THRESHOLD, MOST_THRESHOLD, matching_threshold
+from simtoreal.world_models.reward_calibration import MOST_THRESHOLD, matching_threshold
 from simtoreal.world_models.rlco import Rlco
 from simtoreal.world_models.video_data import open_video_data
 from simtoreal.world_models.world_model import WorldModel, fit_world_statistics
@@ -227,19 +227,21 @@ def test_the_policy_succeeds_as_often_in_imagination_as_it_really_did(finished):
 def test_the_matching_threshold_lets_as_many_succeed():
     reached = np.array([0.2, 0.9, 0.4, 0.7])
     for successes in (1, 2, 3):
-        assert (reached >= matching_threshold(reached, successes)).sum() == successes
-    assert matching_threshold(reached, 2) == pytest.approx(0.55)
-    # A model that sees no success anywhere, or everywhere, is not believed whatever it says.
-    assert matching_threshold(np.array([0.01, 0.001]), 1) == LEAST_THRESHOLD
-    assert matching_threshold(np.ones(3), 1) == MOST_THRESHOLD < 1
+        assert (reached >= matching_threshold(reached, successes, 0.05)).sum() == successes
+    assert matching_threshold(reached, 2, 0.05) == pytest.approx(0.55)
+    # What the classifier takes for a failure is none the better for succeeding really.
+    assert matching_threshold(reached, 3, 0.5) == 0.5
+    assert matching_threshold(np.array([0.01, 0.001]), 1, 0.4) == 0.4
+    # A model that sees success everywhere is not believed.
+    assert matching_threshold(np.ones(3), 1, 0.5) == MOST_THRESHOLD < 1
     # Policies that always or never succeeded.
-    assert matching_threshold(reached, 0) == pytest.approx(0.95)
-    assert matching_threshold(reached, 4) == pytest.approx(0.1)
+    assert matching_threshold(reached, 0, 0.05) == pytest.approx(0.95)
+    assert matching_threshold(reached, 4, 0.05) == pytest.approx(0.1)
     # Where many reach the same, the nearer number, and of two as near the stricter.
     tied = np.array([0.9, 0.9, 0.9, 0.3])
-    assert [(tied >= matching_threshold(tied, count)).sum() for count in range(5)] == [0, 0, 3, 3, 4]
+    assert [(tied >= matching_threshold(tied, count, 0.05)).sum() for count in range(5)] == [0, 0, 3, 3, 4]
     tied = np.array([0.9, 0.9])
-    assert (tied >= matching_threshold(tied, 1)).sum() == 0
+    assert (tied >= matching_threshold(tied, 1, 0.05)).sum() == 0
 
 
 def test_rollouts_that_could_not_be_imagined_do_not_count_in_the_ranking(finished, monkeypatch):

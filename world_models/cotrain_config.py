@@ -72,8 +72,8 @@ class WovrConfig:
     rollouts as reality does? 0 leaves it out. These real episodes are counted as evaluation."""
     calibrated_episodes: int = 0
     """Real episodes of the policy that practises, at most, whose beginnings it begins in once more, in imagination: the
-    classifier's threshold becomes that at which it succeeds as often there as it really did. 0 keeps the one that is
-    best for held-out episodes under their real actions, which says little about a policy that acts in imagination."""
+    classifier's threshold rises until it succeeds no more often there than it really did. 0 keeps the one that is best
+    for held-out episodes under their real actions, which says little about a policy that acts in imagination."""
     graded: bool = False
     """Reward not only success but how close to it a rollout came (log-odds of the classifier): of rollouts that all
     fail, some are better than others, and a classifier that errs near its threshold still orders rollouts well."""

@@ -1,7 +1,8 @@
-"""From which probability on imagined success counts: such that a policy succeeds as often as it really did.
+"""From which probability on imagined success counts: such that a policy succeeds no more often than it really did.
 
 Held-out episodes calibrate the classifier under the actions that were really taken. A policy that acts in imagination
 sees other pictures and does other things, and a model that is right under given actions may be far too kind to it.
+Where it is too strict instead, its threshold stays: a lower one rewards what the classifier takes for a failure.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from simtoreal.world_models.checkpoint import LoadedWorldModel, save_world_model
 from simtoreal.world_models.classifier import highest_threshold
 from simtoreal.world_models.vector_env import WorldModelVectorEnv
 
-# Below, the classifier itself finds failure much more likely, whatever the rates are; above, probabilities are rounded.
-LEAST_THRESHOLD, MOST_THRESHOLD = 0.05, 1 - 1e-6
+# Above, probabilities are rounded.
+MOST_THRESHOLD = 1 - 1e-6
 # No probability reaches it, so that imagined episodes go on to their horizon.
 NEVER = 2.0
 
@@ -43,6 +44,8 @@ class _Reached(Listener):
 def calibrate_reward(env: WorldModelVectorEnv, actor: Actor, success: np.ndarray) -> tuple[dict[str, Any], int]:
     """Return the threshold at which a policy succeeds as often in imagination as it really did, and the steps it took.
 
+    It is never below the classifier's own one.
+
     Args:
         env: seed s begins where real episode s of this policy began, for s from 0.
         actor: the policy, with the noise that it had in reality.
@@ -60,7 +63,7 @@ def calibrate_reward(env: WorldModelVectorEnv, actor: Actor, success: np.ndarray
     finally:
         env.threshold = before
     reached = np.array([highest_threshold(listener.probability[row], env.consecutive) for row in range(len(success))])
-    threshold = matching_threshold(reached, int(success.sum()))
+    threshold = matching_threshold(reached, int(success.sum()), before)
     found = {
         "threshold": threshold, "before": before, "episodes": len(success), "real": float(success.mean()),
         "imagined": float((reached >= threshold).mean()), "imagined_before": float((reached >= before).mean()),
@@ -88,18 +91,19 @@ def save_calibrated(loaded: LoadedWorldModel, found: Mapping[str, Any], run: Pat
     )  # fmt: skip
 
 
-def matching_threshold(reached: np.ndarray, successes: int) -> float:
-    """Return the threshold that ``successes`` of the episodes reach, or as nearly as many as a sensible one allows.
+def matching_threshold(reached: np.ndarray, successes: int, least: float) -> float:
+    """Return the threshold from ``least`` on that ``successes`` of the episodes reach, or as nearly as many as possible.
 
     Of two that miss by as much, the stricter one: a reward that is too kind is exploited.
 
     Args:
         reached: ``(E,)`` probability that every episode reaches.
         successes: from 0 to E.
+        least: smallest threshold.
     """
     ordered = np.unique(reached)
     between = [ordered[:1] / 2, (ordered[:-1] + ordered[1:]) / 2, (ordered[-1:] + 1) / 2]
-    candidates = np.clip(np.concatenate(between), LEAST_THRESHOLD, MOST_THRESHOLD)
+    candidates = np.clip(np.concatenate(between), least, MOST_THRESHOLD)
     beyond = (reached >= candidates[:, None]).sum(1) - successes
     nearest = np.flatnonzero(np.abs(beyond) == np.abs(beyond).min())
     strict = nearest[beyond[nearest] <= 0]
