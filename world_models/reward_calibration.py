@@ -92,7 +92,7 @@ def save_calibrated(loaded: LoadedWorldModel, found: Mapping[str, Any], run: Pat
 
 
 def matching_threshold(reached: np.ndarray, successes: int, least: float) -> float:
-    """Return the threshold from ``least`` on that ``successes`` of the episodes reach, or as nearly as many as possible.
+    """Return the threshold from ``least`` on that ``successes`` of the episodes reach, or as nearly as many as can be.
 
     Of two that miss by as much, the stricter one: a reward that is too kind is exploited.
 
