@@ -149,6 +149,16 @@ def profiles() -> dict[str, Profile]:
     }
 
 
+# What an arm changes, and no stage that it adopts depends on.
+VARIED = {
+    "imitation": ("iterations", "imitation_rollouts"),
+    "no_imitation": ("imitation_rollouts", "rollouts"),
+    "no_kir": ("keyframes.share",),
+    "no_pace": ("refreshes", "iterations"),
+    "no_pace_equal": ("refreshes", "iterations", "rollouts"),
+}
+
+
 def wovr_of(name: str, profile: Profile) -> WovrConfig:
     """Settings of an arm's loop."""
     full = profile.wovr
@@ -197,7 +207,8 @@ def execute(name: str, task: str, seed: int, profile: Profile, output: Path, dev
             "calibrate_model_0": not profile.wovr.calibrated_episodes,
             "rank_model_0": not profile.wovr.ranked_starts,
         }
-        loop.adopt(folder / "full", [stage for stage in shared[name] if not left_out.get(stage)])
+        adopted = [stage for stage in shared[name] if not left_out.get(stage)]
+        loop.adopt(folder / "full", adopted, [f"wovr.{setting}" for setting in VARIED[name]])
     loop.run()
 
 

@@ -259,7 +259,8 @@ class _Collector:
             if not active.any():
                 break
             left = self.policy.config.execute_steps - offset
-            self.env.unwrapped.images_wanted = left <= self.images_read
+            # An episode's last picture is always drawn, but not the one before it, which some policies look at, too.
+            self.env.unwrapped.images_wanted = left <= self.images_read or self.images_read > 1
             decision["reward"][active] += self.step(slots[active], chunk[active, offset])
             decision["executed"][active] += 1
         decision["log_prob"] = executed_log_prob(sample.log_prob.cpu(), torch.from_numpy(decision["executed"]))

@@ -125,7 +125,12 @@ def window_probabilities(
     if weighting.method == "uniform":
         return None
     if weighting.method == "top":
-        chosen = np.argsort(-np.asarray(returns), kind="stable")[: math.ceil(TOP_SHARE * len(returns))]
+        values = np.asarray(returns)
+        if not np.ptp(values):
+            return None
+        chosen = np.argsort(-values, kind="stable")[: math.ceil(TOP_SHARE * len(values))]
+        # Where fewer succeed, the rest of the tenth would be failures, in the order of their files.
+        chosen = chosen[values[chosen] > values.min()]
         unnormalized = np.isin(episode, chosen).astype(np.float64)
     else:
         weights = episode_weights(weighting.method, returns, beginnings)

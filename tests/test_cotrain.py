@@ -377,6 +377,14 @@ def test_interrupted_anywhere_it_ends_as_if_nothing_had_happened(finished, data,
     assert (tmp_path / "results.json").stat().st_mtime_ns > before
     with pytest.raises(ConfigError, match=r"wovr\.iterations: 2 there, 3 now"):
         wovr(tmp_path, data, policy, config=dataclasses.replace(WOVR, iterations=3)).run()
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    (tmp_path / "settings.json").write_text(json.dumps({**settings, "task_digest": "of another goal"}))
+    with pytest.raises(ConfigError, match="task_digest: of another goal there"):
+        wovr(tmp_path, data, policy).run()
+    # Earlier versions did not note it.
+    del settings["task_digest"]
+    (tmp_path / "settings.json").write_text(json.dumps(settings))
+    wovr(tmp_path, data, policy).run()
 
 
 def test_arms_of_a_comparison_share_what_they_have_in_common(finished, data, policy, tmp_path):
@@ -386,9 +394,13 @@ def test_arms_of_a_comparison_share_what_they_have_in_common(finished, data, pol
     arm = wovr(tmp_path / "arm", data, policy, config=config, measurement=measurement)
     begun = ("demonstrations", "measure_base", "rollouts_0", "world_model_0", "calibrate_model_0")
     shared = [*begun, "measure_model_0", "reinforcement_0_2"]
+    varied = ["wovr.refreshes", "wovr.iterations", "measurement.every"]
     with pytest.raises(ConfigError, match="has not finished its stage 'measure_policy_7'"):
-        arm.adopt(finished, [*shared, "measure_policy_7"])
-    arm.adopt(finished, shared)
+        arm.adopt(finished, [*shared, "measure_policy_7"], varied)
+    with pytest.raises(ConfigError, match=r"other settings:\n  wovr\.refreshes: 1 there, 0 now\n"):
+        arm.adopt(finished, shared, varied[1:])
+    assert not (tmp_path / "arm").exists()
+    arm.adopt(finished, shared, varied)
     results = arm.run()
     assert results["real_episodes"] == 16
     old = results_of(finished)["iterations"]
@@ -412,7 +424,8 @@ def test_what_succeeded_really_is_demonstrated_too(finished, data, policy, tmp_p
     )
     output = tmp_path / "arm"
     arm = wovr(output, data, policy, config=config)
-    arm.adopt(finished, ["demonstrations", "measure_base"])
+    varied = ("iterations", "imitation_rollouts", "imitation", "refreshes", "ranked_starts")
+    arm.adopt(finished, ["demonstrations", "measure_base"], [f"wovr.{name}" for name in varied])
     # The policy of these tests never succeeds, so others collect in its place.
     make_world_data(output / "imitation_rollouts", episodes=8, seed=100)
     taken = {"world": "real", "purpose": "learning", "episodes": 8, "steps": 100}

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from gymnasium.vector import AutoresetMode
 from point_policy import TrickyPointEnv, point_policy, teach
 from point_world import HORIZON, PointVectorEnv
+from toy_reaching import small_vision
 
+from simtoreal.envs import load_task
 from simtoreal.envs.errors import ConfigError, EmbodimentMismatchError, SimtorealError
 from simtoreal.envs.panda import panda_embodiment
 from simtoreal.envs.tabletop_vector import TabletopVectorEnv
@@ -162,12 +166,13 @@ def test_environments_that_do_not_fit_are_refused(policy):
         Starts(seeds=(), groups=np.arange(0))
 
 
+class Drawing(TabletopVectorEnv):
+    """Draws always."""
+
+    images_wanted = property(lambda self: True, lambda self, value: None)
+
+
 def test_images_between_decisions_are_neither_drawn_nor_missed():
-    class Drawing(TabletopVectorEnv):
-        """Draws always, and counts."""
-
-        images_wanted = property(lambda self: True, lambda self, value: None)
-
     class Saving(TabletopVectorEnv):
         drawn = 0
 
@@ -186,3 +191,17 @@ def test_images_between_decisions_are_neither_drawn_nor_missed():
         assert torch.equal(getattr(drawing, name), getattr(saving, name)), name
     # The first images, and one per decision.
     assert Saving.drawn == 4 + len(saving.reward)
+
+
+def test_a_policy_that_looks_at_two_pictures_sees_both_where_an_episode_is_cut_off():
+    """The horizon lies within a chunk: the last picture is always drawn, and the one before it is looked at, too."""
+    policy = point_policy(
+        image_keys=("front_image",), observation_steps=2, vision=dataclasses.replace(small_vision(), image_steps=2)
+    )
+    task, found = dataclasses.replace(load_task("reach"), horizon=2 * policy.config.execute_steps + 3), []
+    for kind in (Drawing, TabletopVectorEnv):
+        env = kind(task, 2, image_size=16, autoreset_mode=AutoresetMode.DISABLED)
+        rollouts = collect(env, policy, Starts.repeated(range(2), 1), max_chunks=6, keep_observations=False)
+        found.append(rollouts.last_features)
+        env.close()
+    assert torch.equal(*found)

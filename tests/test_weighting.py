@@ -80,6 +80,15 @@ def test_top_keeps_the_best_tenth():
         window_probabilities(Weighting(method="top"), returns, np.zeros((25, 1)), np.zeros(4, int))
 
 
+def test_top_takes_no_failures_when_fewer_than_a_tenth_succeed():
+    returns = np.zeros(40)
+    returns[[7, 30]] = 0.5, 0.4
+    episode = np.repeat(np.arange(40), 3)
+    found = window_probabilities(Weighting(method="top"), returns, np.zeros((40, 1)), episode)
+    assert set(episode[found > 0]) == {7, 30}
+    assert window_probabilities(Weighting(method="top"), np.ones(40), np.zeros((40, 1)), episode) is None
+
+
 @pytest.mark.parametrize("changes", [{"method": "best"}, {"temperature": 0.0}, {"temperature": float("inf")}])
 def test_settings_out_of_range_are_refused(changes):
     with pytest.raises(ConfigError, match="expected"):

@@ -15,7 +15,7 @@ from gymnasium.vector import VectorEnv
 from simtoreal.data_collection.rollouts import record_rollouts
 from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.task import TaskSpec
-from simtoreal.evaluation.evaluate import evaluate
+from simtoreal.evaluation.evaluate import evaluate, task_digest
 from simtoreal.evaluation.policies import checkpoint_digest, load_actor, training_seeds
 from simtoreal.evaluation.results import read_episodes
 from simtoreal.policies.checkpoint import find_checkpoint
@@ -239,7 +239,8 @@ class Measurements:
         identity = {
             "task": task.name, "label": loaded.config.type, "policy": self.name_of(policy),
             "checkpoint": checkpoint_digest(loaded.folder), "horizon": task.horizon, "backend": backend,
-            "first_seed": self.config.first_seed, "policy_seed": self.seed, **settings,
+            "first_seed": self.config.first_seed, "policy_seed": self.seed,
+            "task_digest": task_digest(task), **settings,
         }  # fmt: skip
         return evaluate(env, actor, self.seeds, folder, identity, videos=self.config.videos)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.files import write_json
+from simtoreal.evaluation.evaluate import DIGESTS
 from simtoreal.evaluation.results import require_own_folder
 
 RECORDS, SETTINGS = "stages", "settings.json"
@@ -100,7 +101,9 @@ class Stages:
         return {key: rows[-1][key] if rows else 0 for key in ("real_episodes", "real_steps")}
 
 
-def adopt_stages(source: Path, output: Path, names: Sequence[str], settings: Mapping[str, Any]) -> None:
+def adopt_stages(
+    source: Path, output: Path, names: Sequence[str], settings: Mapping[str, Any], varied: Sequence[str] = ()
+) -> None:
     """Begin a co-training in ``output`` with finished stages of another one, which had the same settings for them.
 
     Nothing is done if ``output`` exists. Files are linked, not copied: both must lie on the same file system.
@@ -110,12 +113,17 @@ def adopt_stages(source: Path, output: Path, names: Sequence[str], settings: Map
         output: folder that appears whole or not at all.
         names: of the stages.
         settings: of the new co-training.
+        varied: settings that may differ, because none of these stages depends on them, such as
+            ``wovr.iterations``; with all that is below them.
 
     Raises:
-        ConfigError: a stage is not finished there.
+        ConfigError: a stage is not finished there, or other settings differ.
     """
     if output.exists():
         return
+    settings = json.loads(json.dumps(settings))
+    if (source / SETTINGS).exists():
+        _refuse_differences(source, settings, varied, "Begin with the same ones, or in a new folder.")
     temporary = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     (temporary / RECORDS).mkdir(parents=True)
@@ -129,7 +137,7 @@ def adopt_stages(source: Path, output: Path, names: Sequence[str], settings: Map
         if folder is not None and not (temporary / folder).exists():
             ignored = shutil.ignore_patterns(".lock")
             shutil.copytree(source / folder, temporary / folder, symlinks=True, ignore=ignored, copy_function=os.link)
-    write_json(temporary / SETTINGS, json.loads(json.dumps(settings)))
+    write_json(temporary / SETTINGS, settings)
     os.replace(temporary, output)
 
 
@@ -140,20 +148,28 @@ def _require_same(path: Path, settings: dict[str, Any]) -> None:
         require_own_folder(path.parent, "cotrain")
         write_json(path, settings)
         return
+    _refuse_differences(path.parent, settings, (), "Continue with the same ones, or choose another --output.")
+
+
+def _refuse_differences(folder: Path, settings: Mapping[str, Any], varied: Sequence[str], remedy: str) -> None:
+    path = folder / SETTINGS
     try:
         stored = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(f"{path} is damaged ({error}); choose another --output") from error
-    lines = _differences("", stored, settings)
+    # Earlier versions did not note every digest; nobody knows those of what they did.
+    now = {key: value for key, value in settings.items() if key not in DIGESTS or key in stored}
+    lines = [
+        f"{key}: {text}"
+        for key, text in _differences("", stored, now)
+        if not any(f"{key}.".startswith(f"{name}.") for name in varied)
+    ]
     if lines:
         listed = "\n  ".join(lines)
-        raise ConfigError(
-            f"{path.parent} holds a co-training with other settings:\n  {listed}\n"
-            "Continue with the same ones, or choose another --output."
-        )
+        raise ConfigError(f"{folder} holds a co-training with other settings:\n  {listed}\n{remedy}")
 
 
-def _differences(prefix: str, stored: Any, now: Any) -> list[str]:
+def _differences(prefix: str, stored: Any, now: Any) -> list[tuple[str, str]]:
     if isinstance(stored, dict) and isinstance(now, dict):
         keys: Sequence[str] = [*stored, *(key for key in now if key not in stored)]
         return [
@@ -161,4 +177,4 @@ def _differences(prefix: str, stored: Any, now: Any) -> list[str]:
             for key in keys
             for line in _differences(f"{prefix}.{key}" if prefix else key, stored.get(key), now.get(key))
         ]
-    return [] if stored == now else [f"{prefix}: {stored} there, {now} now"]
+    return [] if stored == now else [(prefix, f"{stored} there, {now} now")]

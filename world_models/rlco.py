@@ -18,6 +18,7 @@ from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.writer import lock_folder
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError
+from simtoreal.evaluation.evaluate import task_digest
 from simtoreal.evaluation.policies import checkpoint_digest
 from simtoreal.policies.checkpoint import find_checkpoint, load_policy, plain_config
 from simtoreal.policies.exploring_actor import require_denoising
@@ -160,7 +161,8 @@ class Rlco:
 
     def _settings(self) -> dict[str, Any]:
         return {
-            "method": "rlco", "task": self.real.task.name, "real": dict(self.real.settings), "seed": self.seed,
+            "method": "rlco", "task": self.real.task.name, "task_digest": task_digest(self.real.task),
+            "real": dict(self.real.settings), "seed": self.seed,
             "practice": dict(self.practice.settings),
             "policy": checkpoint_digest(find_checkpoint(self.policy)) if self.policy else None,
             "world_model": checkpoint_digest(find_checkpoint(self.world_model)) if self.world_model else None,

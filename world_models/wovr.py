@@ -24,6 +24,7 @@ from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.rollouts import record_rollouts
 from simtoreal.data_collection.writer import lock_folder
 from simtoreal.envs.rollout import Actor
+from simtoreal.evaluation.evaluate import task_digest
 from simtoreal.evaluation.policies import checkpoint_digest
 from simtoreal.policies.actor import PolicyActor
 from simtoreal.policies.checkpoint import LoadedPolicy, find_checkpoint, load_policy, plain_config
@@ -128,13 +129,18 @@ class Wovr:
         )
         self._data: tuple[int, VideoData] | None = None
 
-    def adopt(self, source: Path, stages: Sequence[str]) -> None:
+    def adopt(self, source: Path, stages: Sequence[str], varied: Sequence[str] = ()) -> None:
         """Begin with finished ``stages`` of the co-training in ``source``, if nothing is here yet.
 
+        Args:
+            source: folder of the other co-training.
+            stages: names.
+            varied: settings that may differ there, because none of these stages depends on them.
+
         Raises:
-            ConfigError: a stage is not finished there.
+            ConfigError: a stage is not finished there, or other settings differ.
         """
-        adopt_stages(source, self.output, stages, self._settings())
+        adopt_stages(source, self.output, stages, self._settings(), varied)
 
     def run(self) -> dict[str, Any]:
         """Do the stages that are left; return and write the results."""
@@ -161,7 +167,8 @@ class Wovr:
 
     def _settings(self) -> dict[str, Any]:
         return {
-            "method": "wovr", "task": self.real.task.name, "real": dict(self.real.settings), "seed": self.seed,
+            "method": "wovr", "task": self.real.task.name, "task_digest": task_digest(self.real.task),
+            "real": dict(self.real.settings), "seed": self.seed,
             "policy": checkpoint_digest(self.loaded.folder),
             "demonstrations": [list(size) for size in self.data_sizes],
             "world_model": checkpoint_digest(find_checkpoint(self.world_model)) if self.world_model else None,
