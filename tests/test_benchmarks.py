@@ -1,0 +1,109 @@
+"""What the benchmarks share: fair timing, names of results, and parts that an earlier run left."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import interleaved
+import parts
+
+
+def test_every_timed_run_begins_with_the_same_and_the_order_rotates():
+    state, begun = {"a": 0, "b": 0}, []
+
+    def arm(name: str):
+        def run() -> None:
+            begun.append((name, state[name]))
+            state[name] += 1
+
+        return run
+
+    seconds = interleaved.time_rounds({"a": arm("a"), "b": arm("b")}, 2, prepare=lambda: state.update(a=0, b=0))
+    assert begun == [(name, 0) for name in "ababba"]
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 2, "b": 2}
+
+
+def test_only_the_defaults_give_a_benchmarks_own_result():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--policies", nargs="+", default=["bc"])
+    parser.add_argument("--seeds", type=int, default=3)
+
+    def name(*arguments: str) -> str:
+        return interleaved.result_name("study", parser, parser.parse_args(arguments), "policies", "seeds")
+
+    assert name() == name("--policies", "bc", "--seeds", "3") == "study"
+    assert name("--seeds", "1") == "study_seeds_1"
+    assert name("--policies", "bc", "diffusion") == "study_policies_bc_diffusion"
+
+
+def make(path: Path, settings: dict, commit: str, monkeypatch: pytest.MonkeyPatch) -> parts.Part:
+    """A part, as a session with code of ``commit`` makes it in two seconds."""
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr(parts, "git_commit", lambda: commit)
+    monkeypatch.setattr(parts.time, "perf_counter", lambda: next(clock))
+    with parts.part(path, settings) as found:
+        if not found.finished:
+            path.write_text("made")
+    return found
+
+
+def test_a_part_is_read_again_only_with_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, settings = tmp_path / "seed_1", {"steps": 100, "policy": {"loss": "l2", "keys": ("a", "b")}}
+    assert not make(path, settings, "one", monkeypatch).commits[1:]
+    again = make(path, settings, "two", monkeypatch)
+    assert (again.finished, again.seconds, again.commits) == (True, 2.0, ["one"]), "reading makes nothing"
+    changed = {**settings, "policy": {**settings["policy"], "loss": "l1"}}
+    with pytest.raises(SystemExit, match=r"seed_1: .*policy\.loss: 'l2' there, 'l1' now\)\. Delete it, or .* --output"):
+        make(path, changed, "two", monkeypatch)
+    path.unlink()
+    assert make(path, changed, "two", monkeypatch).commits == ["two"], "what was deleted is made anew"
+    (tmp_path / "seed_1.settings.json").unlink()
+    with pytest.raises(SystemExit, match=r"there is no seed_1\.settings\.json"):
+        make(path, changed, "two", monkeypatch)
+
+
+def test_an_interrupted_part_goes_on_with_its_seconds_and_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, settings = tmp_path / "run", {"steps": 100}
+    clock = iter([10.0, 13.0])
+    monkeypatch.setattr(parts, "git_commit", lambda: "one")
+    monkeypatch.setattr(parts.time, "perf_counter", lambda: next(clock))
+
+    def interrupted() -> None:
+        with parts.part(path, settings):
+            path.mkdir()
+            (path / "checkpoint").touch()
+            assert json.loads((tmp_path / "run.settings.json").read_text())["settings"] == settings, "killed or not"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not parts.find_part(path, settings).finished
+    with pytest.raises(SystemExit, match="steps: 100 there, 200 now"):
+        parts.find_part(path, {"steps": 200})
+    clock = iter([20.0, 22.0])
+    monkeypatch.setattr(parts, "git_commit", lambda: "two")
+    with parts.part(path, settings) as found:
+        assert not found.finished
+    assert (found.finished, found.seconds, found.commits) == (True, 5.0, ["one", "two"])
+
+
+def test_a_result_sums_its_parts_and_names_their_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(interleaved, "RESULTS", tmp_path)
+    old = parts.Part({}, seconds=3.0, commits=["0123456789abcdef-dirty"], finished=True)
+    new = parts.Part({}, seconds=4.0, commits=[parts.git_commit()], finished=True)
+
+    def write(*made: parts.Part) -> dict:
+        path = interleaved.write_benchmark("x", "?", {}, [], seconds=0.5, notes="As always.", parts=made)
+        return json.loads(path.read_text())
+
+    assert (write(new)["seconds"], write(new)["notes"]) == (4.5, "As always.")
+    mixed = write(old, new)
+    assert mixed["seconds"] == 7.5
+    assert mixed["notes"][0] == "As always."
+    assert "commits 0123456789ab-dirty, " in mixed["notes"][1]
