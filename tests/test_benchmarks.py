@@ -12,6 +12,10 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import interleaved
 import parts
+import rlir
+import world_model
+
+from simtoreal.data_collection.dataset import Dataset
 
 
 def test_every_timed_run_begins_with_the_same_and_the_order_rotates():
@@ -107,3 +111,27 @@ def test_a_result_sums_its_parts_and_names_their_commits(tmp_path: Path, monkeyp
     assert mixed["seconds"] == 7.5
     assert mixed["notes"][0] == "As always."
     assert "commits 0123456789ab-dirty, " in mixed["notes"][1]
+
+
+def test_an_interrupted_collection_is_not_taken_for_a_complete_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def interrupted(env, actor, seeds, listeners):
+        original(env, actor, seeds[:1], listeners=listeners)
+        raise KeyboardInterrupt
+
+    original = world_model.rollout
+    monkeypatch.setattr(world_model, "TASK", "reach")
+    monkeypatch.setattr(world_model, "rollout", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        world_model.collect(tmp_path / "data", 3, 0, disturbed=True)
+    monkeypatch.setattr(world_model, "rollout", original)
+    for _ in range(2):
+        folder = world_model.collect(tmp_path / "data", 3, 0, disturbed=True)
+        assert sorted(episode.seed for episode in Dataset.open(folder).episodes) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("benchmark", [world_model, rlir])
+def test_settings_of_the_profiles_can_be_stored_and_differ(benchmark, tmp_path: Path):
+    for name, profile in benchmark.PROFILES.items():
+        stored = parts.find_part(tmp_path / name, benchmark.settings_of(profile))
+        assert stored.settings["profile"]["preset"] == profile.preset
+        assert stored.settings == parts.find_part(tmp_path / name, benchmark.settings_of(profile)).settings
