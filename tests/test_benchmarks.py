@@ -7,9 +7,11 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import compatibility_study
 import interleaved
 import parts
 import rlir
@@ -135,3 +137,12 @@ def test_settings_of_the_profiles_can_be_stored_and_differ(benchmark, tmp_path: 
         stored = parts.find_part(tmp_path / name, benchmark.settings_of(profile))
         assert stored.settings["profile"]["preset"] == profile.preset
         assert stored.settings == parts.find_part(tmp_path / name, benchmark.settings_of(profile)).settings
+
+
+def test_the_learner_of_reach2d_sees_the_position_only():
+    env = compatibility_study.state_env("reach2d", 2, position=True)
+    env.reset(seed=0)
+    proprio = env.step(np.full((2, 7), 0.5, np.float32))[0]["proprio"]
+    env.close()
+    assert (proprio[:, :3] != 0).all()
+    assert (proprio[:, 3:] == 0).all()
