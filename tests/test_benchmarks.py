@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import compatibility_study
 import interleaved
+import move
 import parts
 import rlir
 import world_model
@@ -146,3 +148,47 @@ def test_the_learner_of_reach2d_sees_the_position_only():
     env.close()
     assert (proprio[:, :3] != 0).all()
     assert (proprio[:, 3:] == 0).all()
+
+
+def finish(run: move.Run, output: Path, episodes: int) -> None:
+    """A run of benchmarks/move.py, without the work."""
+    entry = {
+        "task": run.task, "arm": run.arm, "budget": run.budget, "seed": run.seed, "episodes": episodes,
+        "placements": [move._placement(move.load_task(run.task), seed) for seed in range(4)],
+        "init_ids": [4, 5, 6, 7], "successes": [True, False, run.arm == move.MOVE, False],
+    }  # fmt: skip
+    with parts.part(move.result_of(run, output), move.settings_of(run)):
+        interleaved.write_json(move.result_of(run, output), entry)
+
+
+def test_move_publishes_under_its_own_name_only_when_every_run_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    results, work = tmp_path / "results", tmp_path / "work"
+    monkeypatch.setattr(interleaved, "RESULTS", results)
+    monkeypatch.setattr(move, "RESULTS", results)
+    still = move.Run(task="reach", arm=move.STATIC, budget=4000, seed=0)
+    moving = dataclasses.replace(still, arm=move.MOVE, motion=move.SCENE_MOTIONS["move"])
+    other = dataclasses.replace(moving, seed=1)
+    runs = [still, moving, dataclasses.replace(still, arm=move.SAME_EPISODES), other]
+    monkeypatch.setattr(move, "planned", lambda: runs)
+    finish(still, work, 40)
+    move.summarize(work)
+    assert "nothing is written" in capsys.readouterr().out
+    finish(moving, work, 41)
+    move.summarize(work)
+    assert [file.name for file in results.iterdir()] == ["move_partial.json"]
+    finish(other, work, 41)
+    move.summarize(work)
+    # Nearly as many episodes: the third arm is not another one.
+    assert [file.name for file in results.iterdir()] == ["move.json"]
+    monkeypatch.setattr(move, "BATCH", 16)
+    with pytest.raises(SystemExit, match=r"trainer\.batch_size: 32 there, 16 now"):
+        move.summarize(work)
+
+
+def test_the_task_of_move_is_written_anew_when_it_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert move.load_task(move.write_slow_task("reach", tmp_path / "work")).horizon == move.HORIZON
+    monkeypatch.setattr(move, "HORIZON", 123)
+    assert move.load_task(move.write_slow_task("reach", tmp_path / "work")).horizon == 123
+    assert [file.name for file in (tmp_path / "work").iterdir()] == ["reach.yaml"]
