@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from interleaved import write_benchmark
+from parts import Part
 
 import simtoreal.configs
 from simtoreal.commands import cotrain
@@ -126,6 +127,23 @@ def read_results(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
+def parts_of(results: Iterable[Mapping[str, Any]]) -> list[Part]:
+    """Finished arms as parts of a result; a stage that several arms begin with is of the first one.
+
+    Args:
+        results: content of their ``results.json``; the record of an adopted stage is a copy, to the last digit of its
+            seconds.
+    """
+    counted: set[tuple[str, float]] = set()
+    parts = []
+    for content in results:
+        stages = set(content["stages"].items()) if "stages" in content else {("", content["seconds"])}
+        commits = [content["provenance"]["commit"]] if "provenance" in content else []
+        parts.append(Part({}, sum(seconds for _, seconds in stages - counted), commits, finished=True))
+        counted |= stages
+    return parts
+
+
 def say(name: str) -> Callable[[str], None]:
     """Print lines with the name of the arm before them."""
     return lambda text: print(f"{name}: {text}", flush=True)
@@ -133,7 +151,7 @@ def say(name: str) -> Callable[[str], None]:
 
 def store(
     name: str, question: str, metric: str, comparison: Mapping[str, Any], baseline: str, arms: Iterable[Any],
-    *, seconds: float, seeds: Iterable[int], notes: list[str],
+    *, parts: list[Part], seeds: Iterable[int], notes: list[str],
 ) -> None:  # fmt: skip
     """Write the benchmark's JSON."""
     headline = {"metric": metric, "baseline_name": baseline, **comparison}
@@ -142,8 +160,8 @@ def store(
         question,
         headline,
         list(arms),
-        seconds=seconds,
+        parts=parts,
         seeds=list(seeds),
-        notes=notes,  # type: ignore[arg-type]
+        notes=notes,
     )
     print(f"wrote {path}")

@@ -13,6 +13,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import compatibility_study
+import cotraining_study
 import interleaved
 import move
 import parts
@@ -192,3 +193,10 @@ def test_the_task_of_move_is_written_anew_when_it_changed(tmp_path: Path, monkey
     monkeypatch.setattr(move, "HORIZON", 123)
     assert move.load_task(move.write_slow_task("reach", tmp_path / "work")).horizon == 123
     assert [file.name for file in (tmp_path / "work").iterdir()] == ["reach.yaml"]
+
+
+def test_a_stage_that_arms_have_in_common_is_counted_once():
+    full = {"seconds": 7.25, "stages": {"measure_base": 2.25, "rollouts_0": 5.0}, "provenance": {"commit": "one"}}
+    adopting = {"seconds": 5.25, "stages": {"measure_base": 2.25, "rollouts_0": 3.0}, "provenance": {"commit": "two"}}
+    found = cotraining_study.parts_of([full, adopting, {"seconds": 4.0}])
+    assert [(one.seconds, one.commits) for one in found] == [(7.25, ["one"]), (3.0, ["two"]), (4.0, [])]
