@@ -127,23 +127,6 @@ def read_results(folder: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def parts_of(results: Iterable[Mapping[str, Any]]) -> list[Part]:
-    """Finished arms as parts of a result; a stage that several arms begin with is of the first one.
-
-    Args:
-        results: content of their ``results.json``; the record of an adopted stage is a copy, to the last digit of its
-            seconds.
-    """
-    counted: set[tuple[str, float]] = set()
-    parts = []
-    for content in results:
-        stages = set(content["stages"].items()) if "stages" in content else {("", content["seconds"])}
-        commits = [content["provenance"]["commit"]] if "provenance" in content else []
-        parts.append(Part({}, sum(seconds for _, seconds in stages - counted), commits, finished=True))
-        counted |= stages
-    return parts
-
-
 def say(name: str) -> Callable[[str], None]:
     """Print lines with the name of the arm before them."""
     return lambda text: print(f"{name}: {text}", flush=True)

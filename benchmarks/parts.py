@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +88,31 @@ def part(path: Path, settings: Mapping[str, Any]) -> Iterator[Part]:
         write_json(_note_of(path), dataclasses.asdict(found))
 
 
+def parts_of(results: Iterable[Mapping[str, Any]]) -> list[Part]:
+    """What commands of simtoreal left, which keep account of their sessions themselves, as parts.
+
+    Args:
+        results: content of their ``results.json``. A stage of a co-training that another one adopts is counted once:
+            its record there is a copy, to the last digit of its seconds.
+    """
+    counted: set[tuple[str, float]] = set()
+    parts = []
+    for content in results:
+        stages = set(content["stages"].items()) if "stages" in content else {("", content["seconds"])}
+        sessions = content.get("sessions") or [content.get("provenance", {})]
+        commits = [session["commit"] for session in sessions if "commit" in session]
+        parts.append(Part({}, sum(seconds for _, seconds in stages - counted), commits, finished=True))
+        counted |= stages
+    return parts
+
+
 def commits_note(parts: Sequence[Part]) -> list[str]:
     """A sentence about the commits that made the parts, if they are not just the one that publishes them."""
     commits = list(dict.fromkeys(commit for one in parts for commit in one.commits))
     if set(commits) <= {git_commit()}:
         return []
     shown = (commit[:12] + ("-dirty" if commit.endswith("-dirty") else "") for commit in commits)
-    return [f"Made by the code of the commits {', '.join(shown)}; the one below put it together."]
+    return [f"Its parts were made at {', '.join(shown)}; the commit below put them together."]
 
 
 def _note_of(path: Path) -> Path:

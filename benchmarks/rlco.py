@@ -28,7 +28,6 @@ from cotraining_study import (
     arm,
     compare,
     demonstrate,
-    parts_of,
     preset,
     read_outcomes,
     read_results,
@@ -36,6 +35,7 @@ from cotraining_study import (
     simulation,
     store,
 )
+from parts import parts_of
 
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.envs.errors import CheckpointError

@@ -43,7 +43,6 @@ from cotraining_study import (
     demonstrate,
     gpu_world_model,
     imitate,
-    parts_of,
     preset,
     read_outcomes,
     read_results,
@@ -51,6 +50,7 @@ from cotraining_study import (
     simulation,
     store,
 )
+from parts import parts_of
 
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.envs.files import write_json

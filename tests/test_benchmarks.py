@@ -13,7 +13,6 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 import compatibility_study
-import cotraining_study
 import interleaved
 import move
 import parts
@@ -115,7 +114,7 @@ def test_a_result_sums_its_parts_and_names_their_commits(tmp_path: Path, monkeyp
     mixed = write(old, new)
     assert mixed["seconds"] == 7.5
     assert mixed["notes"][0] == "As always."
-    assert "commits 0123456789ab-dirty, " in mixed["notes"][1]
+    assert "made at 0123456789ab-dirty, " in mixed["notes"][1]
 
 
 def test_an_interrupted_collection_is_not_taken_for_a_complete_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -198,5 +197,5 @@ def test_the_task_of_move_is_written_anew_when_it_changed(tmp_path: Path, monkey
 def test_a_stage_that_arms_have_in_common_is_counted_once():
     full = {"seconds": 7.25, "stages": {"measure_base": 2.25, "rollouts_0": 5.0}, "provenance": {"commit": "one"}}
     adopting = {"seconds": 5.25, "stages": {"measure_base": 2.25, "rollouts_0": 3.0}, "provenance": {"commit": "two"}}
-    found = cotraining_study.parts_of([full, adopting, {"seconds": 4.0}])
+    found = parts.parts_of([full, adopting, {"seconds": 4.0}])
     assert [(one.seconds, one.commits) for one in found] == [(7.25, ["one"]), (3.0, ["two"]), (4.0, [])]
