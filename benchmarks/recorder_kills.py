@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from interleaved import result_name, write_benchmark
+from parts import Part
 from recorder_sessions import content, plan
 
 from simtoreal.data_collection.dataset import EPISODES, META, Dataset
@@ -34,6 +35,7 @@ from simtoreal.data_collection.edit import recover
 from simtoreal.data_collection.episode import read_episode
 from simtoreal.envs.errors import DatasetError
 from simtoreal.envs.files import write_json
+from simtoreal.envs.provenance import git_commit
 from simtoreal.evaluation.statistics import posterior_interval
 
 SESSIONS = Path(__file__).with_name("recorder_sessions.py")
@@ -236,23 +238,29 @@ def run_kills(
     return counts
 
 
-def continue_kills(progress: Path, kills: int, seed: int) -> tuple[Counts, float]:
-    """Go on from the file ``progress`` until there are ``kills``; return the counts and the seconds of all sessions.
+def continue_kills(progress: Path, kills: int, seed: int) -> tuple[Counts, Part]:
+    """Go on from the file ``progress`` until there are ``kills``; return the counts, and seconds and commits of all.
 
     A loss is written there before anything else, so that it cannot be passed over by running again.
 
     Raises:
         SystemExit: something was lost, now or before.
     """
-    state = json.loads(progress.read_text()) if progress.exists() else {"seconds": 0.0, "counts": {}}
+    state = json.loads(progress.read_text()) if progress.exists() else {"seconds": 0.0, "counts": {}, "commits": []}
     if "loss" in state:
         raise SystemExit(
             f"{progress}: kill {state['counts']['kills']}: {state['loss']}. Delete the file to begin anew."
         )
     counts, begin = Counts(**state["counts"]), time.perf_counter() - state["seconds"]
 
+    # Earlier versions did not store them.
+    commits = state.get("commits", ["unknown"])
+    if counts.kills < kills and git_commit() not in commits:
+        commits.append(git_commit())
+
     def note(counts: Counts, **more: str) -> None:
-        write_json(progress, {"seconds": time.perf_counter() - begin, "counts": asdict(counts), **more})
+        spent = time.perf_counter() - begin
+        write_json(progress, {"seconds": spent, "commits": commits, "counts": asdict(counts), **more})
         print(counts.kills, end="\r", flush=True)
 
     killer, root = Killer(), Path(tempfile.mkdtemp(prefix="recorder_kills_"))
@@ -264,7 +272,7 @@ def continue_kills(progress: Path, kills: int, seed: int) -> tuple[Counts, float
     finally:
         killer.close()
     shutil.rmtree(root)
-    return counts, time.perf_counter() - begin
+    return counts, Part({}, time.perf_counter() - begin, commits, finished=True)
 
 
 def main() -> None:
@@ -274,7 +282,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_recorder_kills"), help="to resume from")
     options = parser.parse_args()
-    counts, seconds = continue_kills(options.output / f"seed_{options.seed}.json", options.kills, options.seed)
+    counts, made = continue_kills(options.output / f"seed_{options.seed}.json", options.kills, options.seed)
     interval = list(posterior_interval(0, counts.kills))
     headline = {
         "metric": "share of kills that lost a flushed step or a finished episode", "ours": 0.0, "baseline": None,
@@ -290,7 +298,7 @@ def main() -> None:
     path = write_benchmark(
         result_name("recorder_kills", parser, options, "kills", "seed"),
         "Does recording lose anything when its process is killed at a random instant?",
-        headline, arms, seconds=seconds, notes=notes, seeds=[options.seed],
+        headline, arms, parts=[made], notes=notes, seeds=[options.seed],
     )  # fmt: skip
     print(f"{path}: {counts}, no loss")
 

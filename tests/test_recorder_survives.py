@@ -149,6 +149,15 @@ def test_a_loss_is_not_passed_over_by_running_again(tmp_path: Path, monkeypatch:
         recorder_kills.continue_kills(progress, kills=20, seed=1)
 
 
+def test_kills_go_on_where_they_were_and_tell_of_which_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = tmp_path / "seed_1.json"
+    for commit, kills in (("one", 2), ("two", 4), ("three", 4)):
+        monkeypatch.setattr(recorder_kills, "git_commit", lambda commit=commit: commit)
+        counts, made = recorder_kills.continue_kills(progress, kills, seed=1)
+        assert counts.kills >= kills
+    assert (made.commits, made.finished) == (["one", "two"], True)
+
+
 def test_a_process_that_ends_before_it_is_killed_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def too_late(pid: int, number: int) -> None:
         raise ProcessLookupError(pid)
