@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from parts import Part, commits_note
+from parts import Part, notes_on
 
 from simtoreal.envs.files import write_json
 from simtoreal.envs.provenance import provenance
@@ -120,9 +120,9 @@ def write_benchmark(
         notes: likewise, one or several.
         seconds: of everything but ``parts``.
         seeds: what the measurement depends on.
-        parts: that it was put together from; their seconds are added, and other commits than this one are noted.
+        parts: that it was put together from; their seconds are added, and it is noted where they are of other commits.
     """
-    path, more = RESULTS / f"{name}.json", commits_note(parts)
+    path, more = RESULTS / f"{name}.json", notes_on(parts)
     if more:
         notes = [*([notes] if isinstance(notes, str) else notes), *more]
     content = {

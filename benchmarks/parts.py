@@ -2,10 +2,9 @@
 
 Beside the file or folder ``x`` of a part lies ``x.settings.json``::
 
-    settings, seconds (of all sessions), commits (of all sessions), finished
+    settings, seconds and commits (of all sessions), finished, killed (sessions whose seconds nobody knows)
 
 A part is only taken for what it is while the settings are the same: its name says less than what the result's notes do.
-Sessions that were killed are missing in the seconds.
 """
 
 from __future__ import annotations
@@ -31,12 +30,14 @@ class Part:
         seconds: wall time of all sessions that made it.
         commits: of those sessions, the first one first.
         finished: nothing is left to do.
+        killed: sessions that did not come to note their seconds, or one that is running.
     """
 
     settings: dict[str, Any]
     seconds: float = 0.0
     commits: list[str] = dataclasses.field(default_factory=list)
     finished: bool = False
+    killed: int = 0
 
 
 def find_part(path: Path, settings: Mapping[str, Any]) -> Part:
@@ -77,14 +78,15 @@ def part(path: Path, settings: Mapping[str, Any]) -> Iterator[Part]:
         return
     if git_commit() not in found.commits:
         found.commits.append(git_commit())
-    # Before anything of it is there: what is interrupted has settings, too.
+    # Before anything of it is there: what is killed has settings, too.
+    found.killed += 1
     write_json(_note_of(path), dataclasses.asdict(found))
     earlier, began = found.seconds, time.perf_counter()
     try:
         yield found
         found.finished = True
     finally:
-        found.seconds = earlier + time.perf_counter() - began
+        found.seconds, found.killed = earlier + time.perf_counter() - began, found.killed - 1
         write_json(_note_of(path), dataclasses.asdict(found))
 
 
@@ -106,13 +108,16 @@ def parts_of(results: Iterable[Mapping[str, Any]]) -> list[Part]:
     return parts
 
 
-def commits_note(parts: Sequence[Part]) -> list[str]:
-    """A sentence about the commits that made the parts, if they are not just the one that publishes them."""
+def notes_on(parts: Sequence[Part]) -> list[str]:
+    """What a result has to say about its parts: commits other than the one that publishes them, unknown seconds."""
     commits = list(dict.fromkeys(commit for one in parts for commit in one.commits))
-    if set(commits) <= {git_commit()}:
-        return []
-    shown = (commit[:12] + ("-dirty" if commit.endswith("-dirty") else "") for commit in commits)
-    return [f"Its parts were made at {', '.join(shown)}; the commit below put them together."]
+    killed, notes = sum(one.killed for one in parts), []
+    if not set(commits) <= {git_commit()}:
+        shown = (commit[:12] + ("-dirty" if commit.endswith("-dirty") else "") for commit in commits)
+        notes.append(f"Its parts were made at {', '.join(shown)}; the commit below put them together.")
+    if killed:
+        notes.append(f"The seconds are without those of {killed} session(s) that were killed.")
+    return notes
 
 
 def _note_of(path: Path) -> Path:

@@ -86,7 +86,8 @@ def test_an_interrupted_part_goes_on_with_its_seconds_and_commits(tmp_path: Path
         with parts.part(path, settings):
             path.mkdir()
             (path / "checkpoint").touch()
-            assert json.loads((tmp_path / "run.settings.json").read_text())["settings"] == settings, "killed or not"
+            noted = json.loads((tmp_path / "run.settings.json").read_text())
+            assert (noted["settings"], noted["killed"]) == (settings, 1), "should it be killed now"
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -98,7 +99,7 @@ def test_an_interrupted_part_goes_on_with_its_seconds_and_commits(tmp_path: Path
     monkeypatch.setattr(parts, "git_commit", lambda: "two")
     with parts.part(path, settings) as found:
         assert not found.finished
-    assert (found.finished, found.seconds, found.commits) == (True, 5.0, ["one", "two"])
+    assert found == parts.Part(settings, seconds=5.0, commits=["one", "two"], finished=True, killed=0)
 
 
 def test_a_result_sums_its_parts_and_names_their_commits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -114,6 +115,8 @@ def test_a_result_sums_its_parts_and_names_their_commits(tmp_path: Path, monkeyp
     mixed = write(old, new)
     assert mixed["seconds"] == 7.5
     assert mixed["notes"][0] == "As always."
+    killed = parts.Part({}, commits=[parts.git_commit()], killed=2)
+    assert write(killed)["notes"] == ["As always.", "The seconds are without those of 2 session(s) that were killed."]
     assert "made at 0123456789ab-dirty, " in mixed["notes"][1]
 
 
