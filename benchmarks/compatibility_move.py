@@ -11,18 +11,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from compatibility_pick_place import ABOVE, AGREEMENT, BASE, CONFLICT, FROM_SIDE, differences, half_table
+from compatibility_pick_place import (
+    ABOVE,
+    AGREEMENT,
+    BASE,
+    CONFLICT,
+    FROM_SIDE,
+    LABELS,
+    RIGHT_Y_M,
+    differences,
+    half_table,
+)
 from compatibility_study import demonstrate, join, scorer_of
 from interleaved import write_benchmark
+from parts import part
 
 from simtoreal.data_collection.compatibility import Scores, Thresholds, detection_auc
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.envs.files import write_json
+from simtoreal.envs.scene_motion import SCENE_MOTIONS
+from simtoreal.policies.compatibility_config import ScorerConfig
 from simtoreal.policies.compatibility_scorer import Scorer
 
 EPISODES = 30
@@ -31,7 +43,7 @@ SEED = 700_000_000
 
 def shares(scorer: Scorer, limits: Thresholds, compatible: Dataset, conflicting: Dataset) -> dict[str, Any]:
     """What the thresholds say of moving episodes."""
-    task = half_table("pick_place_right", (-0.15, 0.0))
+    task = half_table("pick_place_right", RIGHT_Y_M)
     scores, labels = [], []
     for dataset in (compatible, conflicting):
         names = ["actions", *[f"obs/{key}" for key in scorer.features.keys]]
@@ -51,14 +63,9 @@ def shares(scorer: Scorer, limits: Thresholds, compatible: Dataset, conflicting:
     }
 
 
-def main() -> None:
-    """Run and store the measurement."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_compatibility_move"))
-    options = parser.parse_args()
-    begin, folder = time.perf_counter(), options.output
-    folder.mkdir(parents=True, exist_ok=True)
-    task = half_table("pick_place_right", (-0.15, 0.0))
+def measure(folder: Path) -> dict[str, dict[str, Any]]:
+    """Data, scorers and what they find, by the name of the arm; what was done before is read."""
+    task = half_table("pick_place_right", RIGHT_Y_M)
     still = demonstrate(folder / "still", task, ABOVE, BASE, SEED)
     moving = demonstrate(folder / "moving", task, ABOVE, EPISODES, SEED + 1000, motion="move")
     both = join(folder / "both", still, moving)
@@ -79,6 +86,21 @@ def main() -> None:
             write_json(stored, shares(scorer, scorer.thresholds[mode], *candidates))
         found[name] = json.loads(stored.read_text())
         print(name, found[name], flush=True)
+    return found
+
+
+def main() -> None:
+    """Run and store the measurement."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_compatibility_move"))
+    options = parser.parse_args()
+    settings = {
+        **LABELS, "seed": SEED, "episodes": [BASE, EPISODES], "scorer": ScorerConfig(), "motion": SCENE_MOTIONS["move"],
+        "task": half_table("pick_place_right", RIGHT_Y_M),
+    }  # fmt: skip
+    with part(options.output, settings) as made:
+        options.output.mkdir(parents=True, exist_ok=True)
+        found = measure(options.output)
     ours, baseline = "both, thresholds of moving scenes", "both, static thresholds"
     write_benchmark(
         "compatibility_move",
@@ -95,7 +117,7 @@ def main() -> None:
             for name, row in found.items()
             for key in ("judged", "flagged_conflicting", "flagged_compatible", "auc_judged")
         ],
-        seconds=time.perf_counter() - begin,
+        parts=[made],
         seeds=[SEED],
         notes=(
             "One scorer seed. Shares of steps; 'judged' is the share of steps in familiar states. A scorer that never "

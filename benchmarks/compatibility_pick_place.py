@@ -44,8 +44,11 @@ from simtoreal.policies.config import BCConfig, DiffusionConfig, PolicyConfig
 BASE, COMPATIBLE, CONFLICTING, NEW = 60, 20, 40, 40
 ROLLOUTS, SEEDS, STEPS = 200, 3, 2000
 CONFLICT, AGREEMENT = 0.1, 0.01
+RIGHT_Y_M, LEFT_Y_M = (-0.15, 0.0), (0.0, 0.15)
 ABOVE = STYLES["expert"]
 FROM_SIDE = OperatorStyle(name="from_side", approach_height_m=0.03, approach_offset_m=(0.0, 0.15))
+# What decides a detection.
+LABELS = {"conflict": CONFLICT, "agreement": AGREEMENT, "base": ABOVE, "conflicting": FROM_SIDE}
 POLICIES: dict[str, PolicyConfig] = {
     "bc": BCConfig(
         observation_steps=1, horizon=1, execute_steps=1, image_keys=(), state_keys=STATE_KEYS, hidden=256, layers=2,
@@ -113,7 +116,7 @@ def detection(scorer: Scorer, candidates: dict[str, tuple[Dataset, TaskSpec]]) -
 def run_seed(folder: Path, seed: int) -> tuple[Outcomes, dict[str, Any]]:
     """Data, filters, detection and arms of one seed."""
     first = 100_000_000 + 100_000 * seed
-    right, left = half_table("pick_place_right", (-0.15, 0.0)), half_table("pick_place_left", (0.0, 0.15))
+    right, left = half_table("pick_place_right", RIGHT_Y_M), half_table("pick_place_left", LEFT_Y_M)
     base = demonstrate(folder / "base", right, ABOVE, BASE, first)
     pool = {
         "compatible": (demonstrate(folder / "compatible", right, ABOVE, COMPATIBLE, first + 1000), right),
@@ -165,7 +168,15 @@ if __name__ == "__main__":
         "Are conflicting demonstrations of pick_place found, and what does leaving them out do to policies?",
         __doc__,
         run_seed,
-        tuple(POLICIES),
+        POLICIES,
+        settings={
+            **LABELS,
+            "episodes": [BASE, COMPATIBLE, CONFLICTING, NEW],
+            "rollouts": ROLLOUTS,
+            "steps": STEPS,
+            "task": load_task("pick_place"),
+            "strips": [RIGHT_Y_M, LEFT_Y_M],
+        },
         seeds=SEEDS,
         notes=notes,
         more_rows=detection_rows,

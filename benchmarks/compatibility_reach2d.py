@@ -24,6 +24,7 @@ from compatibility_study import (
     scorer_of,
 )
 
+from simtoreal.data_collection.operator_style import STYLES
 from simtoreal.envs.task import TaskSpec
 from simtoreal.envs.task_file import load_task, parse_task
 from simtoreal.policies.config import AugmentationConfig, BCConfig, DiffusionConfig, PolicyConfig
@@ -87,7 +88,14 @@ if __name__ == "__main__":
         "Does filtering conflicting demonstrations help where operators go different ways to the same point?",
         __doc__,
         run_seed,
-        tuple(POLICIES),
+        POLICIES,
+        settings={
+            "episodes": EPISODES,
+            "goals": GOALS,
+            "steps": STEPS,
+            "task": pillar_task(),
+            "operators": [STYLES["up_right"], STYLES["right_up"]],
+        },
         seeds=SEEDS,
         notes=notes,
     )

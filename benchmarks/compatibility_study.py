@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from interleaved import write_benchmark
+from interleaved import result_name, write_benchmark
+from parts import part
 
 from simtoreal.data_collection.edit import merge
 from simtoreal.data_collection.expert import ScriptedExpert
@@ -47,6 +47,11 @@ ARMS = ("base", "naive", "random", "box", "accepted")
 # What is measured here was chosen with training seeds below 10 and evaluation episodes below 1,000,000.
 FIRST_TRAINING, FIRST_EPISODE = 10, 5_000_000
 BOOTSTRAPS = 10_000
+# What decides all outcomes beside the settings of each benchmark; scorers and trainings have the seed of their part.
+_SHARED: dict[str, Any] = {
+    "first_episode": FIRST_EPISODE, "arms": ARMS, "scorers": ScorerConfig(),
+    "trainer": TrainerConfig(precision="fp32"), "robot": panda_embodiment(cameras=()),
+}  # fmt: skip
 
 # Outcomes by (policy, arm) of one training seed.
 Outcomes = dict[tuple[str, str], list[bool]]
@@ -59,8 +64,8 @@ class PositionEnv(TabletopVectorEnv):
     a policy that sees it need not average.
     """
 
-    def _observe(self, drawn: np.ndarray) -> dict[str, np.ndarray]:
-        observation = super()._observe(drawn)
+    def _observe(self, measured: np.ndarray, drawn: np.ndarray) -> dict[str, np.ndarray]:
+        observation = super()._observe(measured, drawn)
         observation["proprio"] = position_only(observation["proprio"])
         return observation
 
@@ -264,8 +269,9 @@ def run_study(
     question: str,
     description: str,
     run_seed: Callable[[Path, int], tuple[Outcomes, dict[str, Any]]],
-    policies: Sequence[str],
+    policies: Mapping[str, PolicyConfig],
     *,
+    settings: Mapping[str, Any],
     seeds: int,
     notes: Callable[[list[dict[str, Any]]], str],
     more_rows: Callable[[list[dict[str, Any]]], list[dict[str, Any]]] = lambda reports: [],
@@ -277,7 +283,8 @@ def run_study(
         question: that it answers.
         description: shown by ``--help``.
         run_seed: gets a folder and the seed; returns the outcomes, and a report for ``notes`` and ``more_rows``.
-        policies: names in ``run_seed``'s outcomes; the headline is that of ``bc``.
+        policies: by their name in ``run_seed``'s outcomes; the headline is that of ``bc``.
+        settings: what decides the results beside policies and seed, see :func:`~parts.find_part`.
         seeds: default of ``--seeds``.
         notes: gets the reports of all seeds.
         more_rows: likewise.
@@ -286,13 +293,14 @@ def run_study(
     parser.add_argument("--output", type=Path, default=Path(f"outputs/benchmark_{name}"))
     parser.add_argument("--seeds", type=int, default=seeds)
     options = parser.parse_args()
-    begin = time.perf_counter()
     training = range(FIRST_TRAINING, FIRST_TRAINING + options.seeds)
-    found = []
+    found, parts = [], []
     for seed in training:
         folder = options.output / f"seed_{seed}"
-        folder.mkdir(parents=True, exist_ok=True)
-        found.append(run_seed(folder, seed))
+        with part(folder, {**settings, **_SHARED, "policies": policies, "seed": seed}) as made:
+            folder.mkdir(parents=True, exist_ok=True)
+            found.append(run_seed(folder, seed))
+        parts.append(made)
     outcomes = {key: [one[key] for one, _ in found] for key in found[0][0]}
     reports = [report for _, report in found]
     arms = [arm_row(f"{policy}, {arm}", outcomes[policy, arm]) for policy in policies for arm in ARMS]
@@ -309,14 +317,14 @@ def run_study(
     ]  # fmt: skip
     values = {arm["name"]: arm["value"] for arm in arms}
     write_benchmark(
-        name,
+        result_name(name, parser, options, "seeds"),
         question,
         {
             "metric": "success rate, unimodal policy", "ours": values["bc, box"], "baseline": values["bc, naive"],
             "baseline_name": "all demonstrations, unfiltered", "ratio": None, **tests["bc"]["box - naive"],
         },
         [*arms, *differences, *more_rows(reports)],
-        seconds=time.perf_counter() - begin,
+        parts=parts,
         seeds=list(training),
         notes=f"{options.seeds} seeds, each with its own demonstrations, {notes(reports)}",
     )  # fmt: skip

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from interleaved import write_benchmark
+from parts import Part
 
 import simtoreal.configs
 from simtoreal.commands import cotrain
@@ -133,7 +134,7 @@ def say(name: str) -> Callable[[str], None]:
 
 def store(
     name: str, question: str, metric: str, comparison: Mapping[str, Any], baseline: str, arms: Iterable[Any],
-    *, seconds: float, seeds: Iterable[int], notes: list[str],
+    *, parts: list[Part], seeds: Iterable[int], notes: list[str],
 ) -> None:  # fmt: skip
     """Write the benchmark's JSON."""
     headline = {"metric": metric, "baseline_name": baseline, **comparison}
@@ -142,8 +143,8 @@ def store(
         question,
         headline,
         list(arms),
-        seconds=seconds,
+        parts=parts,
         seeds=list(seeds),
-        notes=notes,  # type: ignore[arg-type]
+        notes=notes,
     )
     print(f"wrote {path}")

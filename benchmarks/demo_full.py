@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from pathlib import Path
 
 from cotraining_study import compare
 from interleaved import write_benchmark
+from parts import parts_of
 from pick_place import arm, run
 
 from simtoreal.evaluation.results import load_evaluation
@@ -31,9 +31,8 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, default=Path("outputs/demo_full"), help="folder of a finished full demo")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_demo_full"))
     options = parser.parse_args()
-    begin = time.perf_counter()
     demo = json.loads((options.demo / "results.json").read_text())
-    arms, outcomes = [], {}
+    arms, outcomes, done = [], {}, []
     for name, policy in POLICIES.items():
         folder = options.output / policy.replace("/", "_")
         command = ["evaluate", "--policy", str(options.demo / policy), "--task", demo["task"], "--videos", "0"]
@@ -41,6 +40,7 @@ def main() -> None:
         results = run([*command, "--episodes", str(EPISODES), "--seed", str(FRESH_SEED)], folder)
         arms.append(arm(f"simulation with the gap, fresh conditions: {name}", results))
         outcomes[name] = load_evaluation(folder).outcomes
+        done.append(results)
     arms += [arm(f"twin over ROS 2: {moment}", demo[f"robot_{moment}"]) for moment in ("before", "after")]
     first, imitation, last = ({0: one} for one in outcomes.values())
     headline = {
@@ -56,7 +56,7 @@ def main() -> None:
         "What does `simtoreal demo --full` take, and what is each of its steps worth on fresh initial conditions?",
         headline,
         arms,
-        seconds=time.perf_counter() - begin,
+        parts=parts_of(done),
         seeds=[*demo["provenance"]["seeds"], FRESH_SEED],
         notes=(
             f"Profile {demo['profile']}: {demo['seconds'] / 60:.1f} min at commit {demo['provenance']['commit'][:12]} "

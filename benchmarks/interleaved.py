@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from parts import Part, notes_on
+
 from simtoreal.envs.files import write_json
 from simtoreal.envs.provenance import provenance
 
@@ -20,14 +22,41 @@ def read_no_flags(description: str | None) -> None:
     argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 
 
-def time_rounds(arms: Mapping[str, Callable[[], Any]], rounds: int = 9) -> dict[str, list[float]]:
-    """Run every arm once per round, in rotating order, after one untimed warm-up; return seconds per round."""
+def result_name(name: str, parser: argparse.ArgumentParser, options: argparse.Namespace, *deciding: str) -> str:
+    """Name of a result: the benchmark's own with the defaults, otherwise with what differs from them.
+
+    Part of a benchmark must not take the place of the whole, nor the other way round.
+
+    Args:
+        name: of the benchmark.
+        parser, options: its flags.
+        deciding: those that decide what is measured, e.g. ``"seeds"``.
+    """
+    for option in deciding:
+        value = getattr(options, option)
+        if value != parser.get_default(option):
+            name = "_".join([name, option, *map(str, value if isinstance(value, list) else [value])])
+    return name
+
+
+def time_rounds(
+    arms: Mapping[str, Callable[[], Any]], rounds: int = 9, prepare: Callable[[], Any] = lambda: None
+) -> dict[str, list[float]]:
+    """Run every arm once per round, in rotating order, after one untimed warm-up; return seconds per round.
+
+    Args:
+        arms: what is timed.
+        rounds: how often.
+        prepare: done before every run of an arm, untimed; so that all begin with the same.
+    """
     names = list(arms)
     for name in names:
+        prepare()
         arms[name]()
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for index in range(rounds):
         for name in names[index % len(names) :] + names[: index % len(names)]:
+            prepare()
             start = time.perf_counter()
             arms[name]()
             seconds[name].append(time.perf_counter() - start)
@@ -78,20 +107,32 @@ def write_benchmark(
     headline: Mapping[str, Any],
     arms: Sequence[Mapping[str, Any]],
     *,
-    seconds: float,
-    notes: str,
+    notes: str | Sequence[str],
+    seconds: float = 0.0,
     seeds: Sequence[int] = (),
+    parts: Sequence[Part] = (),
 ) -> Path:
-    """Store a measurement in ``benchmarks/results/<name>.json`` (schema: render_results.py)."""
-    path = RESULTS / f"{name}.json"
+    """Store a measurement in ``benchmarks/results/<name>.json`` (schema: render_results.py).
+
+    Args:
+        name: of the result.
+        question, headline, arms: see there.
+        notes: likewise, one or several.
+        seconds: of everything but ``parts``.
+        seeds: what the measurement depends on.
+        parts: that it was put together from; their seconds are added, and it is noted where they are of other commits.
+    """
+    path, more = RESULTS / f"{name}.json", notes_on(parts)
+    if more:
+        notes = [*([notes] if isinstance(notes, str) else notes), *more]
     content = {
         "name": name,
         "question": question,
         **provenance(seeds),
-        "seconds": seconds,
+        "seconds": seconds + sum(one.seconds for one in parts),
         "headline": dict(headline),
         "arms": [dict(arm) for arm in arms],
-        "notes": notes,
+        "notes": notes if isinstance(notes, str) else list(notes),
     }
     write_json(path, content)
     return path

@@ -2,7 +2,9 @@
 
     python benchmarks/move.py                     # about 2 hours on one core; resumable
     python benchmarks/move.py &                   # a second process takes other runs of the same list
-    python benchmarks/move.py --summarize         # only write benchmarks/results/move.json from what is finished
+    python benchmarks/move.py --summarize         # only write the result of what is finished
+
+The result is benchmarks/results/move.json once every run is finished, and move_partial.json before.
 
 An operator who is as slow as a person (20 to 30 % of the arm's speed) demonstrates from one 64-pixel camera, with the
 scene at rest or in motion, for the same budget of control steps. Where motion makes demonstrations longer, a third arm
@@ -28,16 +30,18 @@ from typing import Any
 
 import numpy as np
 import yaml
-from interleaved import write_benchmark
+from interleaved import RESULTS, write_benchmark
+from parts import find_part, part
 
 from simtoreal.data_collection.collect import CollectionPlan, collect
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.operator_style import OperatorStyle
 from simtoreal.envs import load_task, make_vector_env
-from simtoreal.envs.files import write_json
+from simtoreal.envs.files import atomic_path, write_json
 from simtoreal.envs.rollout import rollout
 from simtoreal.envs.scene_motion import SCENE_MOTIONS, SceneMotion
 from simtoreal.envs.task import TaskSpec, sample_initial_condition
+from simtoreal.policies.config import DiffusionConfig, TrainerConfig, VisionConfig
 
 BATCH, HORIZON = 32, 400
 SEEDS = (0, 1, 2)
@@ -152,14 +156,40 @@ def held_out_grid(task: TaskSpec) -> list[int]:
     return sorted(seed for cell in cells.values() for seed in cell)
 
 
-def slow_task(name: str, output: Path) -> str:
-    """The task with time enough for a slow operator, as a file."""
-    path = output / f"{name}.yaml"
-    content = {**load_task(name).to_dict(), "horizon": HORIZON}
-    if not path.exists():
-        output.mkdir(parents=True, exist_ok=True)
-        path.write_text(yaml.safe_dump(content, sort_keys=False))
+def slow_task(name: str) -> dict[str, Any]:
+    """The task with time enough for a slow operator."""
+    return {**load_task(name).to_dict(), "horizon": HORIZON}
+
+
+def write_slow_task(name: str, output: Path) -> str:
+    """Its file, which other processes may be reading or writing."""
+    path, text = output / f"{name}.yaml", yaml.safe_dump(slow_task(name), sort_keys=False)
+    if not path.exists() or path.read_text() != text:
+        with atomic_path(path) as temporary:
+            temporary.write_text(text)
     return str(path)
+
+
+def result_of(run: Run, output: Path) -> Path:
+    """File with the outcomes of a run."""
+    return output / "results" / f"{run.name}.json"
+
+
+def settings_of(run: Run) -> dict[str, Any]:
+    """What decides the outcomes of a run, see :func:`~parts.find_part`."""
+    policy, trainer = training_of(run)
+    return {
+        "run": run, "task": slow_task(run.task), "operator": STUDIES[run.task].operator, "policy": policy,
+        "trainer": trainer, "collection_seed": COLLECTION_SEED, "evaluation": [EPISODES, FIRST_SEED, GRID_X, GRID_Y],
+    }  # fmt: skip
+
+
+def training_of(run: Run) -> tuple[DiffusionConfig, TrainerConfig]:
+    """Settings of policy and training."""
+    # Half as wide as the default, so that some thirty trainings are an afternoon of a processor core.
+    vision = VisionConfig(widths=(16, 32, 32), image_steps=run.image_steps)
+    policy = DiffusionConfig(image_keys=("front_image",), vision=vision, noise_samples=2)
+    return policy, TrainerConfig(steps=STUDIES[run.task].training_steps, batch_size=BATCH, seed=run.seed)
 
 
 def demonstrate(run: Run, output: Path) -> CollectionPlan:
@@ -167,7 +197,7 @@ def demonstrate(run: Run, output: Path) -> CollectionPlan:
     study = STUDIES[run.task]
     name = dataclasses.replace(run, arm=_SHARED.get(run.arm, run.arm)).name
     plan = CollectionPlan(
-        output=output / "data" / name, task=slow_task(run.task, output), steps=run.budget, cameras=("front",),
+        output=output / "data" / name, task=write_slow_task(run.task, output), steps=run.budget, cameras=("front",),
         motion=run.motion, style=study.operator, workers=1, seed=COLLECTION_SEED + run.seed,
     )  # fmt: skip
     if run.arm == SAME_EPISODES:
@@ -177,7 +207,10 @@ def demonstrate(run: Run, output: Path) -> CollectionPlan:
     plan.output.parent.mkdir(parents=True, exist_ok=True)
     with open(plan.output.with_suffix(".lock"), "w") as handle:
         fcntl.flock(handle, fcntl.LOCK_EX)
-        collect(plan)
+        # The identity has the name of the task's file only.
+        settings = {**plan.identity(), "task": slow_task(run.task), "steps": plan.steps, "episodes": plan.episodes}
+        with part(plan.output, settings):
+            collect(plan)
     return plan
 
 
@@ -191,25 +224,23 @@ def differs(run: Run, output: Path) -> bool:
         return True
     rest = _episodes(dataclasses.replace(run, arm=STATIC), output)
     moving = _episodes(dataclasses.replace(run, arm=MOVE, motion=SCENE_MOTIONS["move"]), output)
+    return _differ(rest, moving)
+
+
+def _differ(rest: int, moving: int) -> bool:
     return abs(moving - rest) > 0.1 * rest
 
 
 def execute(run: Run, output: Path) -> None:
     """Collect, train, evaluate, and store what came out."""
     from simtoreal.evaluation.policies import load_actor
-    from simtoreal.policies.config import DiffusionConfig, TrainerConfig, VisionConfig
     from simtoreal.policies.trainer import train
     from simtoreal.policies.training_data import open_training_data
 
-    begin = time.monotonic()
     plan = demonstrate(run, output)
-    study = STUDIES[run.task]
     dataset = Dataset.open(plan.output)
-    # Half as wide as the default, so that some thirty trainings are an afternoon of a processor core.
-    vision = VisionConfig(widths=(16, 32, 32), image_steps=run.image_steps)
-    policy = DiffusionConfig(image_keys=("front_image",), vision=vision, noise_samples=2)
+    policy, trainer = training_of(run)
     data = open_training_data(plan.output, policy, mask="success", scene_frame=run.scene_frame, hold_out=False)
-    trainer = TrainerConfig(steps=study.training_steps, batch_size=BATCH, seed=run.seed)
     folder = output / "runs" / run.name
     train(policy, trainer, data, folder, resume=True, device="cpu")
     loaded, actor = load_actor(folder, device="cpu")
@@ -222,7 +253,7 @@ def execute(run: Run, output: Path) -> None:
     env.close()
     placements = [_placement(task, episode.seed) for episode in dataset.episodes]
     write_json(
-        output / "results" / f"{run.name}.json",
+        result_of(run, output),
         {
             "task": run.task, "arm": run.arm, "budget": run.budget, "seed": run.seed, "episodes": len(dataset.episodes),
             "frames": sum(episode.steps for episode in dataset.episodes), "placements": placements,
@@ -230,7 +261,6 @@ def execute(run: Run, output: Path) -> None:
             "milestones": {
                 name: float(np.mean([result.milestones[name] for result in results])) for name in task.milestones
             },
-            "seconds": time.monotonic() - begin,
         },
     )  # fmt: skip
 
@@ -254,8 +284,13 @@ def _claimed(path: Path) -> Iterator[bool]:
 
 
 def summarize(output: Path) -> None:
-    """Write the benchmark's JSON from the finished runs."""
-    done = [json.loads(path.read_text()) for path in sorted((output / "results").glob("*.json"))]
+    """Write the benchmark's JSON from the finished runs, if they allow a comparison."""
+    finished = {}
+    for run in sorted(planned(), key=lambda run: run.name):
+        made = find_part(result_of(run, output), settings_of(run))
+        if made.finished:
+            finished[run.name] = json.loads(result_of(run, output).read_text()), made
+    done, parts = [entry for entry, _ in finished.values()], [made for _, made in finished.values()]
     arms, comparisons = [], {}
     for task in STUDIES:
         for budget in sorted({entry["budget"] for entry in done if entry["task"] == task}):
@@ -266,11 +301,15 @@ def summarize(output: Path) -> None:
             for moving, rest in PAIRS.items():
                 if set(found.get(moving, {})) & set(found.get(rest, {})):
                     comparisons[task, budget, moving] = _compare(found[moving], found[rest])
+    if not comparisons:
+        print("no moving arm and the one that it is compared with are finished for the same seed; nothing is written")
+        return
     # The question is asked where the arm at rest is between 20 and 40 %, and of all training seeds.
     complete = {key: one for key, one in comparisons.items() if one["n"] == len(SEEDS) * EPISODES} or comparisons
     (task, budget, moving), headline = min(complete.items(), key=lambda pair: abs(pair[1]["baseline"] - 0.3))
-    write_benchmark(
-        "move",
+    whole = all(run.name in finished or _left_out(run, finished) for run in planned())
+    path = write_benchmark(
+        "move" if whole else "move_partial",
         "Does it help to move the scene while demonstrating, at an equal budget of time steps?",
         {
             "metric": f"{task}: success after {budget} steps of demonstration",
@@ -278,10 +317,22 @@ def summarize(output: Path) -> None:
             **headline,
         },
         arms,
-        seconds=sum(entry["seconds"] for entry in done),
+        parts=parts,
         seeds=[FIRST_SEED, COLLECTION_SEED, *SEEDS],
         notes=_notes(done, comparisons),
     )
+    if whole:
+        # Of the process that ended first, when several shared the work.
+        (RESULTS / "move_partial.json").unlink(missing_ok=True)
+    print(f"stored in {path}")
+
+
+def _left_out(run: Run, finished: dict[str, Any]) -> bool:
+    """Whether a run was not done because it would be that of the scene at rest again, see :func:`differs`."""
+    names = [dataclasses.replace(run, arm=arm).name for arm in (STATIC, MOVE)]
+    if run.arm != SAME_EPISODES or not set(names) <= set(finished):
+        return False
+    return not _differ(*(finished[name][0]["episodes"] for name in names))
 
 
 def _select(done: list[dict[str, Any]], task: str, arm: str, budget: int) -> dict[int, Any]:
@@ -382,12 +433,13 @@ def main() -> None:
         for run in planned():
             if options.arms and run.arm not in options.arms:
                 continue
-            finished = options.output / "results" / f"{run.name}.json"
+            path, settings = result_of(run, options.output), settings_of(run)
             with _claimed(options.output / "claims" / run.name) as ours:
-                if ours and not finished.exists() and differs(run, options.output):
+                if ours and not find_part(path, settings).finished and differs(run, options.output):
                     print(f"{time.strftime('%H:%M:%S')} {run.name}", flush=True)
-                    execute(run, options.output)
-                    result = json.loads(finished.read_text())
+                    with part(path, settings):
+                        execute(run, options.output)
+                    result = json.loads(path.read_text())
                     print(f"  {np.mean(result['successes']):.3f} with {result['episodes']} episodes", flush=True)
     summarize(options.output)
 

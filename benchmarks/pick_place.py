@@ -12,11 +12,11 @@ import argparse
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 from interleaved import write_benchmark
+from parts import parts_of
 
 from simtoreal.evaluation.results import load_evaluation
 from simtoreal.evaluation.statistics import paired_test
@@ -43,14 +43,14 @@ def main() -> None:
     parser.add_argument("--demo", type=Path, default=Path("outputs/demo"), help="folder of a finished demo")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_pick_place"))
     options = parser.parse_args()
-    begin = time.perf_counter()
-    arms, folders = [], {}
+    arms, folders, done = [], {}, []
     for policy, stage in (("diffusion", "policy"), ("bc", "baseline")):
         for gap in ("none", "standard"):
             folder = options.output / f"{policy}_{gap}"
             command = ["evaluate", "--policy", str(options.demo / stage), "--episodes", str(EPISODES)]
             command += ["--seed", str(SIMULATION_SEED), "--randomization", gap, "--videos", "0"]
-            arms.append(arm(f"{policy}, simulation, gap {gap}", run(command, folder)))
+            done.append(run(command, folder))
+            arms.append(arm(f"{policy}, simulation, gap {gap}", done[-1]))
             folders[policy, gap] = folder
     twin = run(
         ["deploy", "--policy", str(options.demo / "policy"), "--episodes", str(EPISODES), "--seed", str(TWIN_SEED),
@@ -70,7 +70,7 @@ def main() -> None:
         "How often does the demo's image diffusion policy succeed, in simulation and on the twin over ROS 2?",
         headline,
         arms,
-        seconds=time.perf_counter() - begin,
+        parts=parts_of([*done, twin]),
         seeds=[SIMULATION_SEED, TWIN_SEED],
         notes=(
             f"Twin: {twin['missed_periods']} missed control periods, p99 period error "

@@ -10,6 +10,7 @@ kill before. It says over a pipe what it has done; what it said is compared, byt
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -25,7 +26,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-from interleaved import RESULTS, write_benchmark
+from interleaved import result_name, write_benchmark
+from parts import Part
 from recorder_sessions import content, plan
 
 from simtoreal.data_collection.dataset import EPISODES, META, Dataset
@@ -33,6 +35,7 @@ from simtoreal.data_collection.edit import recover
 from simtoreal.data_collection.episode import read_episode
 from simtoreal.envs.errors import DatasetError
 from simtoreal.envs.files import write_json
+from simtoreal.envs.provenance import git_commit
 from simtoreal.evaluation.statistics import posterior_interval
 
 SESSIONS = Path(__file__).with_name("recorder_sessions.py")
@@ -88,7 +91,11 @@ class Killer:
         )  # fmt: skip
 
     def kill(self, job: str, folder: Path, session: int, after_s: float) -> Said:
-        """Run ``job`` on ``folder``, kill it after ``after_s`` seconds and return what it had said."""
+        """Run ``job`` on ``folder``, kill it after ``after_s`` seconds and return what it had said.
+
+        Raises:
+            Losses: it failed by itself, on what earlier kills had left.
+        """
         assert self._server.stdin is not None
         request = {"job": job, "folder": str(folder), "session": session}
         self._server.stdin.write(json.dumps(request) + "\n")
@@ -97,14 +104,16 @@ class Killer:
         for words in self._lines():
             if words[0] == "pid":
                 time.sleep(after_s)
-                os.kill(int(words[1]), signal.SIGKILL)
+                # One that was done before has been waited for.
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(words[1]), signal.SIGKILL)
             elif words[0] == "end":
                 break
             else:
                 early.append(words)
         for words in early:
             if words[0] == "failed":
-                raise DatasetError(f"the killed process failed by itself: {' '.join(words[1:])}")
+                raise Losses(f"{folder}: the killed process failed by itself: {' '.join(words[1:])}")
             said.hear(words)
         return said
 
@@ -112,7 +121,7 @@ class Killer:
         assert self._server.stdout is not None
         while line := self._server.stdout.readline():
             yield line.split()
-        raise DatasetError("the server of the killed processes has ended")
+        raise RuntimeError("the server of the killed processes has ended")
 
     def close(self) -> None:
         """End the server."""
@@ -122,7 +131,7 @@ class Killer:
 
 
 class Losses(DatasetError):
-    """Something that was acknowledged is missing or wrong."""
+    """Something that was acknowledged is missing, wrong or cannot be read."""
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -134,8 +143,17 @@ def judge(folder: Path, said: Said, before: dict[str, str]) -> int:
     """Recover ``folder`` and compare it with what the process said; return the number of steps compared.
 
     Raises:
-        Losses: something acknowledged is missing, differs, is there twice, or was to be discarded.
+        Losses: something acknowledged is missing, differs, is there twice, cannot be read, or was to be discarded.
     """
+    try:
+        return _compare(folder, said, before)
+    except Losses:
+        raise
+    except DatasetError as error:
+        raise Losses(f"{folder}: cannot be recovered and read: {error}") from error
+
+
+def _compare(folder: Path, said: Said, before: dict[str, str]) -> int:
     if (folder / META).exists():
         recover(folder)
     elif said.phase != "opening":
@@ -220,6 +238,43 @@ def run_kills(
     return counts
 
 
+def continue_kills(progress: Path, kills: int, seed: int) -> tuple[Counts, Part]:
+    """Go on from the file ``progress`` until there are ``kills``; return the counts, and seconds and commits of all.
+
+    A loss is written there before anything else, so that it cannot be passed over by running again.
+
+    Raises:
+        SystemExit: something was lost, now or before.
+    """
+    state = json.loads(progress.read_text()) if progress.exists() else {"seconds": 0.0, "counts": {}, "commits": []}
+    if "loss" in state:
+        raise SystemExit(
+            f"{progress}: kill {state['counts']['kills']}: {state['loss']}. Delete the file to begin anew."
+        )
+    counts, begin = Counts(**state["counts"]), time.perf_counter() - state["seconds"]
+
+    # Earlier versions did not store them.
+    commits = state.get("commits", ["unknown"])
+    if counts.kills < kills and git_commit() not in commits:
+        commits.append(git_commit())
+
+    def note(counts: Counts, **more: str) -> None:
+        spent = time.perf_counter() - begin
+        write_json(progress, {"seconds": spent, "commits": commits, "counts": asdict(counts), **more})
+        print(counts.kills, end="\r", flush=True)
+
+    killer, root = Killer(), Path(tempfile.mkdtemp(prefix="recorder_kills_"))
+    try:
+        run_kills(killer, root, kills, seed, counts, note)
+    except Losses as error:
+        note(counts, loss=f"{error}; the datasets are left in {root}")
+        raise SystemExit(f"{error}; the datasets are left in {root}") from error
+    finally:
+        killer.close()
+    shutil.rmtree(root)
+    return counts, Part({}, time.perf_counter() - begin, commits, finished=True)
+
+
 def main() -> None:
     """Run and store the measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -227,23 +282,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_recorder_kills"), help="to resume from")
     options = parser.parse_args()
-    options.output.mkdir(parents=True, exist_ok=True)
-    progress = options.output / f"seed_{options.seed}.json"
-    state = json.loads(progress.read_text()) if progress.exists() else {"seconds": 0.0, "counts": {}}
-    counts, begin = Counts(**state["counts"]), time.perf_counter() - state["seconds"]
-
-    def note(counts: Counts) -> None:
-        write_json(progress, {"seconds": time.perf_counter() - begin, "counts": asdict(counts)})
-        print(counts.kills, end="\r", flush=True)
-
-    killer, root = Killer(), Path(tempfile.mkdtemp(prefix="recorder_kills_"))
-    try:
-        run_kills(killer, root, options.kills, options.seed, counts, note)
-    except Losses as error:
-        raise SystemExit(f"{error}; the datasets are left in {root}") from error
-    finally:
-        killer.close()
-    shutil.rmtree(root)
+    counts, made = continue_kills(options.output / f"seed_{options.seed}.json", options.kills, options.seed)
     interval = list(posterior_interval(0, counts.kills))
     headline = {
         "metric": "share of kills that lost a flushed step or a finished episode", "ours": 0.0, "baseline": None,
@@ -256,11 +295,12 @@ def main() -> None:
         "first loss ends the run with an error, so a stored result has none. SIGKILL, not a power cut: the running "
         "episode is not synced to the medium."
     )
-    write_benchmark(
-        "recorder_kills", "Does recording lose anything when its process is killed at a random instant?", headline,
-        arms, seconds=time.perf_counter() - begin, notes=notes, seeds=[options.seed],
+    path = write_benchmark(
+        result_name("recorder_kills", parser, options, "kills", "seed"),
+        "Does recording lose anything when its process is killed at a random instant?",
+        headline, arms, parts=[made], notes=notes, seeds=[options.seed],
     )  # fmt: skip
-    print(f"{RESULTS / 'recorder_kills.json'}: {counts}, no loss")
+    print(f"{path}: {counts}, no loss")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from cotraining_study import (
     simulation,
     store,
 )
+from parts import parts_of
 
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.envs.errors import CheckpointError
@@ -165,7 +166,7 @@ def evaluation_of(name: str, folder: Path, world: str) -> Path:
 
 def summarize(profile: Profile, output: Path, label: str) -> None:
     """Write the benchmark's JSON from the finished arms."""
-    arms, notes, comparisons, seconds = [], [], {}, 0.0
+    arms, notes, comparisons, results = [], [], {}, []
     for task in profile.tasks:
         folders = {seed: output / f"{task}-{seed}" for seed in profile.seeds}
         for world in ("real", "simulation"):
@@ -174,7 +175,7 @@ def summarize(profile: Profile, output: Path, label: str) -> None:
                 done = {seed: folder for seed, folder in folders.items() if read_results(folder / name)}
                 found[name] = read_outcomes({seed: evaluation_of(name, one, world) for seed, one in done.items()})
                 if world == "real":
-                    seconds += sum(read_results(folder / name)["seconds"] for folder in done.values())
+                    results += [read_results(folder / name) for folder in done.values()]
             for name, outcomes in found.items():
                 if outcomes:
                     arms.append(arm(f"{task}, {world}: {name}", outcomes, found[BASELINE], world=world))
@@ -194,8 +195,8 @@ def summarize(profile: Profile, output: Path, label: str) -> None:
     store(
         "rlco" if label == "cpu" else f"rlco_{label}",
         "Does reinforcement in simulation, anchored on few real demonstrations, help in the real world?",
-        f"{task}: success with the twin's hidden gap, beta 0.2", comparisons[task], BASELINE, arms, seconds=seconds,
-        seeds=[*profile.seeds, FIRST_EPISODE], notes=notes,
+        f"{task}: success with the twin's hidden gap, beta 0.2", comparisons[task], BASELINE, arms,
+        parts=parts_of(results), seeds=[*profile.seeds, FIRST_EPISODE], notes=notes,
     )  # fmt: skip
 
 

@@ -15,14 +15,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from interleaved import write_benchmark
-from world_model import PRESETS, collect
+from parts import part
+from world_model import PRESETS, TASK, collect
 
+from simtoreal.envs import load_task
 from simtoreal.envs.config import build_config, read_yaml
 from simtoreal.evaluation.bootstrap import mean_with_interval
 from simtoreal.policies.config import TrainerConfig
@@ -31,6 +32,7 @@ from simtoreal.policies.inverse_dynamics_config import InverseDynamicsConfig
 from simtoreal.policies.inverse_dynamics_data import open_frame_pairs
 from simtoreal.policies.trainer import train
 from simtoreal.world_models.config import StageConfig, WorldModelConfig, WorldModelTrainerConfig
+from simtoreal.world_models.disturbance import DisturbanceConfig
 from simtoreal.world_models.posttrain_config import PosttrainConfig
 from simtoreal.world_models.posttrain_run import run_posttraining
 from simtoreal.world_models.trainer import train_world_model
@@ -81,14 +83,8 @@ PROFILES = {
 }  # fmt: skip
 
 
-def prepare(profile: Profile, output: Path) -> tuple[Path, Path, list[Path]]:
-    """Data, an under-trained world model, and an inverse-dynamics model of other episodes."""
-    folders = [
-        collect(output / name, count, seed, disturbed=True)
-        for name, count, seed in zip(
-            ("data", "inverse_data", "judged"), profile.episodes, (MODEL_SEED, INVERSE_SEED, JUDGED_SEED), strict=True
-        )
-    ]
+def model_settings(profile: Profile) -> tuple[WorldModelConfig, WorldModelTrainerConfig]:
+    """Settings of the under-trained world model."""
     content = read_yaml(PRESETS / f"{profile.preset}.yaml")
     model = build_config(WorldModelConfig, content["model"], source=profile.preset)
     trainer = build_config(WorldModelTrainerConfig, content["trainer"], source=profile.preset)
@@ -97,6 +93,28 @@ def prepare(profile: Profile, output: Path) -> tuple[Path, Path, list[Path]]:
     if profile.judge_steps < 10:
         moment = StageConfig(steps=2, batch_size=4)
         trainer = dataclasses.replace(trainer, tokenizer=moment, classifier=moment)
+    return model, trainer
+
+
+def settings_of(profile: Profile) -> dict[str, Any]:
+    """What decides the measurement, see :func:`~parts.find_part`."""
+    model, trainer = model_settings(profile)
+    return {
+        "profile": profile, "task": load_task(TASK), "disturbance": DisturbanceConfig(), "model": model,
+        "trainer": trainer, "inverse": InverseDynamicsConfig(), "inverse_trainer": TrainerConfig(),
+        "seeds": [MODEL_SEED, INVERSE_SEED, JUDGED_SEED], "methods": METHODS,
+    }  # fmt: skip
+
+
+def prepare(profile: Profile, output: Path) -> tuple[Path, Path, list[Path]]:
+    """Data, an under-trained world model, and an inverse-dynamics model of other episodes."""
+    folders = [
+        collect(output / name, count, seed, disturbed=True)
+        for name, count, seed in zip(
+            ("data", "inverse_data", "judged"), profile.episodes, (MODEL_SEED, INVERSE_SEED, JUDGED_SEED), strict=True
+        )
+    ]
+    model, trainer = model_settings(profile)
     train_world_model(model, trainer, open_video_data(folders[:1]), output / "model", resume=True, progress=True)
     pairs, config = open_frame_pairs(folders[1:2], InverseDynamicsConfig())
     schedule = TrainerConfig(steps=profile.inverse_steps, warmup_steps=min(100, profile.inverse_steps))
@@ -112,19 +130,19 @@ def main() -> None:
     options = parser.parse_args()
     profile = PROFILES[options.profile]
     output = options.output or Path("outputs") / f"benchmark_rlir_{options.profile}"
-    begin = time.perf_counter()
-    model, inverse, folders = prepare(profile, output)
     results: dict[str, list[dict[str, Any]]] = {}
-    for seed in profile.seeds:
-        for method in METHODS:
-            config = dataclasses.replace(profile.posttrain, method=method, seed=seed)
-            found = run_posttraining(
-                model, inverse, [folders[0], folders[2]], output / f"{method}-{seed}", config,
-                judge_steps=profile.judge_steps, judges_folder=output / "judges", episodes=profile.episodes[2],
-                resume=True, progress=True,
-            )  # fmt: skip
-            results.setdefault(method, []).append(found)
-            print(f"{method}, seed {seed}: {found['verdict']}")
+    with part(output, settings_of(profile)) as made:
+        model, inverse, folders = prepare(profile, output)
+        for seed in profile.seeds:
+            for method in METHODS:
+                config = dataclasses.replace(profile.posttrain, method=method, seed=seed)
+                found = run_posttraining(
+                    model, inverse, [folders[0], folders[2]], output / f"{method}-{seed}", config,
+                    judge_steps=profile.judge_steps, judges_folder=output / "judges", episodes=profile.episodes[2],
+                    resume=True, progress=True,
+                )  # fmt: skip
+                results.setdefault(method, []).append(found)
+                print(f"{method}, seed {seed}: {found['verdict']}")
     arms = [row for method in METHODS for row in arm_rows(method, results[method])]
     headline = compare(results)
     for arm in arms:
@@ -135,7 +153,7 @@ def main() -> None:
     write_benchmark(
         "rlir" if options.profile == "cpu" else f"rlir_{options.profile}",
         "Do inverse rewards (RLIR) make a world model obey its actions, as judges see it that gave no reward?",
-        headline, arms, seconds=time.perf_counter() - begin, seeds=[MODEL_SEED, INVERSE_SEED, JUDGED_SEED],
+        headline, arms, parts=[made], seeds=[MODEL_SEED, INVERSE_SEED, JUDGED_SEED],
         notes=notes(options.profile, profile, results),
     )  # fmt: skip
 

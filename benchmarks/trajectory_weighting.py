@@ -1,7 +1,7 @@
 """Does drawing good episodes more often help on data of mixed quality? Pushing, from the scene's state.
 
-    python benchmarks/trajectory_weighting.py            # resumable; about half an hour on one core
-    python benchmarks/trajectory_weighting.py --policies bc --seeds 1
+    python benchmarks/trajectory_weighting.py                           # resumable; minutes on one core
+    python benchmarks/trajectory_weighting.py --policies bc diffusion   # half an hour, with a result of its own
 
 A tenth of the episodes is the scripted expert's. Half are of an operator who misjudges where things are, by an error
 drawn per episode, with noise on every action; the rest moves at random. Failures are kept. How far the block has to go
@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from interleaved import write_benchmark
+from interleaved import result_name, write_benchmark
+from parts import Part, part
 
 from simtoreal.data_collection.dataset import META, Dataset
 from simtoreal.data_collection.episode import ABORTED
@@ -107,10 +107,17 @@ class Wandering:
         return actions
 
 
-def collect_mix(folder: Path) -> dict[str, Any]:
-    """Record the episodes once; return the successes of every operator."""
-    task = mixed_task()
-    if not (folder / "complete").is_file():
+def data_settings() -> dict[str, Any]:
+    """What decides the data, see :func:`~parts.find_part`."""
+    return {"task": mixed_task(), "mix": MIX, "misjudgement_m": MISJUDGEMENT_M, "noise": NOISE}
+
+
+def collect_mix(folder: Path) -> Part:
+    """Record the episodes, going on with what is there."""
+    with part(folder, data_settings()) as made:
+        if made.finished:
+            return made
+        task = mixed_task()
         env = make_vector_env(task, 30, observe="state")
         noisy = OperatorStyle(name="misjudging", noise=NOISE)
         actors = {
@@ -130,7 +137,11 @@ def collect_mix(folder: Path) -> dict[str, Any]:
                 rollout(env, actors[operator], seeds, listeners=[recorder])
                 first += count
         env.close()
-        (folder / "complete").touch()
+    return made
+
+
+def count_successes(folder: Path) -> dict[str, str]:
+    """Successes of every operator."""
     episodes = Dataset.open(folder).episodes
     return {
         operator: f"{sum(e.success for e in episodes if e.operator == operator)}/{count}"
@@ -147,28 +158,33 @@ def policy_config(policy: str) -> PolicyConfig:
     return DiffusionConfig(**common, condition_width=128, noise_samples=1, unet_widths=(32, 64))
 
 
-def measure(policy: str, method: Method, seed: int, output: Path) -> Path:
-    """Train and evaluate one policy, continuing what is there; return the evaluation folder."""
+def measure(policy: str, method: Method, seed: int, output: Path) -> Part:
+    """Train and evaluate one policy, continuing what is there, into the folder ``evaluation`` of it."""
     folder = output / f"{policy}_{method}_{seed}"
-    evaluation = folder / "evaluation"
-    if not (evaluation / "results.json").is_file():
+    trainer = TrainerConfig(
+        steps=STEPS[policy], batch_size=128, seed=seed, checkpoint_every=250, validate_every=10_000, log_every=50
+    )
+    settings = {
+        "data": data_settings(), "policy": policy_config(policy), "trainer": trainer,
+        "weighting": Weighting(method=method), "evaluation": [EVALUATION_SEED, EPISODES],
+    }  # fmt: skip
+    with part(folder, settings) as made:
+        if made.finished:
+            return made
         print(f"{policy} {method} seed {seed}", flush=True)
         data = open_training_data(
             output / "data", policy_config(policy), mask="all", weighting=Weighting(method=method), hold_out=False
-        )
-        trainer = TrainerConfig(
-            steps=STEPS[policy], batch_size=128, seed=seed, checkpoint_every=250, validate_every=10_000, log_every=50
         )
         train(policy_config(policy), trainer, data, folder, resume=True)
         loaded, actor = load_actor(folder, device="cpu")
         env = make_vector_env(mixed_task(), 50, embodiment=loaded.embodiment, observe="state")
         seeds = range(EVALUATION_SEED, EVALUATION_SEED + EPISODES)
-        settings = {"task": env.task.name, "label": folder.name, "checkpoint": checkpoint_digest(loaded.folder)}
+        described = {"task": env.task.name, "label": folder.name, "checkpoint": checkpoint_digest(loaded.folder)}
         try:
-            evaluate(env, actor, seeds, evaluation, settings, videos=0)
+            evaluate(env, actor, seeds, folder / "evaluation", described, videos=0)
         finally:
             env.close()
-    return evaluation
+    return made
 
 
 def describe(output: Path) -> list[str]:
@@ -191,20 +207,21 @@ def describe(output: Path) -> list[str]:
 def main() -> None:
     """Run and store the measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policies", nargs="+", choices=STEPS, default=list(STEPS))
+    parser.add_argument("--policies", nargs="+", choices=STEPS, default=["bc"])
     parser.add_argument("--seeds", type=int, default=3, help="training seeds")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_trajectory_weighting"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    begin = time.perf_counter()
-    successes = collect_mix(options.output / "data")
+    parts = [collect_mix(options.output / "data")]
+    successes = count_successes(options.output / "data")
     drawn = describe(options.output)
     print(successes, drawn, flush=True)
     outcomes: dict[tuple[str, str], list[list[bool]]] = {}
     for policy in options.policies:
         for seed in range(options.seeds):
             for method in METHODS:
-                found = load_evaluation(measure(policy, method, seed, options.output)).outcomes
+                parts.append(measure(policy, method, seed, options.output))
+                found = load_evaluation(options.output / f"{policy}_{method}_{seed}" / "evaluation").outcomes
                 outcomes.setdefault((policy, method), []).append(found)
     arms = []
     for policy in options.policies:
@@ -233,11 +250,11 @@ def main() -> None:
         "n": ours["n"], "p_value": ours["p against uniform"],
     }  # fmt: skip
     write_benchmark(
-        "trajectory_weighting",
+        result_name("trajectory_weighting", parser, options, "policies", "seeds"),
         "Does drawing good episodes more often (by return, by advantage, the best tenth) help on mixed data?",
         headline,
         arms,
-        seconds=time.perf_counter() - begin,
+        parts=parts,
         seeds=list(range(options.seeds)),
         notes=(
             f"Successes in the data: {successes}. Drawn: {'; '.join(drawn)}. Temperature 0.1, discounted returns. "

@@ -31,11 +31,12 @@ def main() -> None:
     data = [mujoco.MjData(ours.model) for _ in range(COUNT)]
     controls = np.zeros((STEPS, COUNT, ours.model.nu))
 
-    def reset_raw() -> None:
+    # Every run of an arm starts from the same state; the resets are outside what is counted.
+    def reset() -> None:
         ours.reset(seed=0)
+        peer.reset(seed=0)
         size = mujoco.mj_stateSize(ours.model, int(mujoco.mjtState.mjSTATE_INTEGRATION))
-        for index, single in enumerate(data):
-            state = ours.get_state()[index, :size]
+        for single, state in zip(data, ours.get_state()[:, :size], strict=True):
             mujoco.mj_setState(ours.model, single, state, int(mujoco.mjtState.mjSTATE_INTEGRATION))
 
     ours.reset(seed=0)
@@ -43,7 +44,6 @@ def main() -> None:
         ours.step(action)
         controls[step] = ours.fields["ctrl"]
 
-    # Every arm starts its timed part from the same state; the resets are outside what is counted.
     def vector() -> None:
         for action in actions:
             ours.step(action)
@@ -59,13 +59,7 @@ def main() -> None:
                 mujoco.mj_step(ours.model, single, nstep=ours.substeps)
 
     arms = {"TabletopVectorEnv": vector, "SyncVectorEnv": sync, "raw mj_step": raw}
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(ROUNDS):
-        ours.reset(seed=0)
-        peer.reset(seed=0)
-        reset_raw()
-        for name, values in time_rounds({name: arms[name] for name in arms}, rounds=1).items():
-            seconds[name] += values
+    seconds = time_rounds(arms, ROUNDS, prepare=reset)
     units = dict.fromkeys(arms, float(COUNT * STEPS))
     headline = speed_headline("control steps/s", seconds, units, "TabletopVectorEnv", "SyncVectorEnv")
     of_raw = speed_headline("control steps/s", seconds, units, "TabletopVectorEnv", "raw mj_step")

@@ -25,12 +25,14 @@ from typing import Any
 import numpy as np
 import torch
 from interleaved import RESULTS, speed_arms, speed_headline, time_rounds, write_benchmark
+from parts import part
 
+from simtoreal.data_collection.dataset import META
 from simtoreal.data_collection.expert import ScriptedExpert
 from simtoreal.data_collection.recorder import Recorder, memory_takes
 from simtoreal.data_collection.rollouts import record_rollouts
-from simtoreal.data_collection.writer import DatasetWriter
-from simtoreal.envs import make_vector_env, rollout
+from simtoreal.data_collection.writer import new_dataset
+from simtoreal.envs import load_task, make_vector_env, rollout
 from simtoreal.envs.config import build_config, read_yaml
 from simtoreal.evaluation.policies import checkpoint_digest, load_actor
 from simtoreal.policies.config import BCConfig, TrainerConfig
@@ -108,8 +110,8 @@ PROFILES = {
 
 
 def collect(folder: Path, episodes: int, seed: int, *, disturbed: bool) -> Path:
-    """Record episodes of the expert, failures included; what is there already is kept."""
-    if (folder / "meta.json").is_file():
+    """Record episodes of the expert, failures included, unless they are there; an interrupted recording begins anew."""
+    if (folder / META).is_file():
         return folder
     slots = min(32, episodes)
     env = make_vector_env(TASK, slots, image_size=64)
@@ -117,7 +119,7 @@ def collect(folder: Path, episodes: int, seed: int, *, disturbed: bool) -> Path:
     if disturbed:
         columns = [env.task.object_state_names.index(f"{item.name}_x") for item in env.task.objects]
         actor = DisturbedActor(actor, columns, DisturbanceConfig())
-    with DatasetWriter(folder, env.embodiment, {env.task.name: env.task.to_dict()}) as writer:
+    with new_dataset(folder, env.embodiment, {env.task.name: env.task.to_dict()}) as writer:
         recorder = Recorder(
             memory_takes(writer), task=env.task.name, embodiment=env.embodiment, source="expert",
             operator="clumsy" if disturbed else "expert", keep=lambda result: disturbed or result.success,
@@ -156,6 +158,16 @@ def model_settings(preset: str, smoke: bool) -> tuple[WorldModelConfig, WorldMod
         generated = dataclasses.replace(model.classifier, generated_episodes=2)
         model = dataclasses.replace(model, classifier=generated)
     return model, trainer
+
+
+def settings_of(profile: Profile) -> dict[str, Any]:
+    """What decides the quality of the model and of its judgement, see :func:`~parts.find_part`."""
+    model, trainer = model_settings(profile.preset, profile is PROFILES["smoke"])
+    seeds = [TRAINING_SEED, FRESH_SEED, POLICY_SEED, CONDITION_SEED, WEAK_SEED, WEAK_ROLLOUTS_SEED]
+    return {
+        "profile": profile, "task": load_task(TASK), "disturbance": DisturbanceConfig(), "model": model,
+        "trainer": trainer, "policy": BCConfig(), "policy_trainer": TrainerConfig(), "seeds": seeds,
+    }  # fmt: skip
 
 
 def measure_speed(loaded: LoadedWorldModel, data: VideoData, batch: int, rounds: int, steps: int) -> dict[str, Any]:
@@ -247,20 +259,21 @@ def main() -> None:
         return
     profile, smoke = PROFILES[options.profile], options.profile == "smoke"
     output = options.output or Path("outputs") / f"benchmark_world_model_{options.profile}"
+    with part(output, settings_of(profile)) as made:
+        trained_on = [collect(output / "data", profile.episodes, TRAINING_SEED, disturbed=True)]
+        trained_on += collect_weak(profile, output)
+        fresh = collect(output / "fresh", profile.fresh, FRESH_SEED, disturbed=True)
+        demonstrations = collect(output / "demonstrations", profile.demonstrations, POLICY_SEED, disturbed=False)
+        model_config, trainer = model_settings(profile.preset, smoke)
+        result = train_world_model(
+            model_config, trainer, open_video_data(trained_on), output / "model", resume=True, progress=True
+        )
+        policies = train_policies(profile.policy_steps, demonstrations, output / "policies", POLICY_SEED)
+        found = evaluate_world_model(
+            output / "model", [*trained_on, fresh], output / "evaluation", policies=policies, episodes=profile.judged,
+            judge_steps=profile.judge_steps, conditions=profile.conditions, first_seed=CONDITION_SEED, progress=True,
+        )  # fmt: skip
     begin = time.perf_counter()
-    trained_on = [collect(output / "data", profile.episodes, TRAINING_SEED, disturbed=True)]
-    trained_on += collect_weak(profile, output)
-    fresh = collect(output / "fresh", profile.fresh, FRESH_SEED, disturbed=True)
-    demonstrations = collect(output / "demonstrations", profile.demonstrations, POLICY_SEED, disturbed=False)
-    model_config, trainer = model_settings(profile.preset, smoke)
-    result = train_world_model(
-        model_config, trainer, open_video_data(trained_on), output / "model", resume=True, progress=True
-    )
-    policies = train_policies(profile.policy_steps, demonstrations, output / "policies", POLICY_SEED)
-    found = evaluate_world_model(
-        output / "model", [*trained_on, fresh], output / "evaluation", policies=policies, episodes=profile.judged,
-        judge_steps=profile.judge_steps, conditions=profile.conditions, first_seed=CONDITION_SEED, progress=True,
-    )  # fmt: skip
     page = write_page(found, output / "evaluation")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     speed = measure_speed(
@@ -285,7 +298,7 @@ def main() -> None:
     ]
     path = write_benchmark(
         name, "How fast and how faithful is the video world model, and does it judge policies as the simulator does?",
-        speed["headline"], arms, seconds=time.perf_counter() - begin, notes=" ".join(notes),
+        speed["headline"], arms, seconds=time.perf_counter() - begin, parts=[made], notes=" ".join(notes),
         seeds=[TRAINING_SEED, FRESH_SEED, POLICY_SEED, CONDITION_SEED, WEAK_SEED, WEAK_ROLLOUTS_SEED],
     )  # fmt: skip
     print(f"stored in {path} ({RESULTS}); page {page}")

@@ -50,9 +50,11 @@ from cotraining_study import (
     simulation,
     store,
 )
+from parts import parts_of
 
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.envs.files import write_json
+from simtoreal.envs.provenance import provenance
 from simtoreal.evaluation.results import load_evaluation
 from simtoreal.policies.config import DiffusionConfig, TrainerConfig, VisionConfig
 from simtoreal.policies.reinforcement_config import ReinforcementConfig
@@ -241,6 +243,7 @@ def _execute_direct(
         {
             "final": rate, "iterations": result.iterations, "real_episodes": result.rollouts,
             "real_steps": result.control_steps, "budget_steps": budget, "seconds": time.monotonic() - began,
+            "provenance": provenance([seed]),
         },
     )  # fmt: skip
 
@@ -269,7 +272,7 @@ def evaluation_of(name: str, folder: Path, profile: Profile) -> Path:
 
 def summarize(profile: Profile, output: Path, result: str, tasks: Iterable[str]) -> None:
     """Write the benchmark's JSON from the finished arms of some tasks."""
-    arms, notes, comparisons, seconds = [], [], {}, 0.0
+    arms, notes, comparisons, done = [], [], {}, []
     for task in tasks:
         folders = {seed: output / f"{task}-{seed}" for seed in profile.seeds}
         found: dict[str, Outcomes] = {
@@ -281,7 +284,7 @@ def summarize(profile: Profile, output: Path, result: str, tasks: Iterable[str])
             results = {seed: content for seed, content in results.items() if content}
             if not outcomes or (name != "base" and not results):
                 continue
-            seconds += sum(content["seconds"] for content in results.values())
+            done += results.values()
             steps = [content["real_steps"] for content in results.values()]
             arms.append(
                 arm(f"{task}: {name}", outcomes, found["base"], real_steps=sum(steps) / len(steps) if steps else None)
@@ -315,7 +318,7 @@ def summarize(profile: Profile, output: Path, result: str, tasks: Iterable[str])
     store(
         result,
         "Does a policy get better inside a world model that it helps to train?",
-        f"{task}: real success after co-training", comparisons[task], "base", arms, seconds=seconds,
+        f"{task}: real success after co-training", comparisons[task], "base", arms, parts=parts_of(done),
         seeds=[*profile.seeds, FIRST_EPISODE, TWIN_FIRST_EPISODE], notes=notes,
     )  # fmt: skip
 

@@ -135,6 +135,43 @@ def test_the_judge_of_the_kills_notices_losses(tmp_path: Path) -> None:
         recorder_kills.judge(tmp_path, recorder_kills.Said(0, "between takes"), {})
 
 
+def test_a_loss_is_not_passed_over_by_running_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(folder: Path) -> None:
+        raise DatasetError(f"{folder}: is damaged")
+
+    progress = tmp_path / "progress" / "seed_1.json"
+    monkeypatch.setattr(recorder_kills, "recover", refuse)
+    monkeypatch.setattr(recorder_kills.tempfile, "mkdtemp", lambda prefix: str(tmp_path))
+    with pytest.raises(SystemExit, match=r"cannot be recovered and read.*is damaged; the datasets are left in"):
+        recorder_kills.continue_kills(progress, kills=20, seed=1)
+    monkeypatch.undo()
+    with pytest.raises(SystemExit, match=r"seed_1\.json: kill \d+: .*is damaged.* Delete the file to begin anew"):
+        recorder_kills.continue_kills(progress, kills=20, seed=1)
+
+
+def test_kills_go_on_where_they_were_and_tell_of_which_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = tmp_path / "seed_1.json"
+    for commit, kills in (("one", 2), ("two", 4), ("three", 4)):
+        monkeypatch.setattr(recorder_kills, "git_commit", lambda commit=commit: commit)
+        counts, made = recorder_kills.continue_kills(progress, kills, seed=1)
+        assert counts.kills >= kills
+    assert (made.commits, made.finished) == (["one", "two"], True)
+
+
+def test_a_process_that_ends_before_it_is_killed_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_late(pid: int, number: int) -> None:
+        raise ProcessLookupError(pid)
+
+    with DatasetWriter(tmp_path, EMBODIMENT, TASKS):
+        pass
+    killer = recorder_kills.Killer()
+    monkeypatch.setattr(recorder_kills.os, "kill", too_late)
+    try:
+        assert killer.kill("recover", tmp_path, session=1, after_s=0.0).phase == "between takes"
+    finally:
+        killer.close()
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_any_order_of_takes_leaves_what_was_accepted(tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
