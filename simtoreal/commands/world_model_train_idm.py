@@ -80,9 +80,9 @@ def main(config: Config) -> None:
         if score["r2"] is None:
             console.print(f"  {name:<10} does not vary in the held-out episodes", highlight=False)
         else:
-            low, high = score["interval"] or (score["r2"], score["r2"])
-            text = f"  {name:<10} R2 {score['r2']:.2f} (95 % interval {low:.2f} to {high:.2f}, {score['n']} episodes)"
-            console.print(text, highlight=False)
+            bounds = "95 % interval {:.2f} to {:.2f}, ".format(*score["interval"]) if score["interval"] else ""
+            episodes = f"{score['n']} {'episode' if score['n'] == 1 else 'episodes'}"
+            console.print(f"  {name:<10} R2 {score['r2']:.2f} ({bounds}{episodes})", highlight=False)
     known = [score["r2"] for score in found["r2"].values() if score["r2"] is not None]
     console.print(
         f"trained an inverse-dynamics model: {result.steps} steps, {result.seconds:.0f} s, mean held-out R2 "
