@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from small_world import FLOW, MOMENT, RESIDUAL, make_world_data
 
 from simtoreal.cli import run as command_line
+from simtoreal.commands.world_model_train_idm import describe
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.expert import ScriptedExpert
 from simtoreal.data_collection.recorder import Recorder, memory_takes
@@ -337,6 +338,9 @@ def test_a_single_episode_has_no_interval():
     [score] = explained_variance(actual + 0.1, actual, np.zeros(10))
     assert score["r2"] > 0.9
     assert (score["interval"], score["n"]) == (None, 1)
+    assert describe({**score, "r2": 0.934}) == "R2 0.93 (1 episode)"
+    several = {"r2": 0.934, "interval": [0.9, 0.95], "n": 40}
+    assert describe(several) == "R2 0.93 (95 % interval 0.90 to 0.95, 40 episodes)"
     once = policy_validity(np.array([[True], [False]]), np.array([[True], [True]]))
     assert (once["mean_bias"], once["mean_bias_interval"]) == (0.5, None)
     change = judge_change({"training_reward": np.array([0.1])}, {"training_reward": np.array([0.9])})
