@@ -24,15 +24,24 @@ from simtoreal.data_collection.collect import CollectionPlan, collect
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.diversity import behaviors, dataset_diversity
 from simtoreal.envs import load_task, make_vector_env
-from simtoreal.evaluation.diversity import behavior_table, evaluate_diversity, read_rollouts, resample
+from simtoreal.evaluation.bootstrap import resample_counts
+from simtoreal.evaluation.diversity import (
+    behavior_table,
+    corrected_draws,
+    count_table,
+    entropy_draws,
+    evaluate_diversity,
+    interval_of,
+    read_rollouts,
+    summarize_diversity,
+)
 from simtoreal.evaluation.policies import checkpoint_digest, load_actor
-from simtoreal.evaluation.statistics import posterior_interval
+from simtoreal.evaluation.statistics import repeated_interval
 from simtoreal.policies.config import AugmentationConfig, BCConfig, DiffusionConfig, PolicyConfig, TrainerConfig
 from simtoreal.policies.trainer import train
 from simtoreal.policies.training_data import open_training_data
 
 EVALUATION_SEED = 600_000
-DRAWS = 1000
 # Demonstrations, contexts, rollouts per context, observations, actions executed per prediction, training steps.
 # avoid: 10 demonstrations of each of 24 ways, and 480 rollouts as in D3IL's longer setting; align: 300 of each of 2
 # ways (D3IL: 500), 60 x 8 rollouts. On avoid a prediction is executed whole: whoever decides again between two rows may
@@ -71,35 +80,33 @@ def policy_config(policy: str, task: str) -> PolicyConfig:
     return DiffusionConfig(**common, **diffusion, denoiser="transformer", transformer_width=64, transformer_layers=3)
 
 
-def measure(task: str, policy: str, seed: int, output: Path) -> dict[str, Any]:
+def measure(task: str, policy: str, seed: int, output: Path) -> None:
     """Train and evaluate one policy, continuing what is there."""
     settings, folder = TASKS[task], output / task / f"{policy}_{seed}"
-    result = folder / "evaluation" / "results.json"
-    if not result.is_file():
-        print(f"{task} {policy} seed {seed}", flush=True)
-        config = policy_config(policy, task)
-        data = open_training_data(output / task / "data", config, mask="all", hold_out=False)
-        trainer = TrainerConfig(
-            steps=settings["steps"],
-            batch_size=BATCH,
-            seed=seed,
-            checkpoint_every=250,
-            validate_every=100_000,
-            log_every=50,
-        )
-        train(config, trainer, data, folder, resume=True)
-        loaded, actor = load_actor(folder, device="cpu")
-        env = make_vector_env(task, 60, embodiment=loaded.embodiment, observe="state")
-        contexts = range(EVALUATION_SEED, EVALUATION_SEED + settings["contexts"])
-        try:
-            evaluate_diversity(
-                env, actor, contexts, settings["rollouts"], folder / "evaluation",
-                {"task": task, "label": policy, "checkpoint": checkpoint_digest(loaded.folder)},
-            )  # fmt: skip
-        finally:
-            env.close()
-    content: dict[str, Any] = json.loads(result.read_text())
-    return content
+    if (folder / "evaluation" / "results.json").is_file():
+        return
+    print(f"{task} {policy} seed {seed}", flush=True)
+    config = policy_config(policy, task)
+    data = open_training_data(output / task / "data", config, mask="all", hold_out=False)
+    trainer = TrainerConfig(
+        steps=settings["steps"],
+        batch_size=BATCH,
+        seed=seed,
+        checkpoint_every=250,
+        validate_every=100_000,
+        log_every=50,
+    )
+    train(config, trainer, data, folder, resume=True)
+    loaded, actor = load_actor(folder, device="cpu")
+    env = make_vector_env(task, 60, embodiment=loaded.embodiment, observe="state")
+    contexts = range(EVALUATION_SEED, EVALUATION_SEED + settings["contexts"])
+    try:
+        evaluate_diversity(
+            env, actor, contexts, settings["rollouts"], folder / "evaluation",
+            {"task": task, "label": policy, "checkpoint": checkpoint_digest(loaded.folder)},
+        )  # fmt: skip
+    finally:
+        env.close()
 
 
 def finished(task: str, policy: str, seeds: int, output: Path) -> list[int]:
@@ -108,40 +115,66 @@ def finished(task: str, policy: str, seeds: int, output: Path) -> list[int]:
     return [seed for seed, folder in folders.items() if (folder / "evaluation" / "results.json").is_file()]
 
 
-def interval(task: str, policy: str, seeds: list[int], output: Path) -> np.ndarray:
-    """Bootstrap draws ``(DRAWS, 2)`` of both entropies, over training seeds, then contexts, then rollouts."""
+def entropies(task: str, rows: list[list[dict[str, Any]]]) -> np.ndarray:
+    """Mean over training seeds of both entropies, ``(1 + draws, 2)``: measured, then over seeds and contexts.
+
+    All policies and seeds have the same contexts, and draws choose the same ones of them.
+
+    Args:
+        task: its name.
+        rows: rollouts of each training.
+    """
     spec, rollouts = load_task(task), TASKS[task]["rollouts"]
-    labels, rng = len(behaviors(spec)), np.random.default_rng(0)
-    tables = [
-        behavior_table(spec, read_rollouts(output / task / f"{policy}_{seed}" / "evaluation"), rollouts)
-        for seed in seeds
-    ]
-    draws = [
-        np.mean([resample(tables[index], labels, rng) for index in rng.integers(len(seeds), size=len(seeds))], axis=0)
-        for _ in range(DRAWS)
-    ]
-    return np.array(draws)
+    each = np.stack(
+        [
+            entropy_draws(count_table(behavior_table(spec, found, rollouts), len(behaviors(spec))), rollouts)
+            for found in rows
+        ]
+    )
+    weights = resample_counts(len(each), each.shape[1] - 1, seed=1) / len(each)
+    return np.einsum("ds,sde->de", weights, each)
 
 
-def arm(task: str, policy: str, results: list[dict[str, Any]], draws: np.ndarray) -> dict[str, Any]:
+def success_interval(task: str, rows: list[list[dict[str, Any]]]) -> tuple[float, float]:
+    """95 % interval of the success rate of all trainings together, over contexts."""
+    successes = {context: 0 for context in range(EVALUATION_SEED, EVALUATION_SEED + TASKS[task]["contexts"])}
+    for row in (row for found in rows for row in found):
+        successes[row["context"]] += row["success"]
+    return repeated_interval(list(successes.values()), TASKS[task]["rollouts"] * len(rows))
+
+
+def arm(task: str, policy: str, rows: list[list[dict[str, Any]]], draws: np.ndarray) -> dict[str, Any]:
     """Row of the table: mean over training seeds."""
+    contexts = TASKS[task]["contexts"]
+    # Anew, because stored results may be of a version with wrong intervals.
+    results = [summarize_diversity(load_task(task), found, TASKS[task]["rollouts"]) for found in rows]
     entropies = [result["entropy"] for result in results]
     successes, n = sum(result["successes"] for result in results), sum(result["n"] for result in results)
-    low, high = posterior_interval(successes, n)
+    low, high = success_interval(task, rows)
+    corrected = corrected_draws(draws[:, 0])
     return {
         "name": f"{task}: {POLICIES[policy]}",
         "value": float(np.mean(entropies)),
         "n": n,
+        "contexts": contexts,
         "training_seeds": len(results),
-        "interval": np.quantile(draws[:, 0], [0.025, 0.975]).tolist(),
+        # D3IL's entropy has a bias and no interval; its corrected value has.
+        "interval": None,
         "entropy per seed": " ".join(f"{value:.2f}" for value in entropies),
-        "Miller-Madow": float(np.mean([result["entropy_miller_madow"] for result in results])),
+        "corrected": float(corrected[0]),
+        "corrected interval": text_of(interval_of(corrected, contexts)),
         "conditional": float(np.mean([result["conditional_entropy"] for result in results])),
+        "conditional interval": text_of(interval_of(draws[:, 1], contexts)),
         "success": successes / n,
         "success interval": f"{low:.3f}-{high:.3f}",
         "success per seed": " ".join(f"{result['success_rate']:.2f}" for result in results),
         "score": float(np.mean([result["score"] for result in results])),
     }
+
+
+def text_of(bounds: list[float] | None) -> str | None:
+    """Interval as text for the table, None if there is none."""
+    return f"{bounds[0]:.3f}-{bounds[1]:.3f}" if bounds else None
 
 
 def spent_s(folder: Path) -> float:
@@ -154,27 +187,32 @@ def summarize(task: str, policies: list[str], seeds: int, output: Path) -> None:
     """Write the result of a task from the trainings that are finished; nothing without the U-Net and the L2 loss.
 
     The headline is the entropy that a deterministic policy cannot have: where there is a single start (avoid) that of
-    all rollouts, otherwise the one given the context.
+    all rollouts, corrected for its bias, otherwise the one given the context, as this number of rollouts shows it.
     """
     shown = dataset_diversity(Dataset.open(output / task / "data"))
     arms, draws, seconds = {}, {}, 0.0
     for policy in policies:
         done = finished(task, policy, seeds, output)
         if done:
-            results = [measure(task, policy, seed, output) for seed in done]
-            draws[policy] = interval(task, policy, done, output)
+            rows = [read_rollouts(output / task / f"{policy}_{seed}" / "evaluation") for seed in done]
+            draws[policy] = entropies(task, rows)
             seconds += sum(spent_s(output / task / f"{policy}_{seed}") for seed in done)
-            arms[policy] = arm(task, policy, results, draws[policy])
+            arms[policy] = arm(task, policy, rows, draws[policy])
             print(arms[policy], flush=True)
     if not {"unet", "bc_l2"} <= set(arms):
         return
-    column, key, given = (0, "value", "") if task == "avoid" else (1, "conditional", " given the context")
+    if task == "avoid":
+        key, kind = "corrected", "behaviour entropy, corrected for small samples,"
+        shown_draws = {policy: corrected_draws(found[:, 0]) for policy, found in draws.items()}
+    else:
+        key, kind = "conditional", f"behaviour entropy given the context, of {TASKS[task]['rollouts']} rollouts each,"
+        shown_draws = {policy: found[:, 1] for policy, found in draws.items()}
     ours, base = arms["unet"], arms["bc_l2"]
-    difference = draws["unet"][:, column] - draws["bc_l2"][:, column]
     headline = {
-        "metric": f"behaviour entropy{given} on {task} (0: one way, 1: all alike)", "ours": ours[key],
+        "metric": f"{kind} on {task} (0: one way, 1: all alike)", "ours": ours[key],
         "baseline": base[key], "baseline_name": POLICIES["bc_l2"], "ratio": None,
-        "difference": ours[key] - base[key], "interval": np.quantile(difference, [0.025, 0.975]).tolist(),
+        "difference": ours[key] - base[key],
+        "interval": interval_of(shown_draws["unet"] - shown_draws["bc_l2"], TASKS[task]["contexts"]),
         "n": ours["n"], "p_value": None,
     }  # fmt: skip
     write_benchmark(
@@ -185,9 +223,13 @@ def summarize(task: str, policies: list[str], seeds: int, output: Path) -> None:
         seconds=seconds,
         seeds=list(range(seeds)),
         notes=(
-            "value is D3IL's unconditional entropy of the behaviours of successful rollouts; conditional is its mean "
-            "over identical initial states, limited by the number of rollouts from each. Intervals: bootstrap over "
-            "training seeds, contexts and rollouts (entropy), posterior of all rollouts (success). "
+            "value is D3IL's unconditional entropy of the behaviours of successful rollouts; corrected adds what small "
+            "samples lose by the bootstrap's estimate, and has the interval. conditional is D3IL's mean over identical "
+            f"initial states, as {TASKS[task]['rollouts']} rollouts from each show it: its interval is of that number, "
+            "not of the policy's own conditional entropy, which is no lower, and of which so few rollouts give no "
+            "interval. Intervals are over contexts, since rollouts of one are alike (entropy: bootstrap over training "
+            "seeds, too; success: Beta posterior, the number of rollouts divided by the design effect, all trainings "
+            "together). So few seeds say little about other trainings, and a single one nothing. "
             f"{shown['successes']} demonstrations, entropy {shown['entropy']:.3f}; {TASKS[task]['steps']} steps with "
             f"batches of {BATCH} windows."
         ),

@@ -20,6 +20,13 @@ from simtoreal.evaluation.statistics import (
 )
 
 NOT_DISTINGUISHABLE = "not distinguishable"
+# Entries of results that make another world of one that is called alike, and how they are called. Earlier versions did
+# not note all of them.
+WORLD_KEYS = {
+    "world_model_checkpoint": "world models",
+    "success_key": "--success-key",
+    "observations": "--observations",
+}
 _DRAWS = 20_000
 
 
@@ -141,9 +148,25 @@ def _check_comparable(arms: Sequence[Evaluation], paired: bool) -> list[str]:
 
 
 def elsewhere(first: Evaluation, second: Evaluation) -> str:
-    """Return what differs besides the policies, worlds or the task itself, or an empty text."""
+    """Return what differs besides the policies, worlds or the task itself, or an empty text.
+
+    World models are told apart by what they learned: their names, which are relative to a folder, may well be alike.
+    """
     worlds = f"different worlds ({first.world}, {second.world})" if first.world != second.world else ""
-    return " and ".join(text for text in (worlds, changed_task(first, second)) if text)
+    details = [_another(first, second, key, name) for key, name in WORLD_KEYS.items()]
+    return " and ".join(text for text in (worlds, *details, changed_task(first, second)) if text)
+
+
+def _another(first: Evaluation, second: Evaluation, key: str, name: str) -> str:
+    if not all(key in arm.results for arm in (first, second)) or first.results[key] == second.results[key]:
+        return ""
+
+    def shown(arm: Evaluation) -> str:
+        if key == "world_model_checkpoint":
+            return f"{arm.results.get('world_model', 'checkpoint')} {str(arm.results[key])[:8]}"
+        return str(arm.results[key]) if arm.results[key] else "default"
+
+    return f"different {name} ({shown(first)}, {shown(second)})"
 
 
 def changed_task(first: Evaluation, second: Evaluation) -> str:

@@ -33,16 +33,19 @@ from simtoreal.envs.files import append_whole, explained_disk_errors, write_json
 from simtoreal.envs.provenance import provenance
 from simtoreal.envs.rollout import Actor, EpisodeResult, Listener, Observation, Step, rollout
 from simtoreal.envs.task import TaskSpec
+from simtoreal.evaluation.bootstrap import interval, resample_counts
 from simtoreal.evaluation.evaluate import check_settings
 from simtoreal.evaluation.results import RESULTS_FILE, EvaluationError, failure_tag
 from simtoreal.evaluation.sessions import Session, read_sessions, total_seconds
-from simtoreal.evaluation.statistics import posterior_interval
+from simtoreal.evaluation.statistics import FEWEST_CONTEXTS, repeated_interval
 
 ROLLOUTS_FILE = "rollouts.jsonl"
 # Contexts and rollouts per context (D3IL's benchmark scripts); a single start where the task has one.
 PINNED = {"avoid": (1, 100), "align": (60, 8)}
 DEFAULT_CONTEXTS, DEFAULT_ROLLOUTS = 60, 8
 BOOTSTRAP_DRAWS = 1000
+# Entropies of one way differ from 0 by as much as this, from the rounding of shares.
+_SMALLEST_SPREAD = 1e-9
 
 
 def pinned_counts(task: str, contexts: int | None = None, rollouts: int | None = None) -> tuple[int, int]:
@@ -211,10 +214,13 @@ def evaluate_diversity(
 
 
 def _finished(folder: Path, count: int) -> dict[str, Any] | None:
-    """Return the stored results if they are of all rollouts."""
+    """Return the stored results if they are of all rollouts.
+
+    Earlier versions stored intervals that were wrong, and no ``entropy_corrected``; those are summarised again.
+    """
     try:
         results = json.loads((folder / RESULTS_FILE).read_text())
-        return results if results["n"] == count else None
+        return results if results["n"] == count and "entropy_corrected" in results else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -228,28 +234,46 @@ def summarize_diversity(task: TaskSpec, rows: Sequence[dict[str, Any]], rollouts
         rollouts: per context.
 
     Returns:
-        ``success_rate``, ``successes``, ``n``, ``interval``; ``entropy`` (all contexts together) and
-        ``conditional_entropy``, each also ``_miller_madow`` and with a 95 % bootstrap interval over contexts and then
-        rollouts; ``score`` (D3IL's composite); ``unlabelled``, ``behaviors`` text -> successes, ``failures``.
+        ``success_rate``, ``successes``, ``n``, ``interval`` (over contexts, see
+        :func:`simtoreal.evaluation.statistics.repeated_interval`) and ``contexts``, their number.
+
+        ``entropy`` of all contexts together, as D3IL counts it, which small samples make too low;
+        ``entropy_miller_madow``; ``entropy_corrected`` and its 95 % ``entropy_interval``, see :func:`corrected_draws`:
+        the interval belongs to this estimate and to no other.
+
+        ``conditional_entropy``, as D3IL counts it, and its 95 % ``conditional_entropy_interval``: of what this number
+        of rollouts per context shows on average over contexts. The entropy that the policy really has given the context
+        is no lower, and **no interval of it is given**: with few rollouts per context the bias does not get smaller
+        with more contexts, and neither Miller-Madow (``conditional_entropy_miller_madow``) nor the bootstrap removes
+        it.
+
+        ``score`` (D3IL's composite); ``unlabelled``, ``behaviors`` text -> successes, ``failures``. Intervals are None
+        where there is too little to tell, see :func:`interval_of`.
     """
     names = [join(behavior) for behavior in behaviors(task)]
     table = behavior_table(task, rows, rollouts)
-    counts = _count(table, len(names))
-    successes, n = sum(row["success"] for row in rows), len(rows)
-    entropy = unconditional_entropy(counts.sum(0))
-    pooled, conditional = _bootstrap(table, len(names))
+    counts = count_table(table, len(names))
+    per_context = Counter(row["context"] for row in rows if row["success"])
+    reached = [per_context[context] for context in dict.fromkeys(row["context"] for row in rows)]
+    successes, n = sum(reached), len(rows)
+    draws = entropy_draws(counts, rollouts)
+    pooled, conditional = corrected_draws(draws[:, 0]), draws[:, 1]
+    independent = rollouts if len(counts) == 1 else len(counts)
     return {
         "success_rate": successes / n,
         "successes": successes,
         "n": n,
-        "interval": list(posterior_interval(successes, n)),
-        "entropy": entropy,
-        "entropy_interval": pooled,
+        "contexts": len(counts),
+        "interval": list(repeated_interval(reached, rollouts)),
+        "entropy": unconditional_entropy(counts.sum(0)),
+        "entropy_corrected": float(pooled[0]),
+        "entropy_interval": interval_of(pooled, independent),
         "entropy_miller_madow": unconditional_entropy(counts.sum(0), miller_madow=True),
         "conditional_entropy": conditional_entropy(counts, rollouts),
-        "conditional_entropy_interval": conditional,
+        # A single context says nothing about others.
+        "conditional_entropy_interval": interval_of(conditional, len(counts)),
         "conditional_entropy_miller_madow": conditional_entropy(counts, rollouts, miller_madow=True),
-        "score": composite_score(task.name, successes / n, entropy),
+        "score": composite_score(task.name, successes / n, unconditional_entropy(counts.sum(0))),
         "unlabelled": successes - int(counts.sum()),
         "behaviors": {name: int(count) for name, count in zip(names, counts.sum(0), strict=True) if count},
         "failures": dict(Counter(row["failure_tag"] for row in rows if not row["success"]).most_common()),
@@ -267,26 +291,77 @@ def behavior_table(task: TaskSpec, rows: Sequence[dict[str, Any]], rollouts: int
     return table
 
 
-def resample(table: np.ndarray, labels: int, rng: np.random.Generator) -> tuple[float, float]:
-    """Unconditional and conditional entropy of one bootstrap draw over contexts and then rollouts.
-
-    Resampling loses behaviours as sampling does; the Miller-Madow correction keeps the draws around the measured value.
-    """
-    contexts, rollouts = table.shape
-    rows = rng.integers(contexts, size=(contexts, 1))
-    counts = _count(table[rows, rng.integers(rollouts, size=(contexts, rollouts))], labels)
-    return unconditional_entropy(counts.sum(0), miller_madow=True), conditional_entropy(
-        counts, rollouts, miller_madow=True
-    )
-
-
-def _count(table: np.ndarray, labels: int) -> np.ndarray:
+def count_table(table: np.ndarray, labels: int) -> np.ndarray:
     """``(S, B)`` successes per context and behaviour of a table ``(S, R)``."""
     return (table[:, :, None] == np.arange(labels)).sum(axis=1)
 
 
-def _bootstrap(table: np.ndarray, labels: int) -> tuple[list[float], list[float]]:
-    rng = np.random.default_rng(0)
-    draws = [resample(table, labels, rng) for _ in range(BOOTSTRAP_DRAWS)]
-    pooled, conditional = np.quantile(draws, [0.025, 0.975], axis=0).T.tolist()
-    return pooled, conditional
+def entropy_draws(counts: np.ndarray, rollouts: int, draws: int = BOOTSTRAP_DRAWS) -> np.ndarray:
+    """Unconditional and conditional entropy as D3IL counts them, ``(1 + draws, 2)``: measured, and bootstrap draws.
+
+    Contexts are drawn with all their rollouts, or the rollouts of a single context. Drawing rollouts within drawn
+    contexts, too, would count their noise twice. The same number of contexts is always drawn alike, so that draws of
+    several policies on the same contexts can be subtracted. Draws lose rare behaviours as samples do: as they are, they
+    lie too low, see :func:`corrected_draws`. Their spread around their mean is widened as Student's t widens an
+    interval of few values, so the unconditional ones may leave [0, 1].
+
+    Args:
+        counts: ``(S, B)`` successes per context and behaviour.
+        rollouts: per context, successful or not.
+        draws: number of draws.
+    """
+    contexts = len(counts)
+    if contexts == 1:
+        shares = np.append(counts[0], rollouts - counts[0].sum()) / rollouts
+        drawn = np.random.default_rng(0).multinomial(rollouts, shares, size=draws)[:, :-1]
+        pooled = conditional = np.array([unconditional_entropy(row) for row in (counts[0], *drawn)])
+    else:
+        weights = resample_counts(contexts, draws)
+        pooled = np.array([unconditional_entropy(row) for row in weights @ counts])
+        conditional = weights @ np.array([conditional_entropy(row[None], rollouts) for row in counts]) / contexts
+    independent = rollouts if contexts == 1 else contexts
+    return np.stack([_widened(pooled, independent), np.clip(_widened(conditional, independent), 0.0, 1.0)], axis=1)
+
+
+def _widened(draws: np.ndarray, independent: int) -> np.ndarray:
+    """Draws ``(1 + D,)``, measured first, with the spread that a t interval of ``independent`` values has."""
+    from scipy.stats import norm, t
+
+    if independent < FEWEST_CONTEXTS:
+        return draws  # There will be no interval.
+    factor = float(t.ppf(0.975, independent - 1) / norm.ppf(0.975)) * np.sqrt(independent / (independent - 1))
+    mean = draws[1:].mean()
+    return np.append(draws[0], mean + factor * (draws[1:] - mean))
+
+
+def corrected_draws(draws: np.ndarray) -> np.ndarray:
+    """Draws ``(1 + D,)`` of an entropy without the bias of small samples, estimate first, in [0, 1].
+
+    What the draws lose on average against the measured value is what that lost against the truth (the bootstrap's
+    estimate of the bias), so it is added to the value, and the draws are shifted to it. In contrast to Miller-Madow,
+    which counts rollouts, this knows how much those of one context are alike.
+
+    In simulations the 95 % interval of these draws held the truth in 96 to 100 % of measurements of even and near-even
+    policies and in 84 to 96 % of uneven ones (docs/diversity.md): with 100 rollouts many rare ways are never seen, and
+    no correction knows of those.
+    """
+    mean = draws[1:].mean()
+    # Even where a sample is more even than chance makes it, the truth is at most 1, and the interval keeps its width.
+    estimate = np.clip(2 * draws[0] - mean, 0.0, 1.0)
+    return np.clip(np.append(estimate, draws[1:] + estimate - mean), 0.0, 1.0)
+
+
+def interval_of(draws: np.ndarray, independent: int) -> list[float] | None:
+    """95 % percentile interval of draws ``(1 + D,)``, estimate first.
+
+    Args:
+        draws: of an entropy, see :func:`entropy_draws` and :func:`corrected_draws`, or of a difference of two.
+        independent: number of what was drawn: contexts, or rollouts of a single context.
+
+    Returns:
+        None for fewer than :data:`~simtoreal.evaluation.statistics.FEWEST_CONTEXTS` of them, and where nothing varies
+        (a single way, no success): a bootstrap knows nothing of what was never seen.
+    """
+    if independent < FEWEST_CONTEXTS or np.ptp(draws) < _SMALLEST_SPREAD:
+        return None
+    return interval(np.clip(draws[1:], -1.0, 1.0))

@@ -195,12 +195,15 @@ class Evaluation:
 
     @property
     def backend(self) -> str:
-        """``"simulation"``, ``"twin"``, ``"robot"`` or ``"world_model"``."""
+        """``"simulation"``, ``"twin"``, ``"robot"``, ``"gymnasium"``, ``"world_model"`` or ``"imagined"``."""
         return str(self.results.get("backend", "simulation"))
 
     @property
     def world(self) -> str:
-        """Where it took place, e.g. ``"'standard' twin"``, ``"simulation with randomization 'hard'"``."""
+        """Where it took place, e.g. ``"'standard' twin"``, ``"simulation with randomization 'hard'"``.
+
+        Two of one name may still differ, see :func:`simtoreal.evaluation.compare.elsewhere`.
+        """
         gap, varied = self.results.get("gap"), self.results.get("randomization") or "none"
         if gap:
             return f"'{gap}' {self.backend}"

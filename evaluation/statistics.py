@@ -20,19 +20,24 @@ from simtoreal.envs.errors import ConfigError
 PRIOR = 0.5
 
 
-def _check_counts(successes: int, n: int) -> None:
+# With fewer contexts, how much the repeats of one start are alike is not known well enough to take them for less alike
+# than they can be.
+FEWEST_CONTEXTS = 10
+
+
+def _check_counts(successes: float, n: float) -> None:
     if n < 0 or not 0 <= successes <= n:
         raise ConfigError(f"{successes} successes in {n} trials are impossible; expected 0 <= successes <= n")
 
 
-def posterior_interval(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+def posterior_interval(successes: float, n: float, level: float = 0.95) -> tuple[float, float]:
     """Credible interval of a success rate under a uniform prior, Beta(1 + k, 1 + n - k).
 
     Equal-tailed, except that without any success (or failure) the whole tail is put on the other side: the interval
     then begins at 0 (ends at 1) and contains the measured rate (Brown, Cai and DasGupta 2001, section 4).
 
     Args:
-        successes: number of successes k.
+        successes: number of successes k; need not be whole, see :func:`effective_trials`.
         n: number of trials; 0 gives the prior's interval.
         level: probability inside the interval.
 
@@ -52,12 +57,58 @@ def posterior_interval(successes: int, n: int, level: float = 0.95) -> tuple[flo
     return float(low), float(high)
 
 
-def format_rate(successes: int, n: int) -> str:
-    """Return e.g. ``"93 % (93/100, 95 % interval 86-97 %)"``, the way every success rate is printed."""
+def effective_trials(successes: Sequence[int] | np.ndarray, rollouts: int) -> float:
+    """Return how many independent trials repeated rollouts from the same starts are worth, between S and S R.
+
+    A policy that always ends alike from one start tells nothing new by repeating it. The design effect (Kish 1965) is
+    the variance of the success rates between contexts over that of independent rollouts; S R is divided by it.
+    Where it cannot be told from the data, i.e. without any success (or failure) or with fewer than
+    :data:`FEWEST_CONTEXTS` contexts, every context counts once. A single context is another question, how often the
+    policy succeeds from this start, and then all its rollouts count.
+
+    Args:
+        successes: ``(S,)`` of every context, out of ``rollouts``.
+        rollouts: R per context, at least 1.
+
+    Raises:
+        ConfigError: no contexts, or impossible counts.
+    """
+    counts = np.asarray(successes)
+    if not len(counts):
+        raise ConfigError("there are no contexts to count")
+    for count in counts:
+        _check_counts(count, rollouts)
+    contexts, rate = len(counts), counts.mean() / rollouts
+    if contexts == 1:
+        return float(rollouts)
+    if contexts < FEWEST_CONTEXTS or rate in (0.0, 1.0):
+        return float(contexts)
+    design_effect = (counts / rollouts).var(ddof=1) * rollouts / (rate * (1 - rate))
+    return float(np.clip(contexts * rollouts / max(design_effect, 1.0), contexts, contexts * rollouts))
+
+
+def repeated_interval(successes: Sequence[int] | np.ndarray, rollouts: int) -> tuple[float, float]:
+    """95 % credible interval of a success rate over contexts that were repeated: :func:`posterior_interval` of the
+    measured rate with the number of :func:`effective_trials`, whose arguments and errors it shares."""
+    effective = effective_trials(successes, rollouts)
+    total, trials = int(np.sum(successes)), len(successes) * rollouts
+    return posterior_interval(effective if total == trials else total / trials * effective, effective)
+
+
+def format_rate(successes: int, n: int, *, contexts: int = 0, interval: Sequence[float] | None = None) -> str:
+    """Return e.g. ``"93 % (93/100, 95 % interval 86-97 %)"``, the way every success rate is printed.
+
+    Args:
+        successes, n: independent episodes, unless the others say otherwise.
+        contexts: number of starts that n rollouts were repeated from, named beside n; 0 if each was run once.
+        interval: to print in place of that of n independent episodes.
+    """
     if not n:
         return "no episodes"
-    low, high = posterior_interval(successes, n)
-    return f"{100 * successes / n:.0f} % ({successes}/{n}, 95 % interval {100 * low:.0f}-{100 * high:.0f} %)"
+    low, high = posterior_interval(successes, n) if interval is None else interval
+    repeated = f" from {contexts} {'context' if contexts == 1 else 'contexts'}" if contexts else ""
+    rate = f"{100 * successes / n:.0f} % ({successes}/{n}{repeated}"
+    return f"{rate}, 95 % interval {100 * low:.0f}-{100 * high:.0f} %)"
 
 
 def graded_posterior(

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from simtoreal.envs.errors import ConfigError
-from simtoreal.evaluation.bootstrap import interval, resample_counts
+from simtoreal.evaluation.bootstrap import FEWEST_VALUES, interval, resample_counts
 
 # A correlation of two points is always perfect.
 FEWEST_POLICIES = 3
@@ -44,8 +44,8 @@ def policy_validity(real: np.ndarray, model: np.ndarray) -> dict[str, Any]:
     Returns:
         ``pearson_r`` (None below three policies, or if all rates are equal), ``mean_bias`` (model minus real),
         ``mmrv``, ``agreement`` (share of single outcomes that are equal), each with a 95 % interval
-        (``<name>_interval``, bootstrap over initial conditions, the same ones for all policies), ``policies`` K and
-        ``n`` N.
+        (``<name>_interval``, bootstrap over initial conditions, the same ones for all policies; None for a single
+        one), ``policies`` K and ``n`` N.
 
     Raises:
         ConfigError: the shapes differ, or there is nothing to compare.
@@ -68,5 +68,6 @@ def policy_validity(real: np.ndarray, model: np.ndarray) -> dict[str, Any]:
     result: dict[str, Any] = {"policies": len(real), "n": count}
     for name, draws in found.items():
         result[name] = float(draws[0]) if np.isfinite(draws[0]) else None
-        result[f"{name}_interval"] = interval(draws[1:]) if result[name] is not None else None
+        known = result[name] is not None and count >= FEWEST_VALUES
+        result[f"{name}_interval"] = interval(draws[1:]) if known else None
     return result

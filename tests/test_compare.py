@@ -166,6 +166,37 @@ def test_no_policy_is_better_than_one_under_other_conditions(
     assert "Result: easy has the higher rate" in printed
 
 
+def test_two_world_models_and_two_readings_of_a_foreign_environment_are_other_worlds(tmp_path: Path) -> None:
+    many, few = [True] * 45 + [False] * 5, [True] * 20 + [False] * 30
+    model = {"backend": "world_model", "world_model": "world_model_0"}
+    foreign = {"backend": "gymnasium", "success_key": "", "observations": {}}
+    first = _write(tmp_path / "first", many, **model, world_model_checkpoint="a" * 16)
+    other = _write(tmp_path / "other", few, **model, world_model_checkpoint="b" * 16)
+    moved = {**model, "world_model": "../run/world_model_0"}
+    alike = _write(tmp_path / "alike", few, **moved, world_model_checkpoint="a" * 16)
+    old = _write(tmp_path / "old", few, **model)  # From before checkpoints were noted.
+    door = _write(tmp_path / "door", many, **foreign)
+    won = _write(tmp_path / "won", few, **{**foreign, "success_key": "won"})
+    drawn = _write(tmp_path / "drawn", few, **{**foreign, "observations": {"image": ["render"]}})
+    same = _write(tmp_path / "same", few, **foreign)
+    unsaid = _write(tmp_path / "unsaid", few, backend="gymnasium")
+    claims = {
+        (first, other): "different world models (world_model_0 aaaaaaaa, world_model_0 bbbbbbbb)",
+        (first, alike): "",
+        (first, old): "",
+        (door, won): "different --success-key (default, won)",
+        (door, drawn): "different --observations (default, {'image': ['render']})",
+        (door, same): "",
+        (door, unsaid): "",
+    }
+    for pair, note in claims.items():
+        result = compare(load_arms(pair))
+        claim = "has the higher rate" if note else "is better"
+        assert result["pairs"][0]["verdict"] == f"{pair[0].name} {claim}"
+        assert bool(result["notes"]) == bool(note)
+        assert note in "".join(result["notes"])
+
+
 def test_results_that_contradict_the_table_are_refused(tmp_path: Path) -> None:
     folder = _write(tmp_path / "run", [True, False, True])
     content = json.loads((folder / "results.json").read_text())

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,8 +27,21 @@ from simtoreal.envs.errors import ConfigError, TaskError
 from simtoreal.envs.predicates import SceneView, parse_predicate
 from simtoreal.envs.rollout import TASK_FAILED
 from simtoreal.envs.task_file import load_task, parse_task
-from simtoreal.evaluation.diversity import RepeatedActor, evaluate_diversity, pinned_counts, read_rollouts
+from simtoreal.evaluation.diversity import (
+    RepeatedActor,
+    corrected_draws,
+    entropy_draws,
+    evaluate_diversity,
+    interval_of,
+    pinned_counts,
+    read_rollouts,
+    summarize_diversity,
+)
 from simtoreal.evaluation.results import EvaluationError
+from simtoreal.evaluation.statistics import effective_trials, format_rate, posterior_interval, repeated_interval
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+import diversity as benchmark
 
 SETTINGS = {"task": "avoid", "label": "expert"}
 
@@ -80,6 +95,157 @@ def test_score_selects_as_the_benchmark_does():
     assert composite_score("align", 0.5, 1.0) == pytest.approx(0.75)
     assert (pinned_counts("avoid"), pinned_counts("align")) == ((1, 100), (60, 8))
     assert pinned_counts("avoid", 3, 2) == (3, 2)
+
+
+# --- intervals -------------------------------------------------------------------------------------------------------
+
+
+def rows_of(task: str, counts: np.ndarray, rollouts: int) -> list[dict]:
+    """Rollouts with ``(S, B)`` successes per context and behaviour, the others failures."""
+    names = ["/".join(behavior) for behavior in behaviors(load_task(task))]
+    rows = []
+    for context, row in enumerate(counts):
+        found = [name for name, count in zip(names, row, strict=True) for _ in range(count)]
+        found += [None] * (rollouts - len(found))
+        rows += [
+            {"context": benchmark.EVALUATION_SEED + context, "rollout": number, "success": name is not None,
+             "behavior": name, "failure_tag": "" if name else "timeout"}
+            for number, name in enumerate(found)
+        ]  # fmt: skip
+    return rows
+
+
+def table_of(task: str, counts: np.ndarray, rollouts: int) -> dict:
+    return summarize_diversity(load_task(task), rows_of(task, counts, rollouts), rollouts)
+
+
+def covered(draw, contexts: int, rollouts: int, truth: float, trials: int = 60) -> float:
+    """Share of simulated measurements whose interval holds the true unconditional entropy."""
+    held = []
+    for _ in range(trials):
+        draws = corrected_draws(entropy_draws(draw(), rollouts, 200)[:, 0])
+        low, high = interval_of(draws, rollouts if contexts == 1 else contexts)
+        held.append(low <= truth <= high)
+    return float(np.mean(held))
+
+
+@pytest.mark.parametrize(("contexts", "rollouts"), [(1, 100), (20, 24)])
+def test_entropy_intervals_cover_the_truth_of_near_even_and_of_uneven_policies(contexts, rollouts):
+    rng = np.random.default_rng(0)
+    near = np.array([*(1 + 0.1 * np.sin(np.arange(24))), 2.4])  # The last one is failing.
+    uneven = np.array([*(1 / np.arange(1, 25)), 0.4])
+    for weights in (near, uneven):
+        shares = weights / weights.sum()
+        truth = unconditional_entropy(np.round(1e9 * shares[:-1]))
+        share = covered(lambda p=shares: rng.multinomial(rollouts, p, size=contexts)[:, :-1], contexts, rollouts, truth)
+        # Resampled entropies as they are, corrected by Miller-Madow, hold it in 0 to 15 % of the near-even ones.
+        assert share >= 0.8
+
+
+def test_entropy_intervals_know_that_repeats_of_one_start_are_alike():
+    rng = np.random.default_rng(0)
+
+    def deterministic() -> np.ndarray:
+        return 8 * np.eye(24, dtype=int)[rng.integers(24, size=60)]
+
+    # Miller-Madow counts 480 rollouts where there are 60, and its interval holds the truth in 27 %.
+    assert covered(deterministic, 60, 8, 1.0) >= 0.8
+
+
+def test_the_entropy_and_its_interval_belong_together():
+    counts = np.full((1, 24), 4)
+    found = table_of("avoid", counts, 100)
+    assert found["entropy"] == pytest.approx(1.0)
+    assert found["entropy_corrected"] == 1.0
+    # Such an even sample is a rare one, and no reason to be certain.
+    assert 0.96 < found["entropy_interval"][0] < 0.99
+    assert found["entropy_interval"][1] == 1.0
+    uneven = table_of("align", np.tile([[6, 1], [3, 3]], (30, 1)), 8)
+    low, high = uneven["entropy_interval"]
+    assert low < uneven["entropy_corrected"] < high
+    assert uneven["entropy"] <= uneven["entropy_corrected"]
+    low, high = uneven["conditional_entropy_interval"]
+    assert low < uneven["conditional_entropy"] < high
+
+
+def test_the_conditional_interval_is_of_what_these_rollouts_show_on_average():
+    rng = np.random.default_rng(0)
+
+    def draw(contexts: int) -> np.ndarray:
+        return np.array([rng.multinomial(8, [p, 1 - p]) for p in rng.beta(2, 2, size=contexts)])
+
+    expected = conditional_entropy(draw(4000), 8)
+    held = []
+    for _ in range(60):
+        low, high = interval_of(entropy_draws(draw(60), 8, 200)[:, 1], 60)
+        held.append(low <= expected <= high)
+    assert np.mean(held) >= 0.85
+
+
+def test_there_is_no_interval_where_nothing_is_known():
+    few = table_of("align", np.tile([[3, 3]], (9, 1)), 8)
+    one_way = table_of("align", np.tile([[8, 0]], (20, 1)), 8)
+    none = table_of("align", np.zeros((20, 2), int), 8)
+    single = table_of("avoid", np.full((1, 24), 4), 100)
+    assert few["entropy_interval"] is one_way["entropy_interval"] is none["entropy_interval"] is None
+    assert few["conditional_entropy_interval"] is one_way["conditional_entropy_interval"] is None
+    assert single["conditional_entropy_interval"] is None  # One context says nothing about others.
+    assert (none["entropy_corrected"], one_way["entropy_corrected"]) == (0.0, 0.0)
+
+
+def test_repeats_of_a_start_that_always_ends_alike_count_once():
+    alike = [8] * 53 + [0] * 7
+    assert effective_trials(alike, 8) == 60
+    assert repeated_interval(alike, 8) == pytest.approx(posterior_interval(53, 60))
+    found = table_of("align", np.array([[count, 0] for count in alike]), 8)
+    assert (found["n"], found["contexts"]) == (480, 60)
+    assert found["interval"] == pytest.approx([0.778, 0.942], abs=5e-4)
+    # As different as chance makes them: all rollouts count.
+    independent = np.random.default_rng(1).binomial(8, 0.85, size=60)
+    assert effective_trials(independent, 8) == pytest.approx(480, rel=0.25)
+    # Nobody knows how much alike they are: every context counts once.
+    assert repeated_interval([8] * 60, 8) == pytest.approx(posterior_interval(60, 60))
+    assert repeated_interval([0] * 60, 8) == pytest.approx(posterior_interval(0, 60))
+    assert effective_trials([5, 4, 3], 8) == 3
+    # How often from this start.
+    assert repeated_interval([90], 100) == posterior_interval(90, 100)
+    assert effective_trials([1, 0] * 10, 1) == 20
+    with pytest.raises(ConfigError, match="no contexts"):
+        effective_trials([], 8)
+    with pytest.raises(ConfigError, match="9 successes in 8 trials are impossible"):
+        effective_trials([9], 8)
+    text = format_rate(424, 480, contexts=60, interval=found["interval"])
+    assert text == "88 % (424/480 from 60 contexts, 95 % interval 78-94 %)"
+
+
+@pytest.mark.parametrize("alike", [None, 2.0, 0.3])
+def test_success_intervals_over_contexts_cover_the_rate(alike):
+    rng, held = np.random.default_rng(0), []
+    for _ in range(150):
+        rates = np.full(60, 0.85) if alike is None else rng.beta(alike * 0.85, alike * 0.15, size=60)
+        low, high = repeated_interval(rng.binomial(8, rates), 8)
+        held.append(low <= 0.85 <= high)
+    # All rollouts as independent ones: 70 and 53 % where they are alike.
+    assert np.mean(held) >= 0.9
+
+
+def test_the_benchmark_has_intervals_over_contexts_and_over_all_trainings():
+    alike = np.array([[8, 0]] * 30 + [[0, 8]] * 23 + [[0, 0]] * 7)
+    mixed = np.random.default_rng(0).multinomial(8, [0.6, 0.3, 0.1], size=60)[:, :2]
+    one, two = ([rows_of("align", counts, 8) for counts in tables] for tables in ((alike,), (alike, mixed)))
+    assert benchmark.success_interval("align", one) == pytest.approx(posterior_interval(53, 60))
+    draws = [benchmark.entropies("align", rows) for rows in (one, two)]
+    summaries = [table_of("align", counts, 8) for counts in (alike, mixed)]
+    for column, key in enumerate(("entropy", "conditional_entropy")):
+        assert draws[0][0, column] == pytest.approx(summaries[0][key])
+        assert draws[1][0, column] == pytest.approx(np.mean([found[key] for found in summaries]))
+    row = benchmark.arm("align", "unet", two, draws[1])
+    assert (row["n"], row["contexts"], row["training_seeds"], row["interval"]) == (960, 60, 2, None)
+    low, high = map(float, row["conditional interval"].split("-"))
+    # One training always does the same, the other does not: two trainings tell little about a third.
+    assert low < 0.05
+    assert high > summaries[1]["conditional_entropy"] - 0.05
+    assert benchmark.arm("align", "bc_l2", one, draws[0])["conditional interval"] is None
 
 
 # --- task language ---------------------------------------------------------------------------------------------------
@@ -247,6 +413,11 @@ def test_neither_the_number_of_environments_nor_an_interruption_changes_the_roll
     before = (tmp_path / "2" / "results.json").read_bytes()
     assert evaluate_diversity(env, expert(env), [40, 41], 3, tmp_path / "2", SETTINGS) == stored
     assert (tmp_path / "2" / "results.json").read_bytes() == before
+    # An earlier version stored other intervals; they are replaced without running anything.
+    former = {key: value for key, value in stored.items() if key != "entropy_corrected"} | {"interval": [0.0, 0.1]}
+    (tmp_path / "2" / "results.json").write_text(json.dumps(former))
+    again = evaluate_diversity(env, expert(env), [40, 41], 3, tmp_path / "2", SETTINGS)
+    assert (again["interval"], again["sessions"]) == (stored["interval"], stored["sessions"])
     with pytest.raises(EvaluationError, match="rollouts: 3 there, 4 now"):
         evaluate_diversity(env, expert(env), [40, 41], 4, tmp_path / "2", SETTINGS)
 
@@ -290,7 +461,14 @@ def test_command_line_reports_entropy_and_refuses_what_does_not_fit(tmp_path, ca
     cli.run([*common, "--diversity", "--contexts", "2", "--rollouts", "2"])
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert (results["kind"], results["n"], results["contexts"], results["rollouts"]) == ("diversity", 4, 2, 2)
-    assert f"entropy {results['entropy']:.3f}" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"entropy {results['entropy']:.3f}" in printed
+    assert "/4 from 2 contexts, 95 % interval" in printed
+    assert f"without the bias of small samples {results['entropy_corrected']:.3f}\n" in printed
+    cli.run([*common[:-1], str(tmp_path / "one"), "--diversity", "--contexts", "1", "--rollouts", "12"])
+    results = json.loads((tmp_path / "one" / "results.json").read_text())
+    assert "/12 from 1 context, 95 % interval" in capsys.readouterr().out
+    assert results["interval"] == pytest.approx(list(posterior_interval(results["successes"], 12)))
     with pytest.raises(ConfigError, match="--contexts and --rollouts belong to --diversity"):
         cli.run([*common, "--rollouts", "2"])
     with pytest.raises(ConfigError, match="must be at least 1"):

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from small_world import FLOW, MOMENT, RESIDUAL, make_world_data
 
 from simtoreal.cli import run as command_line
+from simtoreal.commands.world_model_train_idm import describe
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.expert import ScriptedExpert
 from simtoreal.data_collection.recorder import Recorder, memory_takes
@@ -41,10 +42,11 @@ from simtoreal.world_models.evaluate import (
     evaluate_world_model,
     judge_videos,
 )
-from simtoreal.world_models.evaluate_page import write_page
+from simtoreal.world_models.evaluate_page import number, write_page
 from simtoreal.world_models.learned_episodes import unseen
 from simtoreal.world_models.policy_evaluation import evaluate_policies
 from simtoreal.world_models.positions import decode_positions, read_positions, train_probe
+from simtoreal.world_models.posttrain_judgement import judge_change
 from simtoreal.world_models.trainer import train_world_model
 from simtoreal.world_models.video_data import open_video_data
 from simtoreal.world_models.violations import find_violations, learn_evidence
@@ -322,6 +324,27 @@ def test_intervals_are_over_episodes():
     curve = curve_with_interval(np.array([[1.0, 2.0], [3.0, np.nan]]))
     assert curve["mean"] == [2.0, 2.0]
     assert curve["n"] == [2, 1]
+
+
+def test_a_single_episode_has_no_interval():
+    single = mean_with_interval(np.array([0.3, np.nan]))
+    assert single == {"mean": 0.3, "interval": None, "n": 1}
+    assert number(single) == "0.3"
+    assert mean_with_interval(np.array([0.3, 0.5]))["interval"] is not None
+    curve = curve_with_interval(np.array([[1.0, 2.0], [3.0, np.nan]]))
+    assert None not in (curve["low"][0], curve["high"][0])
+    assert (curve["low"][1], curve["high"][1]) == (None, None)
+    actual = np.random.default_rng(0).normal(size=(10, 1))
+    [score] = explained_variance(actual + 0.1, actual, np.zeros(10))
+    assert score["r2"] > 0.9
+    assert (score["interval"], score["n"]) == (None, 1)
+    assert describe({**score, "r2": 0.934}) == "R2 0.93 (1 episode)"
+    several = {"r2": 0.934, "interval": [0.9, 0.95], "n": 40}
+    assert describe(several) == "R2 0.93 (95 % interval 0.90 to 0.95, 40 episodes)"
+    once = policy_validity(np.array([[True], [False]]), np.array([[True], [True]]))
+    assert (once["mean_bias"], once["mean_bias_interval"]) == (0.5, None)
+    change = judge_change({"training_reward": np.array([0.1])}, {"training_reward": np.array([0.9])})
+    assert change["measures"]["training_reward"]["verdict"] == "not distinguishable"
 
 
 # The whole command ----------------------------------------------------------------------------------------------

@@ -53,9 +53,11 @@ class Config:
     """Accept initial conditions that were demonstrated."""
     diversity: bool = False
     """Measure which of the ways to do the task are taken, and how evenly: run every initial condition several times
-    with other noise of the actor (instead of --episodes and --videos)."""
+    with other noise of the actor (instead of --episodes and --videos). Repeats of one condition are alike: the interval
+    of the success rate is over conditions."""
     contexts: int | None = None
-    """Initial conditions with --diversity; default: those of D3IL (avoid 1, align 60)."""
+    """Initial conditions with --diversity; default: those of D3IL (avoid 1, align 60). From 2 to 9 give no interval of
+    an entropy, and 1 gives intervals that are of this one condition."""
     rollouts: int | None = None
     """Rollouts from each of them; default: those of D3IL (avoid 100, align 8)."""
     env: str | None = None
@@ -188,14 +190,19 @@ def _measure_diversity(config: Config) -> None:
         env.close()
     for name, count in sorted(results["behaviors"].items(), key=lambda item: -item[1]):
         console.print(f"  {name:<28} {count}", highlight=False)
-    low, high = results["entropy_interval"]
+    known = results["entropy_interval"]
+    given = results["conditional_entropy_interval"]
     console.print(
-        f"  entropy {results['entropy']:.3f} (95 % bootstrap interval {low:.3f}-{high:.3f}; Miller-Madow "
-        f"{results['entropy_miller_madow']:.3f}), conditional {results['conditional_entropy']:.3f} (Miller-Madow "
-        f"{results['conditional_entropy_miller_madow']:.3f})",
+        f"  entropy {results['entropy']:.3f} as D3IL counts it; without the bias of small samples "
+        f"{results['entropy_corrected']:.3f}" + (f" (95 % interval {known[0]:.3f}-{known[1]:.3f})" if known else ""),
         highlight=False, soft_wrap=True,
     )  # fmt: skip
-    rate = format_rate(results["successes"], results["n"])
+    console.print(
+        f"  conditional entropy {results['conditional_entropy']:.3f} as {rollouts} rollouts per context show it"
+        + (f" (95 % interval of that {given[0]:.3f}-{given[1]:.3f}; the policy's own is no lower)" if given else ""),
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
+    rate = format_rate(results["successes"], results["n"], contexts=results["contexts"], interval=results["interval"])
     console.print(
         f"Result: {settings['label']} on {settings['task']}: entropy {results['entropy']:.3f}, success {rate}, score "
         f"{results['score']:.3f}; written to {config.output}",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from simtoreal.policies.config import TrainerConfig
 from simtoreal.policies.inverse_dynamics_config import InverseDynamicsConfig
@@ -77,14 +79,17 @@ def main(config: Config) -> None:
     }  # fmt: skip
     write_json(config.output / "results.json", content)
     for name, score in found["r2"].items():
-        if score["r2"] is None:
-            console.print(f"  {name:<10} does not vary in the held-out episodes", highlight=False)
-        else:
-            low, high = score["interval"] or (score["r2"], score["r2"])
-            text = f"  {name:<10} R2 {score['r2']:.2f} (95 % interval {low:.2f} to {high:.2f}, {score['n']} episodes)"
-            console.print(text, highlight=False)
+        console.print(f"  {name:<10} {describe(score)}", highlight=False)
     known = [score["r2"] for score in found["r2"].values() if score["r2"] is not None]
     console.print(
         f"trained an inverse-dynamics model: {result.steps} steps, {result.seconds:.0f} s, mean held-out R2 "
         f"{sum(known) / max(1, len(known)):.2f} -> {result.run}", highlight=False, soft_wrap=True,
     )  # fmt: skip
+
+
+def describe(score: Mapping[str, Any]) -> str:
+    """Return e.g. ``"R2 0.93 (95 % interval 0.90 to 0.95, 40 episodes)"`` of an entry of ``r2``."""
+    if score["r2"] is None:
+        return "does not vary in the held-out episodes"
+    bounds = "95 % interval {:.2f} to {:.2f}, ".format(*score["interval"]) if score["interval"] else ""
+    return f"R2 {score['r2']:.2f} ({bounds}{score['n']} {'episode' if score['n'] == 1 else 'episodes'})"
