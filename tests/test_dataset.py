@@ -553,6 +553,7 @@ def test_torn_and_damaged_steps_of_a_part(tmp_path: Path) -> None:
     arrays = make_arrays(1)
     for step in range(10):
         take.append({name: array[step] for name, array in arrays.items()})
+    take.finish()
     content = part.read_bytes()
     part.write_bytes(content[:-100])
     info, read = read_part(part)

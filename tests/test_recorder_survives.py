@@ -227,6 +227,8 @@ def test_full_disk_is_an_alarm_and_not_an_error(tmp_path: Path) -> None:
         session.record(6)
         health = session.recorder.health
         assert (health["partial"], health["steps"], health["flushed"]) == (True, 10, 4)
+        with pytest.raises(DiskError):
+            session.recorder._slots[0].take.finish()  # why it ends is noted
     with FullDisk(1000):
         session.end()  # there is no space for the episode either
     assert len(session.alarms) == 2
@@ -386,6 +388,7 @@ def test_notes_survive_a_kill_in_the_middle_of_one(tmp_path: Path) -> None:
         info = {**step.info, "instruction": np.array([text], dtype=object), "contacts": contacts}
         session.recorder.on_step(dataclasses.replace(step, info=info))
         session.steps += 1
+    session.recorder._slots[0].take.finish()
     path = session.part()
     info, arrays = read_part(path)
     assert info.columns == {"contacts": ("wall",)}

@@ -186,11 +186,11 @@ def test_a_policy_is_imagined_beyond_success_to_calibrate_its_reward(loaded, dat
     assert (found["before"], found["imagined_before"], found["real"], found["imagined"]) == (0.3, 0.8, 0.4, 0.4)
     assert found["threshold"] == pytest.approx(0.7)
     assert (taken, env.threshold) == (30, 0.3)
-    # A policy that never succeeded does not do so in imagination either, and one that always did does.
+    # A policy that never succeeded does not do so in imagination either; one that always did changes nothing.
     found, _ = calibrate_reward(env, Still(), np.zeros(5, bool))
     assert (found["threshold"], found["imagined"]) == (pytest.approx(0.95), 0.0)
     found, _ = calibrate_reward(env, Still(), np.ones(5, bool))
-    assert (found["threshold"], found["imagined"]) == (pytest.approx(0.05), 1.0)
+    assert (found["threshold"], found["imagined"]) == (0.3, 0.8)
 
 
 def test_a_slot_that_is_no_longer_finite_ends(env, monkeypatch):
