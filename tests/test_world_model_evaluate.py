@@ -41,6 +41,7 @@ from simtoreal.world_models.evaluate import (
     choose_episodes,
     evaluate_world_model,
     judge_videos,
+    policy_warnings,
 )
 from simtoreal.world_models.evaluate_page import number, write_page
 from simtoreal.world_models.learned_episodes import unseen
@@ -306,6 +307,23 @@ def test_validity_of_hand_made_outcomes():
     assert policy_validity(real[:2], real[:2])["pearson_r"] is None
     with pytest.raises(ConfigError, match="do not fit"):
         policy_validity(real, real[:2])
+
+
+def test_a_model_that_is_kind_to_policies_or_knows_no_better_one_is_warned_of():
+    real, hits = np.arange(40) < np.array([[4], [20], [28]]), np.ones((3, 40), bool)
+
+    def warnings_for(imagined: np.ndarray) -> list[str]:
+        rows = [
+            {"simulation": {"success_rate": float(one.mean())}, "imagined": {"success_rate": float(other.mean())}}
+            for one, other in zip(real, imagined, strict=True)
+        ]
+        return policy_warnings({**policy_validity(real, imagined), "rows": rows})
+
+    blind, kind = warnings_for(hits)
+    assert blind.startswith("all 3 policies succeed in 100 % of the imagined episodes, and in 10 to 70 %")
+    assert kind.startswith("policies succeed 57 points more often in the model")
+    assert warnings_for(real) == []
+    assert len(warnings_for(~hits)) == 1, "too strict a model is not exploited"
 
 
 def test_intervals_are_over_episodes():

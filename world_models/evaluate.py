@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,7 @@ def evaluate_world_model(
             loaded, policies, output / "policies", task=task, conditions=conditions, first_seed=first_seed,
             device=chosen,
         )  # fmt: skip
+        results["warnings"] += policy_warnings(results["policies"])
     results = {
         "kind": KIND, "model": str(loaded.folder), "data": [str(path) for path in paths],
         "step": loaded.training.get("step"), "control_hz": loaded.embodiment.control_hz,
@@ -314,6 +315,29 @@ def find_warnings(results: dict[str, Any]) -> list[str]:
             "would exploit that"
         )
     return found
+
+
+def policy_warnings(found: Mapping[str, Any]) -> list[str]:
+    """Return what to know about a model as a judge of policies, one sentence each.
+
+    Args:
+        found: see :func:`~simtoreal.world_models.policy_evaluation.evaluate_policies`.
+    """
+    warnings = []
+    real, imagined = ([row[world]["success_rate"] for row in found["rows"]] for world in ("simulation", "imagined"))
+    if len(set(imagined)) == 1 < len(set(real)):
+        warnings.append(
+            f"all {len(real)} policies succeed in {100 * imagined[0]:.0f} % of the imagined episodes, and in "
+            f"{100 * min(real):.0f} to {100 * max(real):.0f} % of those in the simulator: the model cannot tell which "
+            "is better"
+        )
+    interval = found["mean_bias_interval"]
+    if interval is not None and interval[0] > 0 and found["mean_bias"] > NOTABLE:
+        warnings.append(
+            f"policies succeed {100 * found['mean_bias']:.0f} points more often in the model than in the simulator "
+            f"({100 * interval[0]:.0f} to {100 * interval[1]:.0f}): reinforcement would exploit that"
+        )
+    return warnings
 
 
 def _write_videos(

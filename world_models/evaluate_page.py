@@ -151,9 +151,10 @@ def policy_section(policies: Mapping[str, Any] | None) -> dict[str, Any] | None:
     def value(name: str, scale: float = 1.0, digits: int = 2) -> str:
         return number({"mean": policies[name], "interval": policies[f"{name}_interval"]}, scale, digits)
 
+    correlation = "is not defined" if policies["pearson_r"] is None else value("pearson_r")
     text = (
         f"{policies['policies']} policies from the same {policies['n']} initial conditions in both. Pearson's r "
-        f"{value('pearson_r')}; mean bias (model minus simulator) {value('mean_bias', 100, 1)} percentage points; mean "
+        f"{correlation}; mean bias (model minus simulator) {value('mean_bias', 100, 1)} percentage points; mean "
         f"maximum rank violation {value('mmrv')}; {value('agreement', 100, 0)} % of single outcomes agree. "
         "Intervals: 95 %, bootstrap over initial conditions."
     )

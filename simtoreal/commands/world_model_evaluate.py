@@ -86,7 +86,7 @@ def main(config: Config) -> None:
         say(f"  action following: {100 * following:.0f} % of what real videos show")
     if results.get("policies"):
         found = results["policies"]
-        r = "-" if found["pearson_r"] is None else f"{found['pearson_r']:.2f}"
+        r = "not defined" if found["pearson_r"] is None else f"{found['pearson_r']:.2f}"
         say(f"  policies: Pearson r {r}, mean bias {100 * found['mean_bias']:+.1f} points, n = {found['n']} each")
     for text in results["warnings"]:
         console.print(f"[yellow]Warning:[/yellow] {text}", highlight=False, soft_wrap=True)
