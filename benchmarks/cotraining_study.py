@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from interleaved import write_benchmark
 from parts import Part
 
@@ -33,6 +39,56 @@ RESAMPLES = 10_000
 
 # Outcomes of an arm by training seed, on the same initial conditions in the same order.
 Outcomes = dict[int, list[bool]]
+# Task, training seed, arm.
+Arm = tuple[str, int, str]
+
+
+def do_arms(
+    execute: Callable[[Arm], str], arms: Sequence[Arm], first: str, jobs: int | None, device: str | None
+) -> None:
+    """Do several arms at the same time, on a CPU with one thread each, so that results do not depend on how many.
+
+    Args:
+        execute: does what is left of an arm, and says what came out.
+        arms: which.
+        first: name of the arm whose stages the others of the same task and seed begin with.
+        jobs: at the same time; None means one per core, or one where all of them would share a GPU.
+        device: torch device; None picks a GPU if there is one.
+
+    Raises:
+        SystemExit: something is missing that an arm begins with. The others are finished before.
+    """
+    on_gpu = torch.cuda.is_available() if device is None else device != "cpu"
+    count = jobs or (1 if on_gpu else os.cpu_count() or 1)
+    begun = {(task, seed) for task, seed, name in arms if name == first}
+    ready = [one for one in arms if one[2] == first or one[:2] not in begun]
+    waiting = [one for one in arms if one not in ready]
+    failed: list[BaseException] = []
+    alike = {} if on_gpu else {"initializer": torch.set_num_threads, "initargs": (1,)}
+    # Not forked: torch's threads do not survive that.
+    with ProcessPoolExecutor(count, get_context("spawn"), **alike) as pool:
+        running: dict[Future[str], Arm] = {pool.submit(execute, one): one for one in ready}
+        while running:
+            for done in wait(running, return_when=FIRST_COMPLETED).done:
+                task, seed, name = running.pop(done)
+                if (error := done.exception()) is not None:
+                    failed.append(error)
+                    continue
+                print(f"{task}-{seed}-{name}: {done.result()}", flush=True)
+                if name == first:
+                    ready = [one for one in waiting if one[:2] == (task, seed)]
+                    running |= {pool.submit(execute, one): one for one in ready}
+    if failed:
+        raise failed[0]
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Wait until no other arm prepares something in ``folder``: all begin with the same demonstrations and policies."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".prepared", "a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 def preset(name: str) -> dict[str, Any]:

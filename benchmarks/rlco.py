@@ -1,6 +1,6 @@
 """Does reinforcement in simulation help in the real world, and does the anchor on real demonstrations matter (RL-Co)?
 
-    python benchmarks/rlco.py                     # profile cpu, resumable
+    python benchmarks/rlco.py                     # profile cpu, resumable, less than an hour on two cores
     python benchmarks/rlco.py --profile gpu       # one GPU: three training seeds, 400 episodes
     python benchmarks/rlco.py --summarize         # only write benchmarks/results/rlco.json from what is finished
 
@@ -10,24 +10,29 @@ noise), in this process. Arms, all with the same optimiser steps of imitation:
 * real_only: imitation of the few real demonstrations;
 * cotraining: imitation of real and simulated demonstrations, half of the windows from either;
 * beta_0, beta_0.05, beta_0.2: the policy of cotraining, improved by reinforcement in the simulation, with this weight
-  of the imitation loss on the real demonstrations.
+  of the imitation loss on the real demonstrations;
+* nominal_beta_0, nominal_beta_0.2: the same, in a simulation that is always the same, to see whether it is variation
+  that keeps a policy without the anchor from forgetting.
 
-The simulation does not know the gap, but is randomised. Every policy is measured on the same initial conditions with
-the gap and in that simulation.
+The simulation does not know the gap, but is randomised (except for the last two). Every policy is measured on the same
+initial conditions with the gap and in the simulation that it practised in.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
+import functools
 from pathlib import Path
 
 from cotraining_study import (
+    Arm,
     Outcomes,
+    alone,
     arm,
     compare,
     demonstrate,
+    do_arms,
     preset,
     read_outcomes,
     read_results,
@@ -48,6 +53,7 @@ from simtoreal.world_models.rlco import Rlco
 GAP = "standard"
 IMITATIONS = ("real_only", "cotraining")
 BETAS = {"beta_0": 0.0, "beta_0.05": 0.05, "beta_0.2": 0.2}
+NOMINAL = {f"nominal_{name}": BETAS[name] for name in ("beta_0", "beta_0.2")}
 OURS, BASELINE = "beta_0.2", "cotraining"
 # The settings were chosen on the demonstrations of training seed 0 and on the initial conditions from 5_000_000 on.
 FIRST_EPISODE = 6_000_000
@@ -65,6 +71,7 @@ class Profile:
         rlco, reinforcement: the two stages.
         episodes: initial conditions that judge every policy, in either world.
         seeds: training seeds.
+        arms: which.
     """
 
     tasks: tuple[str, ...]
@@ -74,6 +81,7 @@ class Profile:
     reinforcement: ReinforcementConfig
     episodes: int
     seeds: tuple[int, ...]
+    arms: tuple[str, ...] = (*IMITATIONS, *BETAS, *NOMINAL)
     image_size: int = 64
 
 
@@ -95,6 +103,8 @@ def profiles() -> dict[str, Profile]:
         reinforcement=shipped["reinforcement"],
         episodes=200,
         seeds=(1,),
+        # Four of a third of an hour each, on two cores; 'beta_0.05' can be asked for.
+        arms=(*IMITATIONS, "beta_0", "beta_0.2", *NOMINAL),
     )
     small = DiffusionConfig(unet_widths=(16,), condition_width=32, inference_steps=2, noise_samples=2)
     return {
@@ -109,6 +119,7 @@ def profiles() -> dict[str, Profile]:
             reinforcement=dataclasses.replace(shipped["reinforcement"], rollouts=256),
             episodes=400,
             seeds=(1, 2, 3),
+            arms=(*IMITATIONS, *BETAS, *NOMINAL),
         ),
         # Shows in minutes that every arm runs; nothing is learned.
         "smoke": Profile(
@@ -126,15 +137,17 @@ def profiles() -> dict[str, Profile]:
     }
 
 
-def execute(name: str, task: str, seed: int, profile: Profile, output: Path, device: str | None) -> None:
-    """Do what is left of an arm."""
+def execute(which: Arm, profile: Profile, output: Path, device: str | None) -> str:
+    """Do what is left of an arm; return what came out."""
+    task, seed, name = which
     folder = output / f"{task}-{seed}"
     size = profile.image_size
-    real = demonstrate(folder / "real", task, profile.real, seed, image_size=size, randomization=GAP)
-    simulated = demonstrate(
-        folder / "simulated", task, profile.simulated, SIMULATED_SEED + seed, image_size=size,
-        randomization=profile.rlco.randomization,
-    )  # fmt: skip
+    with alone(folder):
+        real = demonstrate(folder / "real", task, profile.real, seed, image_size=size, randomization=GAP)
+        simulated = demonstrate(
+            folder / "simulated", task, profile.simulated, SIMULATED_SEED + seed, image_size=size,
+            randomization=profile.rlco.randomization,
+        )  # fmt: skip
     embodiment = Dataset.open(real).embodiment
     config, reinforcement, policy = profile.rlco, profile.reinforcement, None
     if name in IMITATIONS:
@@ -147,20 +160,21 @@ def execute(name: str, task: str, seed: int, profile: Profile, output: Path, dev
             find_checkpoint(policy)
         except CheckpointError as error:
             raise SystemExit(f"the arm '{name}' begins with the policy of '{BASELINE}'; do that first") from error
-        reinforcement = dataclasses.replace(reinforcement, anchor_weight=BETAS[name])
-    Rlco(
+        reinforcement = dataclasses.replace(reinforcement, anchor_weight=(BETAS | NOMINAL)[name])
+    practice = config.randomization or "none" if name not in NOMINAL else "none"
+    results = Rlco(
         config, reinforcement, MeasurementConfig(episodes=profile.episodes, first_seed=FIRST_EPISODE, videos=2),
         demonstrations=[real], simulated=[simulated] if name != "real_only" else [],
         real=simulation(task, embodiment, min(16, profile.episodes), GAP),
-        practice=simulation(task, embodiment, config.envs, config.randomization or "none"), output=folder / name,
+        practice=simulation(task, embodiment, config.envs, practice), output=folder / name,
         policy=policy, device=device, seed=seed, notify=say(f"{task}-{seed}-{name}"),
     ).run()  # fmt: skip
+    return f"{results['final']['successes']}/{results['final']['n']}"
 
 
-def evaluation_of(name: str, folder: Path, world: str) -> Path:
-    """Evaluation folder of an arm's final policy in a world, ``real`` or ``simulation``."""
-    results = read_results(folder / name)
-    last = results["measurements"][-1]["policy"] if results else "base"
+def evaluation_of(name: str, folder: Path, world: str, policy: str | None = None) -> Path:
+    """Evaluation folder of an arm's ``policy``, by default its final one, in ``real`` or ``simulation``."""
+    last = policy or read_results(folder / name)["measurements"][-1]["policy"]
     return folder / name / "measurements" / last / world
 
 
@@ -169,25 +183,40 @@ def summarize(profile: Profile, output: Path, label: str) -> None:
     arms, notes, comparisons, results = [], [], {}, []
     for task in profile.tasks:
         folders = {seed: output / f"{task}-{seed}" for seed in profile.seeds}
-        for world in ("real", "simulation"):
+        done = {
+            name: {seed: folder for seed, folder in folders.items() if read_results(folder / name)}
+            for name in (*IMITATIONS, *BETAS, *NOMINAL)
+        }
+        results += [read_results(folder / name) for name, found in done.items() for folder in found.values()]
+        for title, world, names in (
+            ("real", "real", (*IMITATIONS, *BETAS, *NOMINAL)),
+            ("simulation", "simulation", (*IMITATIONS, *BETAS)),
+            ("nominal simulation", "simulation", (BASELINE, *NOMINAL)),
+        ):
             found: dict[str, Outcomes] = {}
-            for name in (*IMITATIONS, *BETAS):
-                done = {seed: folder for seed, folder in folders.items() if read_results(folder / name)}
-                found[name] = read_outcomes({seed: evaluation_of(name, one, world) for seed, one in done.items()})
-                if world == "real":
-                    results += [read_results(folder / name) for folder in done.values()]
+            for name in names:
+                # The policy of cotraining did not meet the nominal simulation in its own arm.
+                elsewhere = name == BASELINE and title == "nominal simulation"
+                arm_of = next(iter(NOMINAL)) if elsewhere else name
+                found[name] = read_outcomes(
+                    {
+                        seed: evaluation_of(arm_of, folder, world, "base" if elsewhere else None)
+                        for seed, folder in done[arm_of].items()
+                    }
+                )
             for name, outcomes in found.items():
                 if outcomes:
-                    arms.append(arm(f"{task}, {world}: {name}", outcomes, found[BASELINE], world=world))
-            if found[OURS] and found[BASELINE] and world == "real":
+                    arms.append(arm(f"{task}, {title}: {name}", outcomes, found[BASELINE], world=title))
+            if found.get(OURS) and found[BASELINE] and title == "real":
                 comparisons[task] = compare(found[OURS], found[BASELINE])
-            if found[OURS] and found["beta_0"]:
-                versus = compare(found[OURS], found["beta_0"])
-                low, high = versus["interval"]
-                notes.append(
-                    f"{task}, {world}: {OURS} - beta_0 {100 * versus['difference']:+.1f} points [{100 * low:+.1f}, "
-                    f"{100 * high:+.1f}], p = {versus['p_value']:.2g}"
-                )
+            for anchored, free in ((OURS, "beta_0"), (f"nominal_{OURS}", "nominal_beta_0")):
+                if found.get(anchored) and found.get(free):
+                    versus = compare(found[anchored], found[free])
+                    low, high = versus["interval"]
+                    notes.append(
+                        f"{task}, {title}: {anchored} - {free} {100 * versus['difference']:+.1f} points "
+                        f"[{100 * low:+.1f}, {100 * high:+.1f}], p = {versus['p_value']:.2g}"
+                    )
     if not comparisons:
         print(f"no task has finished {OURS} and {BASELINE} yet")
         return
@@ -207,22 +236,20 @@ def main() -> None:
     parser.add_argument("--profile", choices=known, default="cpu")
     parser.add_argument("--output", type=Path, default=None, help="work folder, resumable")
     parser.add_argument("--tasks", nargs="*", help="only these")
-    parser.add_argument("--arms", nargs="*", help=f"only these; {BASELINE} before those with beta")
+    parser.add_argument(
+        "--arms", nargs="*", help=f"only these; {BASELINE} before those with beta, among which is beta_0.05"
+    )
+    parser.add_argument("--jobs", type=int, help="arms at the same time; default: one per core, on a GPU one")
     parser.add_argument("--device", default=None)
     parser.add_argument("--summarize", action="store_true", help="only write the result of the finished arms")
     options = parser.parse_args()
     profile = known[options.profile]
     output = options.output or Path(f"outputs/benchmark_rlco_{options.profile}")
     if not options.summarize:
-        import torch
-
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-        for task in options.tasks or profile.tasks:
-            for seed in profile.seeds:
-                for name in options.arms or (*IMITATIONS, *BETAS):
-                    execute(name, task, seed, profile, output, options.device)
-                    final = read_results(output / f"{task}-{seed}" / name)["final"]
-                    print(f"{task}-{seed}-{name}: {final['successes']}/{final['n']}", flush=True)
+        tasks, names = options.tasks or profile.tasks, options.arms or profile.arms
+        arms = [(task, seed, name) for task in tasks for seed in profile.seeds for name in names]
+        do = functools.partial(execute, profile=profile, output=output, device=options.device)
+        do_arms(do, arms, BASELINE, options.jobs, options.device)
     if options.profile == "smoke":
         print("the profile smoke measures nothing; no result is written")
         return

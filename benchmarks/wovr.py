@@ -1,7 +1,7 @@
 """Does a policy get better inside a world model that it helps to train (WoVR), and what is each part of that worth?
 
-    python benchmarks/wovr.py                      # profile cpu: five tasks, resumable
-    python benchmarks/wovr.py --tasks push &       # a second process does another task: results/wovr_push.json
+    python benchmarks/wovr.py                      # profile cpu: five tasks, resumable, as many arms at a time as cores
+    python benchmarks/wovr.py --tasks push         # results/wovr_push.json
     python benchmarks/wovr.py --seeds 0 1 2        # three trainings of everything
     python benchmarks/wovr.py --profile gpu        # one GPU: three training seeds, 400 episodes
     python benchmarks/wovr.py --twin               # afterwards: base and full on the twin over ROS 2, in real time
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
+import functools
 import subprocess
 import sys
 import time
@@ -37,10 +37,13 @@ from typing import Any
 
 from cotraining_study import (
     FIRST_EPISODE,
+    Arm,
     Outcomes,
+    alone,
     arm,
     compare,
     demonstrate,
+    do_arms,
     gpu_world_model,
     imitate,
     preset,
@@ -178,14 +181,22 @@ def wovr_of(name: str, profile: Profile) -> WovrConfig:
     return full
 
 
-def execute(name: str, task: str, seed: int, profile: Profile, output: Path, device: str | None) -> None:
-    """Do what is left of an arm."""
+def execute(which: Arm, profile: Profile, output: Path, device: str | None) -> str:
+    """Do what is left of an arm; return what came out."""
+    task, seed, name = which
+    _execute(name, task, seed, profile, output, device)
+    final = load_evaluation(evaluation_of(name, output / f"{task}-{seed}", profile)).results
+    return f"{final['successes']}/{final['n']}"
+
+
+def _execute(name: str, task: str, seed: int, profile: Profile, output: Path, device: str | None) -> None:
     folder = output / f"{task}-{seed}"
-    data = demonstrate(
-        folder / "demonstrations", task, profile.demonstrations[task], seed, image_size=profile.image_size
-    )
-    trainer = dataclasses.replace(profile.imitation, seed=seed)
-    policy = imitate(folder / "base", data, profile.policy, trainer, device)
+    with alone(folder):
+        data = demonstrate(
+            folder / "demonstrations", task, profile.demonstrations[task], seed, image_size=profile.image_size
+        )
+        trainer = dataclasses.replace(profile.imitation, seed=seed)
+        policy = imitate(folder / "base", data, profile.policy, trainer, device)
     measurement = MeasurementConfig(episodes=profile.episodes, first_seed=FIRST_EPISODE, videos=2)
     embodiment = Dataset.open(data).embodiment
     real = simulation(task, embodiment, min(16, profile.episodes))
@@ -355,6 +366,7 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="*", help="only these, with a result of their own")
     parser.add_argument("--arms", nargs="*", help="only these; 'full' first, the others begin with its stages")
     parser.add_argument("--seeds", nargs="*", type=int, help="training seeds, with a result of their own")
+    parser.add_argument("--jobs", type=int, help="arms at the same time; default: one per core, on a GPU one")
     parser.add_argument("--device", default=None)
     parser.add_argument("--twin", action="store_true", help="only deploy the policies of 'full' and its base")
     parser.add_argument("--summarize", action="store_true", help="only write the result of the finished arms")
@@ -368,15 +380,10 @@ def main() -> None:
             for seed in profile.seeds:
                 deploy(task, seed, profile, output)
     elif not options.summarize:
-        import torch
-
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-        for task in options.tasks or profile.demonstrations:
-            for seed in profile.seeds:
-                for name in options.arms or profile.arms:
-                    execute(name, task, seed, profile, output, options.device)
-                    final = load_evaluation(evaluation_of(name, output / f"{task}-{seed}", profile)).results
-                    print(f"{task}-{seed}-{name}: {final['successes']}/{final['n']}", flush=True)
+        tasks, names = options.tasks or profile.demonstrations, options.arms or profile.arms
+        arms = [(task, seed, name) for task in tasks for seed in profile.seeds for name in names]
+        do = functools.partial(execute, profile=profile, output=output, device=options.device)
+        do_arms(do, arms, "full", options.jobs, options.device)
     if options.profile == "smoke":
         print("the profile smoke measures nothing; no result is written")
         return
