@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections import deque
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -15,12 +14,6 @@ import numpy as np
 from simtoreal.envs.errors import ConfigError, StaleObservationError
 from simtoreal.robot.stream_counter import StreamCounter
 
-# Quartz clocks differ by up to ~100 ppm; a transport delay that grows faster than this is a queue filling up.
-CLOCK_DRIFT = 200e-6
-# Less than this is the jitter of stamps, more is a clock being set.
-CLOCK_STEP_NS = 50_000_000
-# Stamps that are remembered: half a minute of images.
-KNOWN_STAMPS = 1000
 FROZEN_FRAMES = 10
 
 
@@ -36,7 +29,8 @@ class Frame:
         image: ``(H, W, 3)`` uint8 RGB, read-only.
         depth_m: ``(H, W)`` float32 metres along the optical axis, aligned to the colour pixels, 0 where unknown; None
             for cameras without depth.
-        capture_ns: when it was taken, ``time.monotonic_ns()`` of this computer (see :class:`StampClock`).
+        capture_ns: when it was taken, ``time.monotonic_ns()`` of this computer (see
+            :class:`~simtoreal.robot.stamp_clock.StampClock`).
         receive_ns: when it arrived, same clock.
         sequence: counts accepted frames, so that a reader can tell whether it has seen this one.
         identical: how many frames before this one had exactly the same pixels.
@@ -48,43 +42,6 @@ class Frame:
     receive_ns: int
     sequence: int
     identical: int
-
-
-class StampClock:
-    """Translates stamps of another clock into this computer's monotonic clock.
-
-    The offset between the clocks is unknown, so the least delay between stamp and arrival seen so far counts as
-    zero: a constant part of the delay stays invisible, any growth of it shows as age.
-
-    A clock that is set back makes the delay grow, too. What tells it from late messages is that its stamps go back:
-    messages of one sender wait in a queue, but do not overtake each other. The offset then moves by as much as the
-    delay did, so that what was late before remains late. A step smaller than the time between two messages, or than
-    ``CLOCK_STEP_NS``, cannot be told from lateness, and shows as age until the drift has made up for it. A stamp that
-    was seen before is an old message again, as from a driver that is stuck in its buffers, and no step of the clock.
-    """
-
-    def __init__(self) -> None:
-        self._offset_ns = self._delay_ns = self._arrived_ns = self._stamp_ns = 0
-        self._started = False
-        self._known: deque[int] = deque(maxlen=KNOWN_STAMPS)
-
-    def to_monotonic(self, stamp_ns: int, arrived_ns: int) -> int:
-        """Return the monotonic time of ``stamp_ns``, at most ``arrived_ns`` (both nanoseconds)."""
-        if self._started and stamp_ns == self._stamp_ns:
-            # A repeated stamp is the same moment, whatever the drift allowed since.
-            return stamp_ns + self._offset_ns
-        delay = arrived_ns - stamp_ns
-        if not self._started:
-            self._started, self._offset_ns = True, delay
-        else:
-            grown = delay - self._delay_ns
-            set_back = stamp_ns < self._stamp_ns and grown > CLOCK_STEP_NS and stamp_ns not in self._known
-            moved = grown if set_back else 0
-            drift = int(CLOCK_DRIFT * (arrived_ns - self._arrived_ns))
-            self._offset_ns = min(delay, self._offset_ns + moved + drift)
-        self._delay_ns, self._arrived_ns, self._stamp_ns = delay, arrived_ns, stamp_ns
-        self._known.append(stamp_ns)
-        return stamp_ns + self._offset_ns
 
 
 class Camera(ABC):

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from simtoreal.envs.errors import ConfigError, RobotError, closest, require
-from simtoreal.robot.camera import FROZEN_FRAMES, Camera, StampClock
+from simtoreal.robot.camera import FROZEN_FRAMES, Camera
+from simtoreal.robot.stamp_clock import StampClock
 
 QUEUE_FRAMES = 4
 POLL_MS = 100

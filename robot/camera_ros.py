@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from simtoreal.envs.errors import RobotError
-from simtoreal.robot.camera import FROZEN_FRAMES, Camera, StampClock
+from simtoreal.robot.camera import FROZEN_FRAMES, Camera
 from simtoreal.robot.images import decode_image
+from simtoreal.robot.stamp_clock import StampClock
 from simtoreal.robot.topics import Topic
 
 JPEG_START, JPEG_END = b"\xff\xd8", b"\xff\xd9"

@@ -15,6 +15,7 @@ from simtoreal.envs import rotation
 from simtoreal.robot.gate_limits import MAX_TRACKING_ERROR_M, GateLimits, PoseLimiter, rotation_between
 from simtoreal.robot.gate_messages import GateStatus, Request
 from simtoreal.robot.joint_guard import JointGuard
+from simtoreal.robot.stamp_clock import StampClock
 from simtoreal.robot.target_interpolation import TargetInterpolator
 from simtoreal.robot.topics import RobotConfig
 
@@ -86,6 +87,7 @@ class GateLogic:
         self._opening = 1.0
         self._starting = False
         self._episode: int | None = None
+        self._joint_clock = StampClock()
         self._joints_ns: int | None = None
         self._joints_stamp_ns = -1
         self._joints_problem = "no joint_states received yet"
@@ -136,7 +138,7 @@ class GateLogic:
             names: joint names of the message.
             positions: radians, in the order of ``names``.
             speeds: rad/s, or empty when not measured; NaN for joints whose speed is not measured.
-            stamp_ns: stamp of the message on the robot's clock; only compared with its predecessor.
+            stamp_ns: when it was measured, on the robot's clock, whose offset is not known; 0 counts as ``now_ns``.
             now_ns: when it arrived.
         """
         # Equal, not smaller: the robot's clock may be set back, but a sample sent twice is not a new measurement.
@@ -165,7 +167,8 @@ class GateLogic:
             self.faults["joint_states_not_finite"] += 1
             return
         self._joints_stamp_ns = stamp_ns
-        self._joints_ns = now_ns
+        # A queue that has filled up delivers as often as ever, but what the arm did a while ago.
+        self._joints_ns = self._joint_clock.to_monotonic(stamp_ns, now_ns) if stamp_ns else now_ns
         self._joints_problem = self._guard.update(measured, rates)
         if not self._moving_allowed:
             return

@@ -12,8 +12,9 @@ import numpy as np
 
 from simtoreal.envs.embodiment import CameraSpec, Embodiment
 from simtoreal.envs.errors import RobotError, StaleObservationError
-from simtoreal.robot.camera import FrozenCameraError, StampClock
+from simtoreal.robot.camera import FrozenCameraError
 from simtoreal.robot.images import fit_image
+from simtoreal.robot.stamp_clock import StampClock
 from simtoreal.robot.stream_counter import FrameCounts, StreamCounter
 from simtoreal.robot.topics import RobotConfig, Topic, ros_graph, start_ros
 
@@ -44,8 +45,8 @@ class Arm:
         joint_positions_rad: ``(7,)`` in kinematic order.
         opening: gripper opening, 0 closed to 1 open.
         arrived_ns: monotonic time of arrival.
-        capture_ns: monotonic time of measurement (see :class:`~simtoreal.robot.camera.StampClock`); that of arrival
-            if the driver does not stamp its messages.
+        capture_ns: monotonic time of measurement (see :class:`~simtoreal.robot.stamp_clock.StampClock`); that of
+            arrival if the driver does not stamp its messages.
     """
 
     joint_positions_rad: np.ndarray

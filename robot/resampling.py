@@ -10,7 +10,7 @@ import numpy as np
 
 from simtoreal.envs import rotation
 from simtoreal.envs.errors import DatasetError
-from simtoreal.robot.camera import CLOCK_STEP_NS
+from simtoreal.robot.stamp_clock import CLOCK_STEP_NS
 
 # Stamps further than this before their arrival belong to another computer's clock; a delay this long is none.
 CLOCK_OFFSET_NS = 500_000_000
@@ -36,9 +36,9 @@ class Track:
     def add(self, stamp_ns: int, arrived_ns: int, value: Any) -> None:
         """Append a value; stamps that do not advance are dropped, unless the sender's clock was set back.
 
-        As for a running robot (:class:`~simtoreal.robot.camera.StampClock`), messages of one sender do not overtake
-        each other: a stamp that goes back, is none of those seen, and comes with a larger delay is that of a clock that
-        was set. Stamps then go on as if it had not been.
+        As for a running robot (:class:`~simtoreal.robot.stamp_clock.StampClock`), messages of one sender do not
+        overtake each other: a stamp that goes back, is none of those seen, and comes with a larger delay is that of a
+        clock that was set. Stamps then go on as if it had not been.
         """
         stamp_ns += self._set_back_ns
         if self.stamps_ns and stamp_ns <= self.stamps_ns[-1]:

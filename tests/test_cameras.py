@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from simtoreal.envs.errors import ConfigError, RobotError, StaleObservationError
-from simtoreal.robot.camera import Camera, StampClock
+from simtoreal.robot.camera import Camera
 from simtoreal.robot.camera_opencv import OpenCvCamera
+from simtoreal.robot.stamp_clock import StampClock
 from simtoreal.robot.topics import Topic, start_ros
 
 MS = 1_000_000

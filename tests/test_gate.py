@@ -200,12 +200,14 @@ class Rig:
         self.target = np.concatenate([position, rotation.to_6d(quaternion), [1.0]])
         self.path: list[np.ndarray] = []
         self.silent = False
+        # What stamps of joint states say less than the time they arrive at.
+        self.behind = 0
 
     def tick(self, count: int = 1) -> None:
         for _ in range(count):
             self.now += 8 * MS
             if not self.silent:
-                self.logic.on_joint_state(self.names, self.joints.tolist(), [], self.now, self.now)
+                self.logic.on_joint_state(self.names, self.joints.tolist(), [], self.now - self.behind, self.now)
             command = self.logic.tick(self.now)
             if command is not None:
                 self.path.append(command.position)
@@ -367,6 +369,39 @@ def test_a_repeated_joint_state_is_not_a_fresh_one() -> None:
     for later in range(1, 30):
         rig.logic.on_joint_state(rig.names, rig.joints.tolist(), [], stamp, rig.now + later * 8 * MS)
     assert "joint_states is" in rig.logic.arm(1, rig.now + 240 * MS)
+
+
+def test_joint_states_from_a_queue_that_fills_up_are_old_however_often_they_come() -> None:
+    rig = Rig()
+    rig.behind = -3_000_000 * MS  # the robot's clock is another one
+    rig.move()
+    states = []
+    for _ in range(30):
+        rig.behind += 4 * MS
+        rig.tick()
+        rig.send()
+        states.append(rig.logic.state)
+    assert states == ["armed"] * 25 + ["hold"] * 5
+    assert "joint_states is 1" in rig.logic.reason
+    assert rig.logic.faults == {"joint_states_stale": 1}
+    rig.behind -= 120 * MS
+    rig.tick()
+    assert rig.logic.state == "armed"
+
+
+def test_a_clock_of_the_robot_that_is_set_does_not_make_its_joint_states_old() -> None:
+    rig = Rig()
+    rig.move()
+    for step in (2000 * MS, -9000 * MS):
+        rig.behind += step
+        rig.tick()
+        assert (rig.logic.state, rig.logic.faults) == ("armed", {})
+    for _ in range(20):
+        rig.now += 8 * MS
+        rig.logic.on_joint_state(rig.names, rig.joints.tolist(), [], 0, rig.now)  # a driver that does not stamp
+        rig.send()
+        rig.logic.tick(rig.now)
+    assert rig.logic.state == "armed"
 
 
 def test_emergency_stop_latches_in_every_state_and_needs_two_steps() -> None:
