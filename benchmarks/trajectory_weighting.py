@@ -1,7 +1,7 @@
 """Does drawing good episodes more often help on data of mixed quality? Pushing, from the scene's state.
 
-    python benchmarks/trajectory_weighting.py                           # resumable; minutes on one core
-    python benchmarks/trajectory_weighting.py --policies bc diffusion   # half an hour, with a result of its own
+    python benchmarks/trajectory_weighting.py                           # resumable; a quarter of an hour on one core
+    python benchmarks/trajectory_weighting.py --policies bc diffusion   # longer, with a result of its own
 
 A tenth of the episodes is the scripted expert's. Half are of an operator who misjudges where things are, by an error
 drawn per episode, with noise on every action; the rest moves at random. Failures are kept. How far the block has to go
@@ -204,11 +204,27 @@ def describe(output: Path) -> list[str]:
     return lines
 
 
+def compare_weightings(policy: str, advantage: list[list[bool]], returns: list[list[bool]]) -> str:
+    """Advantage against return: difference, with an interval that resamples training seeds, then initial conditions."""
+    differences = np.array(advantage, dtype=float) - np.array(returns, dtype=float)
+    rng = np.random.default_rng(0)
+    drawn = []
+    for _ in range(10_000):
+        seeds, starts = (rng.integers(size, size=size) for size in differences.shape)
+        drawn.append(differences[seeds][:, starts].mean())
+    low, high = 100 * np.quantile(drawn, (0.025, 0.975))
+    better = int((differences.mean(1) > 0).sum())
+    return (
+        f"{policy}, advantage - return: {100 * differences.mean():+.1f} points [{low:+.1f}, {high:+.1f}] (resampled "
+        f"over training seeds, then initial conditions), better in {better} of {len(differences)} trainings."
+    )
+
+
 def main() -> None:
     """Run and store the measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", nargs="+", choices=STEPS, default=["bc"])
-    parser.add_argument("--seeds", type=int, default=3, help="training seeds")
+    parser.add_argument("--seeds", type=int, default=10, help="training seeds")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_trajectory_weighting"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -223,8 +239,9 @@ def main() -> None:
                 parts.append(measure(policy, method, seed, options.output))
                 found = load_evaluation(options.output / f"{policy}_{method}_{seed}" / "evaluation").outcomes
                 outcomes.setdefault((policy, method), []).append(found)
-    arms = []
+    arms, compared = [], []
     for policy in options.policies:
+        compared.append(compare_weightings(policy, outcomes[policy, "advantage"], outcomes[policy, "return"]))
         uniform = np.concatenate(outcomes[policy, "uniform"])
         tests = {
             method: paired_test(np.concatenate(outcomes[policy, method]), uniform)
@@ -260,7 +277,7 @@ def main() -> None:
             f"Successes in the data: {successes}. Drawn: {'; '.join(drawn)}. Temperature 0.1, discounted returns. "
             f"p-values: exact paired test over the same {EPISODES} initial conditions per training seed, pooled over "
             f"{options.seeds} training seeds, Bonferroni over the three comparisons with uniform; it knows rollout "
-            "noise only, the columns per seed show the training noise."
+            f"noise only, the columns per seed show the training noise. {' '.join(compared)}"
         ),
     )
 
