@@ -53,12 +53,14 @@ from cotraining_study import (
     simulation,
     store,
 )
-from parts import parts_of
+from parts import part, parts_of
 
 from simtoreal.data_collection.dataset import Dataset
+from simtoreal.envs import load_task
 from simtoreal.envs.files import write_json
-from simtoreal.envs.provenance import provenance
+from simtoreal.evaluation.policies import checkpoint_digest
 from simtoreal.evaluation.results import load_evaluation
+from simtoreal.policies.checkpoint import find_checkpoint
 from simtoreal.policies.config import DiffusionConfig, TrainerConfig, VisionConfig
 from simtoreal.policies.reinforcement_config import ReinforcementConfig
 from simtoreal.policies.reinforcement_run import reinforce
@@ -230,33 +232,39 @@ def _execute_direct(
     device: str | None,
 ) -> None:  # fmt: skip
     """Reinforcement in MuJoCo for as many control steps as the full loop learned from beside demonstrations."""
-    if (folder / "direct" / "results.json").exists():
-        return
-    began = time.monotonic()
     full = read_results(folder / "full")
     if not full:
         raise SystemExit("the arm 'direct' needs the real steps of the arm 'full'; do that first")
     ledger = [row for row in full["ledger"] if (row["world"], row["purpose"]) == ("real", "learning")]
     budget = sum(row["steps"] for row in ledger)
     config = dataclasses.replace(profile.reinforcement, rollouts=profile.direct_rollouts, seed=seed)
-    world = simulation(task, Dataset.open(folder / "demonstrations").embodiment, min(16, config.rollouts))
-    measurements = Measurements(measurement, world, folder / "direct", device, seed, imagined_envs=1)
-    try:
-        result = reinforce(
-            policy, config, measurements.env(), folder / "direct" / "reinforcement", iterations=10**6,
-            most_control_steps=budget, device=device,
+    settings = {
+        "task": load_task(task), "policy": checkpoint_digest(find_checkpoint(policy)), "reinforcement": config,
+        "measurement": measurement, "budget_steps": budget,
+    }  # fmt: skip
+    began = time.perf_counter()
+    with part(folder / "direct", settings) as made:
+        if read_results(folder / "direct"):
+            return
+        world = simulation(task, Dataset.open(folder / "demonstrations").embodiment, min(16, config.rollouts))
+        measurements = Measurements(measurement, world, folder / "direct", device, seed, imagined_envs=1)
+        try:
+            result = reinforce(
+                policy, config, measurements.env(), folder / "direct" / "reinforcement", iterations=10**6,
+                most_control_steps=budget, device=device,
+            )  # fmt: skip
+            rate, _ = measurements.in_world("final", result.run)
+        finally:
+            measurements.close()
+        write_json(
+            folder / "direct" / "results.json",
+            {
+                "final": rate, "iterations": result.iterations, "real_episodes": result.rollouts,
+                "real_steps": result.control_steps, "budget_steps": budget,
+                "seconds": made.seconds + time.perf_counter() - began,
+                "sessions": [{"commit": commit} for commit in made.commits],
+            },
         )  # fmt: skip
-        rate, _ = measurements.in_world("final", result.run)
-    finally:
-        measurements.close()
-    write_json(
-        folder / "direct" / "results.json",
-        {
-            "final": rate, "iterations": result.iterations, "real_episodes": result.rollouts,
-            "real_steps": result.control_steps, "budget_steps": budget, "seconds": time.monotonic() - began,
-            "provenance": provenance([seed]),
-        },
-    )  # fmt: skip
 
 
 def deploy(task: str, seed: int, profile: Profile, output: Path) -> None:
