@@ -57,7 +57,8 @@ class Reinforcement:
     Args:
         policy: stays in evaluation mode except while the anchor is computed.
         config: settings.
-        anchor: imitation loss that is added with weight ``config.anchor_weight``; see :func:`demonstration_anchor`.
+        anchor: imitation loss that is added with weight ``config.anchor_weight`` times ``config.loss_scale``; see
+            :func:`demonstration_anchor`.
 
     Attributes:
         iteration: iterations done.
@@ -185,7 +186,8 @@ class Reinforcement:
             loss = self.anchor(self.updates)
         finally:
             self.policy.eval()
-        gradients = torch.autograd.grad(self.config.anchor_weight * loss, self._trained, allow_unused=True)
+        scale = self.config.loss_scale(self.policy.config.execute_steps, self.policy.action_dim)
+        gradients = torch.autograd.grad(self.config.anchor_weight * scale * loss, self._trained, allow_unused=True)
         for parameter, gradient in zip(self._trained, gradients, strict=True):
             if gradient is not None:
                 parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient

@@ -116,11 +116,24 @@ class ReinforcementConfig:
     freeze_encoder: bool = True
     """Keep the image encoder as it is: images are encoded once, when the policy acts, and never in updates."""
     anchor_weight: float = 0.2
-    """Weight β of the imitation loss on demonstrations, where some are given (RL-Co)."""
+    """Weight β of the imitation loss on demonstrations, where some are given (RL-Co), in the units of the
+    log-probabilities that reinforcement changes; see :meth:`loss_scale`."""
     first_seed: int = 10_000_000
     """First initial condition; those of later iterations follow it. Keep it apart from what evaluates the policy."""
     seed: int = 0
     """Decides the noise of the rollouts and the order of the updates."""
+
+    def loss_scale(self, actions: int, action_dim: int) -> float:
+        """What a mean squared error is multiplied by to be the (negative) log-probability of executed actions, in nats.
+
+        The log-density of a chunk is a sum over denoising steps, executed actions and their dimensions, each of which
+        divides a squared error by 2 σ². As a mean, imitation was a thousandth of the gradient of reinforcement.
+
+        Args:
+            actions: executed per chunk.
+            action_dim: of each.
+        """
+        return self.denoising_steps * actions * action_dim / (2 * self.exploration.noise_scale**2)
 
     def __post_init__(self) -> None:
         for name in ("rollouts", "denoising_steps", "epochs", "minibatch", "warmup_updates"):

@@ -272,11 +272,13 @@ def test_the_anchor_adds_its_weighted_gradient(beginner):
     seed_everything(config.seed, 0)
     loss = anchor_on(alone)(0)
     loss.backward()
-    expected = gradients(plain.policy) + 0.3 * gradients(alone)
+    # Denoising steps, executed actions and their dimensions, each with the density of a deviation of 0.2.
+    scale = 0.3 * config.denoising_steps * policy.config.execute_steps * policy.action_dim / (2 * 0.2**2)
+    expected = gradients(plain.policy) + scale * gradients(alone)
     torch.testing.assert_close(gradients(policy), expected, atol=1e-5, rtol=1e-4)
     assert metrics["anchor_loss"] == pytest.approx(loss.item(), rel=1e-5)
     assert metrics["gradient_norm"] == pytest.approx(gradients(plain.policy).norm().item(), rel=1e-4)
-    assert metrics["anchor_gradient_norm"] == pytest.approx(0.3 * gradients(alone).norm().item(), rel=1e-4)
+    assert metrics["anchor_gradient_norm"] == pytest.approx(scale * gradients(alone).norm().item(), rel=1e-4)
 
 
 def test_anchor_of_demonstrations_draws_other_windows_every_time():
