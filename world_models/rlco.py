@@ -264,7 +264,12 @@ class Rlco:
         self.stages.run(f"measure_{name}", title, work)
 
     def _say(self, iteration: int, metrics: dict[str, Any]) -> None:
-        anchor = (
-            f", imitation loss on real demonstrations {metrics['anchor_loss']:.4f}" if "anchor_loss" in metrics else ""
-        )
+        anchor = ""
+        if "anchor_loss" in metrics:
+            # An anchor whose gradient is far smaller changes nothing, and one that is far larger is imitation only.
+            ratio = metrics["anchor_gradient_norm"] / max(metrics["gradient_norm"], 1e-12)
+            anchor = (
+                f", imitation loss on real demonstrations {metrics['anchor_loss']:.4f}, its gradient {ratio:.2g} times "
+                "that of reinforcement"
+            )
         self.notify(f"iteration {iteration}: success {100 * metrics['success']:.0f} %{anchor}")
