@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
+import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
@@ -39,6 +41,7 @@ RESAMPLES = 10_000
 
 # Outcomes of an arm by training seed, on the same initial conditions in the same order.
 Outcomes = dict[int, list[bool]]
+PR_SET_PDEATHSIG = 1
 # Task, training seed, arm.
 Arm = tuple[str, int, str]
 
@@ -64,9 +67,9 @@ def do_arms(
     ready = [one for one in arms if one[2] == first or one[:2] not in begun]
     waiting = [one for one in arms if one not in ready]
     failed: list[BaseException] = []
-    alike = {} if on_gpu else {"initializer": torch.set_num_threads, "initargs": (1,)}
+    threads = torch.get_num_threads() if on_gpu else 1
     # Not forked: torch's threads do not survive that.
-    with ProcessPoolExecutor(count, get_context("spawn"), **alike) as pool:
+    with ProcessPoolExecutor(count, get_context("spawn"), _begin_process, (threads,)) as pool:
         running: dict[Future[str], Arm] = {pool.submit(execute, one): one for one in ready}
         while running:
             for done in wait(running, return_when=FIRST_COMPLETED).done:
@@ -80,6 +83,12 @@ def do_arms(
                     running |= {pool.submit(execute, one): one for one in ready}
     if failed:
         raise failed[0]
+
+
+def _begin_process(threads: int) -> None:
+    # Whoever kills the benchmark means its arms, too; they would go on writing.
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    torch.set_num_threads(threads)
 
 
 @contextlib.contextmanager
