@@ -267,10 +267,12 @@ class _Rollout:
         self.running[slots] = True
         self.episode[slots], self.steps[slots] = episodes, 0
         steps = self.actor.observation_steps
+        # An imagined episode may begin in the middle of a real one, where the arm moves; see docs/interface.md.
+        before = getattr(self.env.unwrapped, "observation_history", lambda slots, steps: {})(slots, steps)
         for key, value in observation.items():
             if key not in self.history:
                 self.history[key] = np.repeat(value[:, None], steps, axis=1)
-            self.history[key][slots] = value[slots][:, None]
+            self.history[key][slots] = before.get(key, value[slots][:, None])
         # What the others were given last is what they act on, and what is recorded with their action.
         kept = {key: value.copy() for key, value in (self.observation or observation).items()}
         for key, value in observation.items():

@@ -219,11 +219,13 @@ class _Collector:
         ]
         observation, info = self.env.reset(seed=seeds, options=options or None)
         self.rollout[slots], self.running[slots] = rows, True
+        repeats = self.policy.config.observation_steps
+        # An imagined episode may begin in the middle of a real one, where the arm moves.
+        before = getattr(self.env.unwrapped, "observation_history", lambda slots, steps: {})(slots, repeats)
         for key in self.policy.config.keys:
             if first:
-                repeats = self.policy.config.observation_steps
                 self.history[key] = np.repeat(observation[key][:, None], repeats, axis=1)
-            self.history[key][slots] = observation[key][slots][:, None]
+            self.history[key][slots] = before.get(key, observation[key][slots][:, None])
         for slot, row in zip(slots, rows, strict=True):
             mixed = np.random.SeedSequence([self.noise_seed, int(row)]).generate_state(1, np.uint64)[0]
             self.generators[int(slot)] = torch.Generator().manual_seed(int(mixed))

@@ -7,6 +7,7 @@ import torch
 from point_world import PointVectorEnv
 from toy_reaching import small_vision
 
+from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.panda import panda_embodiment
 from simtoreal.policies.config import DiffusionConfig
 from simtoreal.policies.diffusion import DiffusionPolicy
@@ -15,18 +16,19 @@ from simtoreal.policies.normalization import Statistics
 EMBODIMENT = panda_embodiment(16)
 
 
-def point_policy(seed: int = 0, **changes) -> DiffusionPolicy:
+def point_policy(seed: int = 0, embodiment: Embodiment = EMBODIMENT, **changes) -> DiffusionPolicy:
     """Untrained, on the position only unless ``image_keys`` are given."""
     values = {
         "observation_steps": 1, "horizon": 4, "execute_steps": 4, "image_keys": (), "vision": small_vision(),
         "unet_widths": (32,), "condition_width": 64, "inference_steps": 4,
     }  # fmt: skip
+    size = embodiment.proprio.dim
     statistics = {
         "actions": Statistics(low=-np.ones(7, np.float32), high=np.ones(7, np.float32)),
-        "proprio": Statistics(low=-np.ones(20, np.float32), high=np.ones(20, np.float32)),
+        "proprio": Statistics(low=-np.ones(size, np.float32), high=np.ones(size, np.float32)),
     }
     torch.manual_seed(seed)
-    return DiffusionPolicy(DiffusionConfig(**{**values, **changes}), EMBODIMENT, statistics)
+    return DiffusionPolicy(DiffusionConfig(**{**values, **changes}), embodiment, statistics)
 
 
 def demonstrations(position: np.ndarray, error: float = 0.0) -> dict:

@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from point_policy import point_policy
 from small_world import FLOW, MOMENT, RESIDUAL, make_world_data
 
 from simtoreal.envs import rollout
@@ -14,6 +15,9 @@ from simtoreal.envs.action import integrate_action
 from simtoreal.envs.contract import check_robot_env
 from simtoreal.envs.errors import ActionError, ConfigError, EmbodimentMismatchError
 from simtoreal.envs.panda import panda_embodiment
+from simtoreal.envs.tabletop_vector import SUCCESS_HOLD_STEPS
+from simtoreal.policies.chunk_rollout import Starts, collect_rollouts
+from simtoreal.policies.reinforcement_config import ExplorationConfig
 from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model
 from simtoreal.world_models.contexts import Contexts
 from simtoreal.world_models.reward_calibration import calibrate_reward
@@ -114,8 +118,9 @@ def test_the_control_loop_runs_on_it(env, data):
         rollout(env, actor, range(3))
 
 
-def test_success_needs_two_frames_in_a_row_and_pays_once(env, monkeypatch):
-    told = iter([0.9, 0.1, 0.9, 0.9, 0.9])
+def test_success_needs_as_many_frames_in_a_row_as_in_the_simulation_and_pays_once(env, monkeypatch):
+    held = [0.9] * SUCCESS_HOLD_STEPS
+    told = iter([*held[1:], 0.1, *held, 0.9])
     env.threshold = 0.5
 
     def probability(latents, proprio):
@@ -125,18 +130,18 @@ def test_success_needs_two_frames_in_a_row_and_pays_once(env, monkeypatch):
     env.reset(seed=0)
     action = np.zeros((3, 7), np.float32)
     rewards, ended = [], []
-    for _ in range(4):
+    for _ in range(2 * SUCCESS_HOLD_STEPS):
         _, reward, terminated, _, info = env.step(action)
         rewards.append(reward[0])
         ended.append(bool(terminated[0]))
         assert info["success"].tolist() == terminated.tolist()
-    assert rewards == [0, 0, 0, 1]
-    assert ended == [False, False, False, True]
+    assert rewards == [0] * (2 * SUCCESS_HOLD_STEPS - 1) + [1]
+    assert ended == [False] * (2 * SUCCESS_HOLD_STEPS - 1) + [True]
 
 
 def test_what_comes_close_to_success_is_rewarded_by_how_close(loaded, data, monkeypatch):
     env = WorldModelVectorEnv(loaded, 3, data, graded=True)
-    env.threshold = 0.5
+    env.threshold, env.consecutive = 0.5, 2
     told = iter([0.2, 0.3, 0.01, 0.4, 0.25, 0.9, 0.9])
     monkeypatch.setattr(
         env.model, "success_probability", lambda latents, proprio: torch.full((len(latents),), next(told))
@@ -170,7 +175,7 @@ def test_closeness_is_ordered_as_probability_is_and_ends_at_the_threshold():
 def test_a_policy_is_imagined_beyond_success_to_calibrate_its_reward(loaded, data, monkeypatch):
     """Episodes begin where given, and each is judged by the best two frames in a row of all its steps."""
     env = WorldModelVectorEnv(loaded, 3, data, places=[(episode, 0) for episode in range(5)])
-    env.threshold = 0.3
+    env.threshold, env.consecutive = 0.3, 2
     env.task = dataclasses.replace(env.task, horizon=6)
     reached = np.array([0.9, 0.8, 0.4, 0.6, 0.1])
 
@@ -233,6 +238,32 @@ def test_contexts_of_key_frames(loaded, data):
         assert truncated[1] == (step >= env.task.horizon - 8)
         ended |= truncated
     assert ended.all()
+
+
+def test_what_led_to_a_key_frame_is_seen_by_who_acts_there(loaded, data):
+    """In the control loop and in the rollouts of reinforcement."""
+    episode = int(np.argmax(data.ends - data.starts))
+    frame = data.starts[episode] + 8
+    assert not np.array_equal(data.proprio[frame], data.proprio[frame - 1])
+    env = WorldModelVectorEnv(loaded, 2, data, places=[(episode, 0), (episode, 8)])
+    looked = []
+
+    class Looking(Still):
+        def act(self, observation, instructions, slots):
+            looked.append({key: value.copy() for key, value in observation.items()})
+            return super().act(observation, instructions, slots)
+
+    rollout(env, Looking(), range(2))
+    policy = point_policy(observation_steps=2, embodiment=data.embodiment)
+    rollouts = collect_rollouts(
+        env, policy, Starts(seeds=(0, 1), groups=np.arange(2)), exploration=ExplorationConfig(), noise_seed=0,
+        max_chunks=1,
+    )  # fmt: skip
+    first = data.starts[episode]
+    expected = data.proprio[[[first, first], [frame - 1, frame]]]
+    assert np.array_equal(looked[0]["proprio"], expected)
+    assert np.array_equal(looked[0]["front_image"], data.images[[[first, first], [frame - 1, frame]], 0])
+    assert np.array_equal(rollouts.observation["proprio"].numpy(), expected)
 
 
 def test_contexts_that_do_not_fit(loaded, data):

@@ -100,8 +100,10 @@ class ClassifierConfig:
 
     width: int = 48
     """Channels of the convolutions (multiple of 8)."""
-    consecutive: int = 2
-    """Frames in a row that must show success: one frame alone is too easily a hallucination (WoVR's reward)."""
+    consecutive: int = 4
+    """Frames in a row of a recording that must show success: one alone is too easily a hallucination (WoVR: two). Four
+    and, in imagination, the one after the last action are the five that the simulation asks for; with fewer, passing
+    through the goal pays in imagination only."""
     near_steps: int = 15
     """Frames before the first success, and at the end of failures, that count as hard negatives."""
     generated_episodes: int = 160

@@ -53,7 +53,8 @@ class Contexts:
         for episode, step in chosen:
             self._check(data, episode, step, model.memory)
         episodes, self.steps = np.array(chosen, dtype=np.int64).T
-        self.frames = data.starts[episodes] + self.steps
+        self._data, self._starts = data, data.starts[episodes]
+        self.frames = self._starts + self.steps
         self.images, self.proprio = data.images[self.frames], data.proprio[self.frames]
         self.instructions = np.array([data.instructions[episode] for episode in episodes], dtype=object)
         self.names = tuple(f"{data.names[episode]}@{step}" for episode, step in chosen)
@@ -66,6 +67,12 @@ class Contexts:
 
     def __len__(self) -> int:
         return len(self.frames)
+
+    def history(self, rows: np.ndarray, steps: int) -> tuple[np.ndarray, np.ndarray]:
+        """Images ``(n, steps, V, H, W, 3)`` and proprio ``(n, steps, P)`` up to the frames that contexts begin in."""
+        frames = self.frames[rows][:, None] + np.arange(1 - steps, 1)
+        frames = np.maximum(frames, self._starts[rows][:, None])
+        return self._data.images[frames], self._data.proprio[frames]
 
     @staticmethod
     def _check(data: VideoData, episode: int, step: int, memory: int) -> None:

@@ -35,7 +35,7 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
     Observations: ``<camera>_image`` uint8 ``(N, H, W, 3)`` and ``proprio`` float32 ``(N, P)``; as on a robot there is
     no ``object_state``. Episodes begin in real frames: seed s begins in context s modulo their number, independently
     of the slot it runs in. Success, and with it reward and termination, is what the success classifier says in
-    ``config.classifier.consecutive`` frames in a row. Actions and info are described in docs/interface.md;
+    ``config.classifier.consecutive`` + 1 frames in a row. Actions and info are described in docs/interface.md;
     ``milestones`` and ``contacts`` are empty, since pictures do not tell them. Two entries are added: ``init_id``, the
     number of the context, and ``success_probability``.
 
@@ -95,7 +95,8 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
         }  # fmt: skip
         with torch.autocast(**self._autocast):
             self.contexts = Contexts(self.model, data, places)
-        self.consecutive = self.model.config.classifier.consecutive
+        # A recording ends before the frame that its last action leads to; here that frame is seen, too.
+        self.consecutive = self.model.config.classifier.consecutive + 1
         self.threshold = float(self.model.classifier.threshold)
         self._define_spaces()
         self.images_wanted = True
@@ -109,7 +110,8 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
         }
         single["proprio"] = box(-np.inf, np.inf, (self.embodiment.proprio.dim,), np.float32)
         self.single_observation_space = gym.spaces.Dict(single)
-        bound = np.inf if self.embodiment.action.mode == "env" else 1.0
+        self._bounded = self.embodiment.action.mode == "ee_delta"
+        bound = 1.0 if self._bounded else np.inf
         self.single_action_space = box(-bound, bound, (self.embodiment.action.dim,), np.float32)
         self.observation_space = batch_space(self.single_observation_space, self.num_envs)
         self.action_space = batch_space(self.single_action_space, self.num_envs)
@@ -185,6 +187,19 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
         for slot, seed in zip(slots, seeds, strict=True):
             self._generators[slot].manual_seed(seed)
 
+    def observation_history(self, slots: np.ndarray, steps: int) -> dict[str, np.ndarray]:
+        """What was really observed up to the frame that episodes begin in.
+
+        Args:
+            slots: ``(n,)`` episodes that have just been reset.
+            steps: how many observations; the beginning of an episode is repeated.
+
+        Returns:
+            Like an observation, ``(n, steps, ...)``, the oldest first.
+        """
+        images, proprio = self.contexts.history(self._context[slots], steps)
+        return {**{key: images[:, :, view] for view, key in enumerate(self.embodiment.image_keys)}, "proprio": proprio}
+
     @torch.inference_mode()
     def announce(self, actions: np.ndarray, slots: np.ndarray) -> None:
         """Say what :meth:`step` will be given next; it is imagined in as few passes as the model can.
@@ -201,9 +216,9 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
         """
         if not self._started:
             raise ConfigError("call reset() before announce()")
-        bounded, size = self.embodiment.action.mode != "env", (len(slots), self.embodiment.action.dim)
+        size = (len(slots), self.embodiment.action.dim)
         # As steps will see them, or they would not be recognised.
-        checked = [check_action(actions[:, step], size, bounded=bounded) for step in range(actions.shape[1])]
+        checked = [check_action(actions[:, step], size, bounded=self._bounded) for step in range(actions.shape[1])]
         running = ~self._ended[slots]
         if not checked or not running.any():
             return
@@ -246,8 +261,7 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
         """
         if not self._started:
             raise ConfigError("call reset() before step()")
-        bounded = self.embodiment.action.mode != "env"
-        actions = check_action(actions, (self.num_envs, self.embodiment.action.dim), bounded=bounded)
+        actions = check_action(actions, (self.num_envs, self.embodiment.action.dim), bounded=self._bounded)
         slots = np.flatnonzero(~self._ended)
         latents = self._advance(slots, actions[slots]) if len(slots) else None
         success = (self._hold >= self.consecutive) & (self._faults == "")
