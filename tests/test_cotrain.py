@@ -32,6 +32,7 @@ from simtoreal.envs import load_task, make_vector_env
 from simtoreal.envs.config import build_config, read_yaml
 from simtoreal.envs.errors import ConfigError, DatasetError, EmbodimentMismatchError, SimtorealError
 from simtoreal.envs.tabletop_vector import TabletopVectorEnv
+from simtoreal.envs.task_file import parse_task
 from simtoreal.evaluation.policies import checkpoint_digest
 from simtoreal.evaluation.report import ReportSources, write_report
 from simtoreal.evaluation.results import load_evaluation
@@ -562,6 +563,21 @@ def test_the_policy_must_be_of_the_task_that_is_demonstrated(data, policy, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+def test_what_a_world_model_would_practise_wrongly_is_refused(data, policy, tmp_path):
+    def world(**changes) -> World:
+        return dataclasses.replace(simulation(), task=parse_task({**TASK.to_dict(), **changes}, "test"))
+
+    other = world(name="weld")
+    with pytest.raises(ConfigError, match="8 of 8 episodes are of reach, and co-training is of 'weld'"):
+        wovr(tmp_path / "out", data, policy, real=other)
+    with pytest.raises(ConfigError, match="8 of 8 episodes are of reach, and co-training is of 'weld'"):
+        rlco(tmp_path / "out", data, policy, real=other)
+    # What ends an episode as a failure is in no picture that the model learned from.
+    with pytest.raises(ConfigError, match=r"task 'reach' ends when 'at\(tcp, goal, 0.5\)', which a world model"):
+        wovr(tmp_path / "out", data, policy, real=world(failure="at(tcp, goal, 0.5)"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["wovr", "wovr_smoke", "rlco"])
 def test_every_preset_loads(name):
     module = importlib.import_module("simtoreal.commands.cotrain")
@@ -633,8 +649,8 @@ def rlco(output: Path, data: Path, policy: Path | None = None, weight: float = 0
     return Rlco(
         changes.pop("config", config), reinforcement,
         changes.pop("measurement", dataclasses.replace(MEASUREMENT, episodes=2)),
-        demonstrations=[data], simulated=[data], real=simulation("standard"), practice=simulation(), policy=policy,
-        device="cpu", output=output, **changes,
+        demonstrations=[data], simulated=[data], real=changes.pop("real", simulation("standard")),
+        practice=simulation(), policy=policy, device="cpu", output=output, **changes,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from simtoreal.envs.errors import CheckpointError, ConfigError, DatasetError, Em
 from simtoreal.envs.panda import panda_embodiment
 from simtoreal.policies import checkpoint as folders
 from simtoreal.policies.training_log import read_metrics
-from simtoreal.world_models import world_model
+from simtoreal.world_models import video_data, world_model
 from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model
 from simtoreal.world_models.classifier import SuccessClassifier, calibrate_threshold, shows_success
 from simtoreal.world_models.config import (
@@ -120,15 +120,25 @@ def test_imagined_episodes_come_from_all_of_the_data():
 
 
 def test_what_any_training_learned_from_stays_known(tmp_path, monkeypatch):
-    first = describe_episodes(["a/0", "a/1", "b/0"], [0, 1, 7], np.array([True, False, False]))
-    assert (first["held_out"], learned_seeds(first)) == (["a/1", "b/0"], {0})
-    # Trained on with another folder, and with one of the held-out ones, which it names by its whole path.
     monkeypatch.chdir(tmp_path)
+    first = describe_episodes(["a/0", "a/1", "b/0"], [0, 1, 7], np.array([True, False, False]))
+    assert (first["held_out"], learned_seeds(first)) == ([str(tmp_path / name) for name in ("a/1", "b/0")], {0})
+    # Trained on with another folder, and with one of the held-out ones, which it names by its whole path.
     second = describe_episodes([str(tmp_path / "b/0"), "c/0"], [7, 9], np.array([True, False]), first)
     assert (len(second["episodes"]), learned_seeds(second)) == (4, {0, 7})
     assert unseen(second, ["a/0", "a/1", "b/0", "c/0", "d/0", "d/1"], [0, 1, 7, 9, 7, 8]).tolist() == [
         False, True, False, True, False, True,
     ]  # fmt: skip
+    # Somebody who works elsewhere, with data whose episodes have no initial condition to know them by.
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert unseen(second, ["../a/0", str(tmp_path / "a/1"), "a/0"], [-1] * 3).tolist() == [False, True, True]
+
+
+def test_images_that_no_memory_can_hold_are_refused(folder, monkeypatch):
+    monkeypatch.setattr(video_data, "available_memory", lambda: 10**6)
+    with pytest.raises(DatasetError, match=r"frames need 0\.0 GiB of memory, and 0\.0 GiB are free; take fewer"):
+        open_video_data([folder])
 
 
 def test_numbers_of_episodes_of_a_robot_are_no_initial_conditions(folder, tmp_path):

@@ -414,6 +414,21 @@ def test_outcomes_of_a_model_that_was_replaced_are_not_taken_for_those_of_the_ne
         evaluate_policies(model, policies, tmp_path / "out", conditions=2, videos=0, device="cpu")
 
 
+def test_policies_are_compared_in_the_simulation_that_is_named(folder, loaded, tmp_path):
+    policies = [tiny_policy(folder, tmp_path / "policy", 0)]
+    kept = {}
+    for randomization in ("none", "hard"):
+        output = tmp_path / randomization
+        found = evaluate_policies(
+            loaded, policies, output, randomization=randomization, conditions=2, videos=0, device="cpu"
+        )
+        assert found["randomization"] == randomization
+        kept[randomization] = [json.loads(path.read_text()) for path in sorted(output.glob("*/*/results.json"))]
+    assert [one["randomization"] for one in kept["hard"]] == ["hard"] * 2
+    with pytest.raises(EvaluationError, match="randomization"):
+        evaluate_policies(loaded, policies, tmp_path / "hard", conditions=2, videos=0, device="cpu")
+
+
 def test_play_shows_columns(folder, run, tmp_path):
     path = tmp_path / "play.mp4"
     command_line(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.vector import VectorEnv
 
+from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.rollouts import record_rollouts
 from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.task import TaskSpec
@@ -50,6 +51,22 @@ class World:
     make: Callable[[], VectorEnv | gym.Env]
     task: TaskSpec
     settings: Mapping[str, Any]
+
+
+def require_task(datasets: Iterable[Dataset], task: TaskSpec) -> None:
+    """Refuse demonstrations of something else: they would be practised, too.
+
+    Raises:
+        ConfigError: an episode is of another task.
+    """
+    for dataset in datasets:
+        others = [episode for episode in dataset.episodes if episode.task != task.name]
+        if others:
+            names = ", ".join(sorted({episode.task for episode in others}))
+            raise ConfigError(
+                f"{dataset.path}: {len(others)} of {len(dataset.episodes)} episodes are of {names}, and co-training is "
+                f"of '{task.name}'; leave them out with 'simtoreal data edit --episodes'"
+            )
 
 
 class Measurements:

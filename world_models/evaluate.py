@@ -139,6 +139,7 @@ def evaluate_world_model(
     conditions: int = 100,
     first_seed: int = FIRST_SEED,
     task: str | None = None,
+    randomization: str = "none",
     seed: int = 0,
     videos: int = 4,
     device: str | None = None,
@@ -155,7 +156,8 @@ def evaluate_world_model(
         judge: inverse-dynamics model (not one that gave rewards to this model); default: one is trained.
         episodes: most episodes to judge.
         judge_steps: training of probe and judge.
-        conditions, first_seed, task: see :func:`~simtoreal.world_models.policy_evaluation.evaluate_policies`.
+        conditions, first_seed, task, randomization: see
+            :func:`~simtoreal.world_models.policy_evaluation.evaluate_policies`.
         seed: of the noise of imagination.
         videos: of episodes, real beside imagined.
         device: torch device; None picks a GPU if there is one.
@@ -194,8 +196,8 @@ def evaluate_world_model(
     if policies:
         say(f"evaluating {len(policies)} policies on {conditions} initial conditions in the simulator and in the model")
         results["policies"] = evaluate_policies(
-            loaded, policies, output / "policies", task=task, conditions=conditions, first_seed=first_seed,
-            device=chosen,
+            loaded, policies, output / "policies", task=task, randomization=randomization, conditions=conditions,
+            first_seed=first_seed, device=chosen,
         )  # fmt: skip
         results["warnings"] += policy_warnings(results["policies"])
     results = {

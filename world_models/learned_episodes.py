@@ -25,17 +25,18 @@ def describe_episodes(
         before: the same description of the model that the training began with.
 
     Returns:
-        ``episodes``, ``seeds`` and ``held_out``: names of those that no training learned from.
+        ``episodes`` (absolute paths), ``seeds`` and ``held_out``: those that no training learned from.
     """
-    known: dict[str, tuple[str, int, bool]] = {}
+    known: dict[str, tuple[int, bool]] = {}
     for name, seed, used in (*_described(before or {}), *zip(names, seeds, learned, strict=True)):
+        # Absolute: who asks later may work in another folder.
         place = str(Path(name).resolve())
-        _, _, already = known.get(place, ("", 0, False))
-        known[place] = (name, int(seed), bool(used) or already)
+        _, already = known.get(place, (0, False))
+        known[place] = (int(seed), bool(used) or already)
     return {
-        "episodes": [name for name, _, _ in known.values()],
-        "seeds": [seed for _, seed, _ in known.values()],
-        "held_out": [name for name, _, used in known.values() if not used],
+        "episodes": list(known),
+        "seeds": [seed for seed, _ in known.values()],
+        "held_out": [place for place, (_, used) in known.items() if not used],
     }
 
 

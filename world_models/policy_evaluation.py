@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from gymnasium.vector import VectorEnv
 
 from simtoreal.envs import make_vector_env
 from simtoreal.envs.errors import ConfigError
@@ -23,7 +24,7 @@ from simtoreal.policies.checkpoint import LoadedPolicy
 from simtoreal.world_models.checkpoint import LoadedWorldModel
 from simtoreal.world_models.hallucination import first_frames, places_by_seed
 from simtoreal.world_models.learned_episodes import learned_seeds
-from simtoreal.world_models.vector_env import WorldModelVectorEnv, require_shown
+from simtoreal.world_models.vector_env import WorldModelVectorEnv, require_no_failure, require_shown
 
 # Episodes run together.
 SLOTS = 32
@@ -33,11 +34,13 @@ def evaluated_task(loaded: LoadedWorldModel, task: str | TaskSpec | None) -> Tas
     """Return the task named, or that of the model's data.
 
     Raises:
-        ConfigError: the model is of several tasks and none is named.
+        ConfigError: the model is of several tasks and none is named; or it is one that a world model cannot judge.
     """
     if task is None and not loaded.task:
         raise ConfigError(f"{loaded.folder} was trained on several tasks; say which one to evaluate policies on")
-    return load_task(task) if task is not None else parse_task(loaded.task, source=str(loaded.folder))
+    chosen = load_task(task) if task is not None else parse_task(loaded.task, source=str(loaded.folder))
+    require_no_failure(chosen)
+    return chosen
 
 
 def load_policies(
@@ -72,6 +75,7 @@ def evaluate_policies(
     output: Path,
     *,
     task: str | TaskSpec | None = None,
+    randomization: str = "none",
     conditions: int,
     first_seed: int = FIRST_SEED,
     device: str = "auto",
@@ -87,6 +91,7 @@ def evaluate_policies(
         policies: run or checkpoint folders, of the model's embodiment.
         output: folder; every policy gets ``<number>_<folder's name>/simulation`` and ``.../imagined`` in it.
         task: default: the task of the model's data.
+        randomization: of the simulator, the one that the model's data are from.
         conditions: initial conditions, the same for all policies and both worlds.
         first_seed: of the conditions.
         device: where the policies run.
@@ -105,7 +110,7 @@ def evaluate_policies(
     seeds = range(first_seed, first_seed + conditions)
     actors = load_policies(loaded, policies, seeds, device)
     slots = min(SLOTS, conditions)
-    env = make_vector_env(chosen, slots, embodiment=loaded.embodiment, observe="image")
+    env = _simulator(chosen, slots, loaded, randomization)
     try:
         begin = first_frames(env, seeds, chosen)
     finally:
@@ -116,11 +121,12 @@ def evaluate_policies(
         shared = {
             "task": chosen.name, "label": label, "policy": str(path), "checkpoint": checkpoint_digest(policy.folder),
             "horizon": chosen.horizon, "first_seed": first_seed, "model": str(loaded.folder),
+            "randomization": randomization,
         }  # fmt: skip
         results, successes = {}, []
         for world in ("simulation", "imagined"):
             env = (
-                make_vector_env(chosen, slots, embodiment=loaded.embodiment, observe="image")
+                _simulator(chosen, slots, loaded, randomization)
                 if world == "simulation"
                 else WorldModelVectorEnv(loaded, slots, begin, places=places, task=chosen)
             )
@@ -147,4 +153,8 @@ def evaluate_policies(
             }
         )
     table = np.array(outcomes, dtype=bool)
-    return {"rows": rows, **policy_validity(table[:, 0], table[:, 1])}
+    return {"rows": rows, "randomization": randomization, **policy_validity(table[:, 0], table[:, 1])}
+
+
+def _simulator(task: TaskSpec, slots: int, loaded: LoadedWorldModel, randomization: str) -> VectorEnv:
+    return make_vector_env(task, slots, embodiment=loaded.embodiment, observe="image", randomization=randomization)

@@ -31,7 +31,7 @@ from simtoreal.policies.trainer import train
 from simtoreal.world_models.checkpoint import load_world_model
 from simtoreal.world_models.cotrain_anchor import anchor_on, demonstrated_seeds
 from simtoreal.world_models.cotrain_config import KeyframeConfig, MeasurementConfig, RlcoConfig
-from simtoreal.world_models.cotrain_measurement import Measurements, World, require_same_embodiment
+from simtoreal.world_models.cotrain_measurement import Measurements, World, require_same_embodiment, require_task
 from simtoreal.world_models.cotrain_report import write_report
 from simtoreal.world_models.cotrain_stages import (
     DEMONSTRATIONS,
@@ -45,7 +45,7 @@ from simtoreal.world_models.cotrain_stages import (
 from simtoreal.world_models.hallucination import world_gap
 from simtoreal.world_models.imagined_starts import ImaginedReinforcement, ImaginedStarts
 from simtoreal.world_models.keyframes import find_keyframes
-from simtoreal.world_models.vector_env import WorldModelVectorEnv, require_shown
+from simtoreal.world_models.vector_env import WorldModelVectorEnv, require_no_failure, require_shown
 from simtoreal.world_models.video_data import open_video_data
 
 
@@ -132,9 +132,11 @@ class Rlco:
         for path in (*self.demonstrations, *self.simulated):
             dataset = Dataset.open(path, embodiment=needed)
             needed = dataset.embodiment
+            require_task([dataset], self.real.task)
             sizes.append((len(dataset.episodes), sum(episode.steps for episode in dataset.episodes)))
         self.real_sizes, self.simulated_sizes = sizes[: len(self.demonstrations)], sizes[len(self.demonstrations) :]
         if self.world_model is not None:
+            require_no_failure(self.real.task)
             require_same_embodiment(dataset, self.world_model)
             reads = self.config.diffusion if self.policy is None else loaded.config
             require_shown(reads.keys, dataset.embodiment, f"policy {self.policy or 'of the first stage'}")

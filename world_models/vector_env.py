@@ -29,6 +29,19 @@ NOT_FINITE = "imagination not finite"
 OUT_OF_THE_QUESTION = -8.0
 
 
+def require_no_failure(task: TaskSpec) -> None:
+    """Refuse tasks that end when something happens: no picture was ever labelled with it, so imagination goes on.
+
+    Raises:
+        ConfigError: the task has a ``failure``.
+    """
+    if task.failure:
+        raise ConfigError(
+            f"task '{task.name}' ends when '{task.failure}', which a world model does not notice, so a policy would be "
+            "rewarded for what fails. Improve it in the simulation: 'cotrain --config rlco' (rlco.world simulation)"
+        )
+
+
 class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
     """N independent imagined episodes behind the vector interface of Gymnasium.
 

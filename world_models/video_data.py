@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from simtoreal.data_collection.episode import EpisodeInfo
 from simtoreal.envs.embodiment import TARGET_NAMES, Embodiment
 from simtoreal.envs.errors import ConfigError, DatasetError
 from simtoreal.envs.tabletop_vector import SUCCESS_HOLD_STEPS
+from simtoreal.policies.available_memory import available_memory
 from simtoreal.world_models.config import STRIDE
 
 # An episode ends once the goal held for SUCCESS_HOLD_STEPS steps, and what follows its last action is not stored.
@@ -163,7 +165,14 @@ def _join(
     starts, total = ends - lengths, int(ends[-1])
     camera = embodiment.cameras[0]
     has_target = embodiment.action.mode != "env"
-    images = np.empty((total, len(embodiment.cameras), camera.height, camera.width, 3), np.uint8)
+    shape = (total, len(embodiment.cameras), camera.height, camera.width, 3)
+    # The system would grant more than there is, and kill the process when it is used.
+    if math.prod(shape) > available_memory():
+        raise DatasetError(
+            f"the images of {total} frames need {math.prod(shape) / 2**30:.1f} GiB of memory, and "
+            f"{available_memory() / 2**30:.1f} GiB are free; take fewer episodes, or record smaller images"
+        )
+    images = np.empty(shape, np.uint8)
     proprio = np.empty((total, embodiment.proprio.dim), np.float32)
     actions = np.empty((total, embodiment.action.dim), np.float32)
     targets = np.empty((total, len(TARGET_NAMES) if has_target else 0), np.float32)

@@ -36,7 +36,13 @@ from simtoreal.policies.trainer import train
 from simtoreal.world_models.checkpoint import load_world_model
 from simtoreal.world_models.cotrain_anchor import anchor_on, demonstrated_seeds
 from simtoreal.world_models.cotrain_config import MeasurementConfig, WovrConfig
-from simtoreal.world_models.cotrain_measurement import MEASUREMENTS, Measurements, World, require_same_embodiment
+from simtoreal.world_models.cotrain_measurement import (
+    MEASUREMENTS,
+    Measurements,
+    World,
+    require_same_embodiment,
+    require_task,
+)
 from simtoreal.world_models.cotrain_report import write_report
 from simtoreal.world_models.cotrain_stages import (
     DEMONSTRATIONS,
@@ -52,7 +58,7 @@ from simtoreal.world_models.keyframes import find_keyframes
 from simtoreal.world_models.reward_calibration import calibrate_reward, save_calibrated
 from simtoreal.world_models.stages import evenly_chosen
 from simtoreal.world_models.trainer import train_world_model
-from simtoreal.world_models.vector_env import WorldModelVectorEnv, require_shown
+from simtoreal.world_models.vector_env import WorldModelVectorEnv, require_no_failure, require_shown
 from simtoreal.world_models.video_data import VideoData, open_video_data
 from simtoreal.world_models.world_model import require_possible
 
@@ -108,12 +114,14 @@ class Wovr:
         require_denoising(self.loaded.policy, reinforcement.denoising_steps, f"policy {policy}")
         # A world model that does not fit, or data that are not there, must not be found out an hour from now.
         if config.iterations:
+            require_no_failure(real.task)
             require_shown(self.loaded.config.keys, self.loaded.embodiment, f"policy {policy}")
             if world_model is None:
                 require_possible(config.world_model, self.loaded.embodiment, f"policy {policy}")
+        datasets = [Dataset.open(path, embodiment=self.loaded.embodiment) for path in self.demonstrations]
+        require_task(datasets, real.task)
         self.data_sizes = [
-            (len(dataset.episodes), sum(episode.steps for episode in dataset.episodes))
-            for dataset in (Dataset.open(path, embodiment=self.loaded.embodiment) for path in self.demonstrations)
+            (len(dataset.episodes), sum(episode.steps for episode in dataset.episodes)) for dataset in datasets
         ]
         find_filter(self.demonstrations, config.imitation_filter)
         if world_model is not None:

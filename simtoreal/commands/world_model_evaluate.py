@@ -36,6 +36,8 @@ class Config:
     """First of them (a seed); demonstrations use seeds from 0 upwards."""
     task: str | None = None
     """Task for the policies; default: the one of the model's data."""
+    randomization: str = "none"
+    """Domain randomisation of the simulator that the policies are compared in; take that of the model's data."""
     videos: int = 4
     """Videos of real beside imagined episodes."""
     seed: int = 0
@@ -72,7 +74,7 @@ def main(config: Config) -> None:
     results = evaluate_world_model(
         config.model, config.data, config.output, policies=config.policies, judge=config.idm, episodes=config.episodes,
         judge_steps=config.judge_steps, conditions=config.conditions, first_seed=config.first_condition,
-        task=config.task, seed=config.seed, videos=config.videos,
+        task=config.task, randomization=config.randomization, seed=config.seed, videos=config.videos,
         device=None if config.device == "auto" else config.device, progress=True, say=say,
     )  # fmt: skip
     page = write_page(results, config.output)
