@@ -340,6 +340,22 @@ def test_bag_of_another_program_becomes_one_episode(tmp_path, capsys):
     assert json.loads((output / "results.json").read_text())["import"]["episodes"] == 1
 
 
+def test_a_bag_that_was_written_later_keeps_the_times_of_its_stamps(tmp_path):
+    kinds = {name: kind for name, kind in recorded_topics(ROBOT).items() if not kind.startswith("std_msgs/")}
+    plain, bag = write_run(tmp_path / "plain.mcap", marked=False), Bag(tmp_path / "converted.mcap")
+    for number, message in enumerate(BagReader(plain).messages(list(kinds))):
+        bag.add(message.topic, kinds[message.topic], message.content, BEGIN + 1_000_000 * MS + number * 1000)
+    rows = []
+    for path in (plain, bag.close()):
+        import_recording(path, tmp_path / path.stem, described(plain))
+        dataset = Dataset.open(tmp_path / path.stem)
+        rows.append(dataset.read(dataset.episodes[0]))
+    assert abs(len(rows[0]["actions"]) - len(rows[1]["actions"])) <= 4  # topics end within 200 ms of each other
+    for arrays in rows:
+        np.testing.assert_allclose(np.diff(arrays["obs/proprio"][:, -7]), 0.005, atol=1e-5)
+        assert set(np.diff(arrays["obs/front_image"][:, 0, 0, 0].astype(int))) == {1}
+
+
 def test_compressed_images_are_imported(tmp_path):
     bag = Bag(tmp_path / "bag.mcap")
     _, png = cv2.imencode(".png", np.full((64, 48, 3), (10, 20, 30), np.uint8))
