@@ -99,7 +99,7 @@ class ReplayBufferReader:
             raise DatasetError(f"{self.path}: has no 'data/action'; it holds {', '.join(self._arrays)}.")
         self._umi = umi
         rate_hz = control_hz or self._known_rate()
-        self._stamps_s = self._read_stamps(rate_hz)
+        self._stamped = self._has_stamps(rate_hz)
         self._assign_names()
         name = task or re.sub(r"\.(zarr|zip)$", "", re.sub(r"\.zip$", "", self.path.name)) or "replay_buffer"
         self._task = name
@@ -117,7 +117,7 @@ class ReplayBufferReader:
 
     def _assign_names(self) -> None:
         own = [key for key in self._arrays if self._umi or key not in self._action_keys]
-        own = [key for key in own if key != _STAMPS or self._stamps_s is None]
+        own = [key for key in own if key != _STAMPS or not self._stamped]
         images = [key for key in own if is_image_shape(self._arrays[key].shape[1:])]
         kept = [key for key in own if len(self._arrays[key].shape) <= 3 or key in images]
         observed = [key for key in kept if not _UMI_BOUNDARY.fullmatch(key)]
@@ -132,18 +132,17 @@ class ReplayBufferReader:
             f"observation '{key}' is called '{name}' here" for key, name in self._observations.items() if key != name
         ]
 
-    def _read_stamps(self, rate_hz: float) -> np.ndarray | None:
-        """Times ``(N,)`` of the observations in seconds; None if the store holds nothing that looks like them."""
+    def _has_stamps(self, rate_hz: float) -> bool:
+        """Whether the store holds something that looks like times of the observations in seconds."""
         array = self._arrays.get(_STAMPS)
-        total = int(self._ends[-1])
-        if array is None or array.dtype.kind != "f" or math.prod(array.shape[1:]) != 1 or total < 2:
-            return None
-        stamps = array.rows(0, total).reshape(total).astype(np.float64)
-        periods = float(np.median(np.diff(stamps))) * rate_hz
-        if not (np.isfinite(stamps).all() and _PERIODS[0] <= periods <= _PERIODS[1]):
-            return None
+        if array is None or array.dtype.kind != "f" or math.prod(array.shape[1:]) != 1:
+            return False
+        episodes = [rows.reshape(-1).astype(np.float64) for rows in self._readable(_STAMPS)]
+        periods = np.concatenate([np.diff(stamps) for stamps in episodes] or [np.empty(0)]) * rate_hz
+        if not (len(periods) and np.isfinite(periods).all() and _PERIODS[0] <= np.median(periods) <= _PERIODS[1]):
+            return False
         self.notes.append(f"'{_STAMPS}' is taken for the times of the observations in seconds (step/timestamp_ns)")
-        return stamps
+        return True
 
     def _known_rate(self) -> float:
         if self._umi:
@@ -176,8 +175,9 @@ class ReplayBufferReader:
             arrays[f"obs/{name}"] = to_image(values, where, self._scale(key)) if image else single_precision(values)
         for key, name in self._extra.items():
             arrays[name] = self._arrays[key].rows(start, stop)
-        if self._stamps_s is not None:
-            arrays["step/timestamp_ns"] = np.rint(self._stamps_s[start:stop] * 1e9).astype(np.int64)
+        if self._stamped:
+            stamps_s = self._arrays[_STAMPS].rows(start, stop).reshape(steps).astype(np.float64)
+            arrays["step/timestamp_ns"] = np.rint(stamps_s * 1e9).astype(np.int64)
         info = EpisodeInfo(
             task=self._task, seed=index, success=True, operator=self._task, source="umi" if self._umi else "zarr",
             embodiment=embodiment_digest(self.embodiment), instructions=("",),

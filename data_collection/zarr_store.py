@@ -159,7 +159,6 @@ class StoredArray:
         compressor: ``id`` and settings, None for raw bytes.
         order: ``C`` or ``F`` inside chunks.
         separator: between chunk indices.
-        fill: value of chunks that are not stored.
     """
 
     store: Store
@@ -170,7 +169,6 @@ class StoredArray:
     compressor: dict[str, Any] | None
     order: str
     separator: str
-    fill: Any
 
     @property
     def where(self) -> str:
@@ -181,16 +179,18 @@ class StoredArray:
         """Rows ``start`` … ``stop - 1``.
 
         Raises:
-            DatasetError: a chunk is damaged, or the rows are larger than what is read.
+            DatasetError: a chunk is damaged or missing, or the rows are larger than what is read.
         """
         count = stop - start
         require_size(count * math.prod(self.shape[1:]) * self.dtype.itemsize, self.where)
-        result = np.full((count, *self.shape[1:]), self.fill, dtype=self.dtype)
+        result = np.empty((count, *self.shape[1:]), dtype=self.dtype)
         first = range(start // self.chunks[0], -(-stop // self.chunks[0]) if count else 0)
         grids = [range(-(-size // chunk)) for size, chunk in zip(self.shape[1:], self.chunks[1:], strict=True)]
+        missing = 0
         for index in product(first, *grids):
             chunk = self._chunk(index)
             if chunk is None:
+                missing += 1
                 continue
             low = [i * c for i, c in zip(index, self.chunks, strict=True)]
             begin = max(low[0], start)
@@ -200,6 +200,14 @@ class StoredArray:
             ]
             inside = (slice(begin - low[0], end - low[0]), *(slice(0, part.stop - part.start) for part in rest))
             result[(slice(begin - start, end - start), *rest)] = chunk[inside]
+        if missing:
+            total = math.prod(map(len, (first, *grids)))
+            # Zarr reads the fill value there. It may have been meant, but a copy that was interrupted looks the same.
+            raise DatasetError(
+                f"{self.where} lacks {missing} of the {total} chunks of rows {start} to {stop - 1}. Copy the "
+                "store again; if these chunks only held the fill value, and so were never written, write it anew under "
+                "zarr.config.set({'array.write_empty_chunks': True})."
+            )
         return result
 
     def _chunk(self, index: Sequence[int]) -> np.ndarray | None:
@@ -231,11 +239,9 @@ def open_array(store: Store, name: str) -> StoredArray:
         meta = json.loads(text)
         shape, chunks = tuple(meta["shape"]), tuple(meta["chunks"])
         dtype, compressor = np.dtype(str(meta["dtype"])), meta["compressor"]
-        filters, order, fill = meta["filters"], meta["order"], meta["fill_value"]
+        filters, order = meta["filters"], meta["order"]
         separator = meta.get("dimension_separator", ".")
         named = None if compressor is None else str(compressor["id"])
-        # numpy understands the texts "NaN" and "Infinity" of version 2; null leaves the value open.
-        value = np.array(0 if fill is None else fill, dtype=dtype).reshape(())[()]
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise DatasetError(f"{where} is not the description of a zarr version 2 array ({error!r}).") from error
     sizes = all(isinstance(size, int) and size >= 0 for size in shape) and all(
@@ -254,5 +260,5 @@ def open_array(store: Store, name: str) -> StoredArray:
     require_size(math.prod(chunks) * dtype.itemsize, where, LARGEST_CHUNK_BYTES)
     return StoredArray(
         store=store, name=name, shape=shape, chunks=chunks, dtype=dtype, compressor=compressor, order=order,
-        separator=separator, fill=value,
+        separator=separator,
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 Sensors, images and commands arrive at rates of their own. An episode is rebuilt on the grid of the control rate by
 their stamps: joint positions and commanded targets are interpolated, images and scene truth are the newest before each
-tick. Actions are what moves one target to the next.
+tick. Actions are what moves one target to the next. While an input is stale the observation is repeated, as by a robot.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from simtoreal.robot.kinematics import Kinematics
 from simtoreal.robot.recorded_truth import truth_arrays
 from simtoreal.robot.recording import MARKS_TOPIC, METADATA
 from simtoreal.robot.resampling import Track, normalized_pose
+from simtoreal.robot.stamp_clock import CLOCK_STEP_NS
 from simtoreal.robot.topics import RobotConfig
 
 # The recorder empties its queues one after the other, so an episode is complete only this long after its end.
@@ -143,6 +144,7 @@ def import_recording(path: Path, output: Path, description: Description, *, succ
         steps=sum(steps),
         skipped=tuple(skipped),
         damaged=(*reader.damaged, *(f"{count} messages of {text}" for text, count in rebuild.refused.items())),
+        notes=rebuild.notes(),
     )
 
 
@@ -193,6 +195,17 @@ class _Rebuilder:
         names = [camera.name for camera in self.embodiment.cameras]
         self.images = {name: Track(self.robot.cameras[name].image.name) for name in names}
         self.refused: dict[str, int] = {}
+        self._held: dict[int, str] = {}
+        self._offsets_ns: dict[str, int] = {}
+
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about the episodes that were resampled."""
+        offsets = (
+            f"{name}: stamps are {abs(offset_ns) * 1e-9:.3f} s {'before' if offset_ns > 0 else 'after'} their arrival, "
+            "which counts as another clock and not as a delay"
+            for name, offset_ns in self._offsets_ns.items()
+        )
+        return *offsets, *(f"episode {number}: {text}" for number, text in self._held.items())
 
     def topics(self) -> list[str]:
         """Every topic that is needed."""
@@ -302,19 +315,20 @@ class _Rebuilder:
         """Return the arrays of an episode, as in :mod:`simtoreal.data_collection.episode`.
 
         Raises:
-            DatasetError: too short, or an input was silent for longer than the robot's staleness limits.
+            DatasetError: too short, or an input was silent for longer than the robot tolerates.
         """
         period_ns = round(1e9 * self.embodiment.control_period_s)
         steps = round((episode.end_ns - episode.begin_ns) / period_ns)
         if steps < 1:
             raise DatasetError("it is shorter than one control step")
         limits = self.robot.staleness
-        longest_ns = max(period_ns, 2e9 * limits.joint_states_s)
+        longest_ns = 1e9 * self._longest_s(limits.joint_states_s)
         if steps * period_ns > longest_ns * (len(self.joints.values) + 1):
             # A clock that was set by years makes a grid that does not fit into the memory.
             raise DatasetError(f"{self.joints.name} is silent for most of its {steps * period_ns * 1e-9:.0f} s")
         ticks = episode.begin_ns + period_ns * np.arange(steps + 1)
-        arm = self.joints.interpolate(ticks[:-1], limits.joint_states_s, limits.joint_states_s)
+        seen = self._observed(ticks[:-1], episode.number)
+        arm = self.joints.interpolate(seen, limits.joint_states_s, limits.joint_states_s)
         joints, openings = arm[:, :-1], arm[:, -1]
         forward = [self.kinematics.forward(row) for row in joints]
         positions = np.stack([position for position, _ in forward])
@@ -336,11 +350,48 @@ class _Rebuilder:
             "step/instruction": np.searchsorted(starts, ticks[:-1], side="right").astype(np.int32),
         }
         for camera in self.embodiment.cameras:
-            arrays[f"obs/{camera.name}_image"] = self._images(camera.name, ticks[:-1])
+            arrays[f"obs/{camera.name}_image"] = self._images(camera.name, seen)
         if self.truths.stamps_ns:
-            texts = self.truths.newest(ticks[:-1], limits.stop_s)
+            texts = self.truths.newest(seen, limits.stop_s)
             arrays |= truth_arrays(texts, episode.described)
+        for track in self._tracks():
+            offset_ns = int(np.median(track.offsets())) if track.stamps_ns else 0
+            if abs(offset_ns) > CLOCK_STEP_NS:
+                self._offsets_ns.setdefault(track.name, offset_ns)
         return arrays
+
+    def _longest_s(self, limit_s: float) -> float:
+        """Seconds without an input, stale after ``limit_s``, that an episode goes on for or ends by.
+
+        That the robot holds is found up to a control period late, and so is that it has held for too long.
+        """
+        return limit_s + self.robot.staleness.stop_s + 2 * self.embodiment.control_period_s
+
+    def _observed(self, ticks: np.ndarray, episode: int) -> np.ndarray:
+        """Return when what is observed at each tick was observed: now, or before an input became stale.
+
+        Raises:
+            DatasetError: an input is silent for longer than a robot holds.
+        """
+        limits = self.robot.staleness
+        held = np.zeros(len(ticks), dtype=bool)
+        silent = []
+        inputs = [(self.joints, limits.joint_states_s)]
+        for track, limit_s in inputs + [(track, limits.camera_s) for track in self.images.values()]:
+            ages_s, longest_s = track.ages_s(ticks), self._longest_s(limit_s)
+            stale = ages_s > limit_s
+            if stale[0] or ages_s.max() > longest_s:
+                most_s = limit_s if stale[0] else longest_s
+                raise DatasetError(f"{track.name} is silent for {ages_s.max():.2f} s (at most {most_s:g} s)")
+            if stale.any():
+                held |= stale
+                silent.append(track.name)
+        if silent:
+            self._held[episode] = (
+                f"{held.sum()} of {len(ticks)} steps repeat an observation, as a robot does while it holds "
+                f"(silent: {', '.join(silent)})"
+            )
+        return np.asarray(ticks[np.maximum.accumulate(np.where(held, 0, np.arange(len(ticks))))])
 
     def _targets(self, ticks: np.ndarray, home: np.ndarray) -> np.ndarray:
         """Commanded targets ``(len(ticks), 10)``; until the first command of the episode the target is at ``home``."""

@@ -145,6 +145,17 @@ class SafetyGate:
         if self._status.state not in ("armed", "hold"):
             raise SafetyError(f"the safety gate is {self._status.state}: {self._status.reason}")
 
+    def holding(self) -> str:
+        """Why the arm is held although targets come, or an empty string; targets must not get ahead of it meanwhile.
+
+        They must still be sent: a gate that misses them holds for that reason, and goes on with the next one.
+
+        Raises:
+            SafetyError: the gate is gone.
+        """
+        self._drain()
+        return "" if self._status.late_input in ("", "command_silent") else f"the gate holds: {self._status.reason}"
+
     def end_episode(self) -> None:
         """Bring the robot to rest because the episode is over: the silence that follows is no fault.
 

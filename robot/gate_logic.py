@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from simtoreal.envs import rotation
-from simtoreal.robot.gate_limits import MAX_TRACKING_ERROR_M, GateLimits, PoseLimiter, rotation_between
+from simtoreal.robot.gate_limits import MAX_TRACKING_ERROR_M, REVERSAL_M, GateLimits, PoseLimiter, rotation_between
 from simtoreal.robot.gate_messages import GateStatus, Request
 from simtoreal.robot.joint_guard import JointGuard
 from simtoreal.robot.stamp_clock import StampClock
@@ -72,6 +72,7 @@ class GateLogic:
         self.reason = "not armed yet"
         self.refusal = ""
         self.kind = ""
+        self.late_input = ""
         self.latched = False
         self.faults: Counter[str] = Counter()
         self.limited = 0
@@ -119,7 +120,8 @@ class GateLogic:
         """The state as told to others (counters of publishing are added by who publishes)."""
         return GateStatus(
             state=self.state, latched=self.latched, reason=self.reason, kind=self.kind, refusal=self.refusal,
-            fault_counts=dict(self.faults), limited=self.limited, at_rest=self.at_rest,
+            late_input=self.late_input if self.state == "hold" else "", fault_counts=dict(self.faults),
+            limited=self.limited, at_rest=self.at_rest,
         )  # fmt: skip
 
     # ---- what the robot says
@@ -256,8 +258,11 @@ class GateLogic:
         if jump > self.limits.max_step_m or turn > self.limits.max_step_rad:
             self._stop("jump", f"target jumps by {jump:.3f} m and {turn:.2f} rad")
             return
-        if ahead > MAX_TRACKING_ERROR_M:
-            self._stop("ahead", f"target is {ahead:.2f} m ahead of the commanded pose, which may not follow as fast")
+        # While the arm is held nothing catches up: what goes on meanwhile would be rushed after.
+        held = self.state == "hold"
+        if ahead > (REVERSAL_M if held else MAX_TRACKING_ERROR_M):
+            why = "is held" if held else "may not follow as fast"
+            self._stop("ahead", f"target is {ahead:.2f} m ahead of the commanded pose, which {why}")
             return
         self._last_target = (target[:3], quaternion)
         self._target_ns, self._newest_at_ns, self._commanding = now_ns, request.at_ns, True
@@ -277,7 +282,7 @@ class GateLogic:
             self._episode = episode
             self._target_ns, self._newest_at_ns = None, 0
             self._rejected, self._observation_ns = "", 0
-            self.state, self.reason, self.kind, self._commanding = "armed", "", "", False
+            self.state, self.reason, self.kind, self.late_input, self._commanding = "armed", "", "", "", False
         return self.refusal
 
     def rest(self, reason: str) -> None:
@@ -331,7 +336,10 @@ class GateLogic:
         kind, problem = self._late_input(now_ns)
         if problem and self.state == "armed":
             self.faults[kind] += 1
-            self.state, self.reason, self._hold_since_ns = "hold", problem, now_ns
+            self.state, self._hold_since_ns = "hold", now_ns
+        if problem and kind != self.late_input:
+            self.reason = problem
+        self.late_input = kind
         if problem:
             if now_ns - self._hold_since_ns > self._stop_after_ns:
                 self._stop(f"{kind}_stop", f"{problem}; gave up after {self._stop_after_ns * 1e-9:.1f} s of holding")

@@ -65,6 +65,7 @@ class GateStatus:
             and after faults that say that something is wrong with the arm or its surroundings.
         reason: why it is not armed, for people.
         kind: kind of the fault that stopped it, without numbers; empty when it was not a fault.
+        late_input: kind of the fault that it holds for; ``command_silent`` when it only waits for the next target.
         handled: sequence number of the last message handled.
         refusal: why the last request to arm was refused, or empty.
         fault_counts: kind of fault -> number of times.
@@ -81,6 +82,7 @@ class GateStatus:
     latched: bool = False
     reason: str = ""
     kind: str = ""
+    late_input: str = ""
     handled: int = 0
     refusal: str = ""
     fault_counts: dict[str, int] = field(default_factory=dict)

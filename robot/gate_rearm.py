@@ -45,6 +45,10 @@ class RearmingGate:
         """See :meth:`SafetyGate.report_observation`."""
         self._gate.report_observation(observation_ns)
 
+    def holding(self) -> str:
+        """See :meth:`SafetyGate.holding`."""
+        return self._gate.holding()
+
     def end_episode(self) -> None:
         """See :meth:`SafetyGate.end_episode`."""
         self._gate.end_episode()

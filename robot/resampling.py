@@ -10,10 +10,7 @@ import numpy as np
 
 from simtoreal.envs import rotation
 from simtoreal.envs.errors import DatasetError
-from simtoreal.robot.stamp_clock import CLOCK_STEP_NS
-
-# Stamps further than this before their arrival belong to another computer's clock; a delay this long is none.
-CLOCK_OFFSET_NS = 500_000_000
+from simtoreal.robot.stamp_clock import CLOCK_DRIFT, CLOCK_STEP_NS
 
 
 @dataclass
@@ -73,18 +70,37 @@ class Track:
         keep = min(int(np.searchsorted(self.arrived_ns, arrived_ns)), max(0, len(self.values) - 1))
         del self.stamps_ns[:keep], self.arrived_ns[:keep], self.values[:keep]
 
-    def times(self) -> np.ndarray:
-        """Return the stamps ``(N,)`` int64 in the recorder's clock.
+    def offsets(self) -> np.ndarray:
+        """Return what the stamps are before the recorder's clock ``(N,)``, in nanoseconds.
 
-        A sender on another computer has another clock; the least delay seen then counts as zero. Stamps after their
-        arrival show it for sure. A clock that is behind by less than ``CLOCK_OFFSET_NS`` looks like a delay, and is
-        taken for one.
+        As on a running robot (:class:`~simtoreal.robot.stamp_clock.StampClock`), the least delay until then counts as
+        zero: a clock that is behind and a constant delay look the same, and taking the one for the other would import
+        what was not known yet. Arrivals that take less than half as long as what was measured are those in a file that
+        was written later; then one offset holds for all.
         """
-        stamps = np.array(self.stamps_ns, dtype=np.int64)
-        if not len(stamps):
-            return stamps
-        least = int((np.array(self.arrived_ns, dtype=np.int64) - stamps).min())
-        return stamps + least if least < 0 or least > CLOCK_OFFSET_NS else stamps
+        arrived, stamps = np.array(self.arrived_ns, dtype=np.int64), np.array(self.stamps_ns, dtype=np.int64)
+        delays = arrived - stamps
+        if len(stamps) and 2 * (arrived[-1] - arrived[0]) < stamps[-1] - stamps[0]:
+            return np.full_like(delays, delays.min())
+        drift = (CLOCK_DRIFT * (arrived - arrived[:1])).astype(np.int64)
+        return np.minimum.accumulate(delays - drift) + drift
+
+    def times(self) -> np.ndarray:
+        """Return the stamps ``(N,)`` int64 in the recorder's clock."""
+        # Offsets alone never bring times out of order, a recorder's clock that is set may.
+        return np.maximum.accumulate(np.array(self.stamps_ns, dtype=np.int64) + self.offsets())
+
+    def ages_s(self, ticks_ns: np.ndarray) -> np.ndarray:
+        """Return, per tick, the seconds since the newest value, or until the first one.
+
+        Raises:
+            DatasetError: there is none.
+        """
+        times = self.times()
+        if not len(times):
+            raise DatasetError(f"nothing was recorded on {self.name}")
+        rows = np.maximum(np.searchsorted(times, ticks_ns, side="right") - 1, 0)
+        return np.asarray(np.abs(ticks_ns - times[rows]) * 1e-9)
 
     def newest(self, ticks_ns: np.ndarray, max_age_s: float) -> list[Any]:
         """Return, per tick, the newest value stamped at or before it.

@@ -48,6 +48,9 @@ class TargetSink(Protocol):
     def report_observation(self, observation_ns: int) -> None:
         """Tell when the oldest image in use arrived (monotonic ns)."""
 
+    def holding(self) -> str:
+        """Why the arm is held although targets come, or an empty string; targets must not get ahead of it meanwhile."""
+
     def end_episode(self) -> None:
         """Come to rest: no more targets follow, and that is no fault."""
 
@@ -66,7 +69,8 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
     ``received_frames`` and ``dropped_frames`` (by sensor, since the reset).
 
     While an input is stale, frozen or implausible no target is sent, and observation and stamps stay what they were;
-    after ``staleness.stop_s`` the episode is truncated with the reason in ``info["sim_fault"]``.
+    after ``staleness.stop_s`` the episode is truncated with the reason in ``info["sim_fault"]``. While only the gate
+    misses an input it has the same target again and again, so that the arm does not rush after it later.
 
     Success, milestones and contacts are judged by the twin. A real robot has no judge: they stay False, and people
     label the recording.
@@ -131,6 +135,7 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         self._target = np.zeros(10)
         self._observation: Observation = {}
         self._fault, self._fault_since_ns = "", 0
+        self._gate_holds = False
         self._observation_ns = self._timestamp_ns = 0
         self._capture_ns: dict[str, int] = {}
         self._receive_ns: dict[str, int] = {}
@@ -196,6 +201,7 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         refused = ""
         if not self._fault:
             self._target = self._next_target(self._target, action)
+        if not self._fault or self._gate_holds:
             try:
                 self._gate.report_observation(self._observation_ns)
                 # Due at once: simulation, too, gives a target to the arm at the beginning of the period. The gate
@@ -303,9 +309,14 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
             self._timestamp_ns = time.monotonic_ns()
             if not self._fault:
                 self._fault_since_ns = self._timestamp_ns
-            self._fault = str(error)
+            self._fault, self._gate_holds = str(error), False
             return
-        self._fault = ""
+        holds = ""
+        with contextlib.suppress(SafetyError):  # a gate that is gone is reported by the next target
+            holds = self._gate.holding()
+        if holds and not self._fault:
+            self._fault_since_ns = self._timestamp_ns
+        self._fault, self._gate_holds = holds, bool(holds)
         self._observation_ns = seen.arrived_ns
         arm_captured, arm_arrived = (dict.fromkeys(ARM_SENSORS, at) for at in (arm.capture_ns, arm.arrived_ns))
         self._capture_ns, self._receive_ns = arm_captured | seen.capture_ns, arm_arrived | seen.receive_ns

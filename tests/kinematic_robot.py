@@ -29,6 +29,7 @@ class KinematicRobot:
         fov_scale: factor on the published focal length.
         resent: the joint states are sent again and again with the stamp of the first of them.
         skipped: camera -> every how many-th image is lost.
+        held: why the gate holds, or empty.
         targets: everything sent, with the episode.
     """
 
@@ -48,6 +49,7 @@ class KinematicRobot:
         self.fov_scale = 1.0
         self.resent = False
         self.skipped: dict[str, int] = {}
+        self.held = ""
         self.targets: list[tuple[np.ndarray, int]] = []
         self.episodes: list[int] = []
         self._joint_stamp = None
@@ -77,6 +79,9 @@ class KinematicRobot:
 
     def report_observation(self, observation_ns: int) -> None:
         assert 0 < observation_ns <= time.monotonic_ns()
+
+    def holding(self) -> str:
+        return self.held
 
     def end_episode(self) -> None:
         pass

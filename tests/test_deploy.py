@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -367,6 +368,37 @@ def test_questions_are_asked_without_the_progress_bar(monkeypatch: pytest.Monkey
         assert deploy._ask_for_success(progress, None)
         assert sys.stdout is not terminal
     assert terminal.getvalue().count("<Did the robot succeed? [y/n] >") == 2
+
+
+ASKING = """
+import contextlib, select, types
+from simtoreal.commands import deploy
+progress = types.SimpleNamespace(paused=contextlib.nullcontext)
+select.select([0], [], [])  # the person has typed already
+deploy._ask_person(progress, "The arm will move home.")
+print("succeeded:", deploy._ask_for_success(progress, None))
+"""
+
+
+def test_what_was_typed_before_a_question_does_not_answer_it() -> None:
+    terminal, child = pty.openpty()
+    seen = ""
+
+    def wait_for(pattern: str) -> None:
+        nonlocal seen
+        while not re.search(pattern, seen):
+            seen += os.read(terminal, 1000).decode()
+
+    os.write(terminal, b"\nn\nn\n")
+    with subprocess.Popen([sys.executable, "-c", ASKING], stdin=child, stdout=child, stderr=child):
+        wait_for("Press Enter: ")
+        os.write(terminal, b"\n")
+        wait_for("y/n. ")
+        os.write(terminal, b"y\n")
+        wait_for("succeeded: (True|False)")
+    os.close(terminal)
+    os.close(child)
+    assert "succeeded: True" in seen
 
 
 def test_nobody_is_asked_whether_a_fault_was_a_success() -> None:

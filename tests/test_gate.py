@@ -310,6 +310,44 @@ def test_silent_joint_states_hold_then_resume_or_stop() -> None:
     assert "gave up" in rig.logic.reason
 
 
+@pytest.mark.parametrize("step_m", [0.01, 0.02, 0.034])
+def test_the_arm_does_not_rush_after_a_hold_that_the_runtime_was_told_of(step_m: float) -> None:
+    rig = Rig()
+    rig.move()
+    for _ in range(2):
+        rig.send((0, step_m, 0))
+        rig.tick(6)
+    rig.silent, told = True, ""
+    for _ in range(8):
+        # As Ros2Env: what it was told at the end of a control step keeps the next target where it is.
+        rig.send((0, 0 if told else step_m, 0))
+        rig.tick(6)
+        told = rig.logic.status().late_input
+    assert (rig.logic.state, told, rig.logic.at_rest) == ("hold", "joint_states_stale", True)
+    held = rig.path[-1]
+    rig.silent = False
+    for _ in range(6):
+        rig.send()
+        rig.tick(6)
+    assert (rig.logic.state, rig.logic.status().late_input) == ("armed", "")
+    assert np.allclose(rig.path[-1], rig.target[:3])
+    assert np.linalg.norm(rig.path[-1] - held) < 2 * step_m
+    check_motion(np.array(rig.path), np.tile(DOWN, (len(rig.path), 1)))
+    rig.tick(12)
+    assert (rig.logic.state, rig.logic.status().late_input) == ("hold", "command_silent")
+
+
+def test_a_target_that_goes_on_while_the_arm_is_held_stops_it() -> None:
+    rig = Rig()
+    rig.move()
+    rig.silent = True
+    for _ in range(10):
+        rig.send((0, 0.01, 0))
+        rig.tick(6)
+    assert (rig.logic.state, rig.logic.kind) == ("stopped", "ahead")
+    assert "0.08 m ahead of the commanded pose, which is held" in rig.logic.reason
+
+
 def test_a_silent_runtime_is_stopped_within_100_ms_of_its_last_message() -> None:
     rig = Rig()
     rig.move()

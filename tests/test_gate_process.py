@@ -268,6 +268,7 @@ def test_silent_joint_states_hold_then_stop(arm: ArmNode, gate: SafetyGate) -> N
     # A machine that stalls for 100 ms silences the arm too.
     before = gate.status().fault_counts.get("joint_states_stale", 0)
     arm.silent = True
+    drive_until(lambda: gate.holding().startswith("the gate holds: joint_states is"), gate, target)
     with pytest.raises(SafetyError, match="joint_states is"):
         drive(gate, 60, target, 0.0)
     # Once for the whole silence, not once per tick.

@@ -278,6 +278,53 @@ def test_a_short_loss_is_survived(make, robot) -> None:
     assert info["target"][0] == pytest.approx(held[0] + 0.01)
 
 
+def test_the_target_waits_while_only_the_gate_holds(make, robot) -> None:
+    """It went on before, and the arm rushed after it when the gate did."""
+    env = make()
+    env.reset(seed=0)
+    env.step(FORWARD)
+    robot.held = "the gate holds: joint_states is 120 ms old"
+    info = step_until(env, lambda info: info["robot_fault"] == robot.held)
+    held, sent, seen = info["target"], len(robot.targets), info["capture_ns"]
+    info = step_until(env, lambda info: info["capture_ns"] != seen)  # what is seen is not held
+    assert len(robot.targets) > sent, "the gate would miss its targets too"
+    for target, _ in robot.targets[sent:]:
+        np.testing.assert_array_equal(target, held)
+    np.testing.assert_array_equal(info["target"], held)
+    robot.held = ""
+    step_until(env, lambda info: not info["robot_fault"])
+    assert env.step(FORWARD)[4]["target"][0] == pytest.approx(held[0] + 0.01)
+
+
+def test_what_an_operator_does_while_the_gate_holds_is_not_recorded_as_executed(make, robot, config) -> None:
+    from simtoreal.data_collection.teleop_hub import InputHub
+    from simtoreal.robot.teleop_env import TeleopRos2Env
+
+    hub = InputHub([], EMBODIMENT)
+    env = TeleopRos2Env(
+        load_task("pick_place"), embodiment=EMBODIMENT, config=config, gate=robot, operator=lambda text: None, hub=hub
+    )
+    try:
+        env.reset(seed=0)
+        env.reactive, robot.held = False, "the gate holds: joint_states is 120 ms old"
+        before = step_until(env, lambda info: info["robot_fault"] == robot.held)["target"]
+        info = env.step(FORWARD)[4]
+    finally:
+        env.close()
+        hub.close()
+    np.testing.assert_array_equal(info["executed_action"], STILL)
+    np.testing.assert_array_equal(info["target"], before)
+
+
+def step_until(env, condition) -> dict:
+    """Step forward until the condition on the info is true: a busy machine may silence the robot itself meanwhile."""
+    for _ in range(60):
+        info = env.step(FORWARD)[4]
+        if condition(info):
+            return info
+    raise AssertionError("the condition did not come true")
+
+
 SENSORS = ("joint_states", "gripper", "front", "wrist")
 
 

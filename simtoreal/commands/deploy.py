@@ -303,8 +303,14 @@ def _settings(config: Config, task: TaskSpec, robot: RobotConfig, inference: Inf
 
 
 def _ask(progress: EpisodeProgress, question: str) -> str:
+    import sys
+    import termios
+
     try:
         with progress.paused():
+            if sys.stdin.isatty():
+                # What was typed while the robot moved answers no question that had not been asked yet.
+                termios.tcflush(sys.stdin, termios.TCIFLUSH)
             return input(question).strip().lower()
     except EOFError as error:
         raise ConfigError(
