@@ -12,6 +12,8 @@ const PADS = { // pad -> [axis, metres or radians per pixel] of a drag to the ri
   xy: [[1, -0.001], [0, 0.001]], z: [[5, -0.01], [2, 0.001]], tilt: [[3, -0.01], [4, -0.01]],
 };
 const SIGN_OF_LIFE_MS = 20, PING_MS = 500, RETRY_MS = 500, DEAD_ZONE = 0.12, GRIPPER_MS = 400;
+const REACTION_MS = 300; // who presses something this soon after the question has changed answers the one before
+let pictureMs = 500; // without a new picture for longer, nobody sees where the arm goes
 const FIRST_PINGS = 5, FIRST_PING_MS = 50, TRUSTED_ROUND_TRIP_MS = 2; // events are timed when the clock is known to 1 ms
 const COUNTERS = { missed_periods: "late steps", lost_devices: "lost contact", skipped_frames: "pictures skipped",
   rejected_messages: "messages refused", stale_inputs: "inputs too late", unwritten_steps: "steps not on disk yet", sensor_skew_ms: "sensor skew (ms)",
@@ -19,7 +21,9 @@ const COUNTERS = { missed_periods: "late steps", lost_devices: "lost contact", s
 const UNREMARKABLE = ["skipped_frames", "sensor_skew_ms", "unwritten_steps"];
 
 let socket = null, number = 0, refused = false;
-let status = { state: "preparing", counters: {}, gripper_open: true };
+let status = { state: "preparing", stage: -1, counters: {}, gripper_open: true };
+let stageSince = 0;          // when the page began to show status.stage
+let drawn = 0, blind = false; // time of the newest picture, or when pictures began to matter; none came for long
 const held = new Set();      // keys of KEYS
 const holders = new Set();   // what keeps the dead-man: "space", "button", "trigger", pads
 let triggerReleased = false; // a trigger held since before counts as soon as it was seen released
@@ -40,7 +44,9 @@ function send(message) {
   window.teleop.sent += 1;
 }
 
-function sendEvent(name) { send({ type: "event", name }); }
+function sendEvent(name) {
+  if (name === "stop" || performance.now() - stageSince > REACTION_MS) send({ type: "event", name, stage: status.stage });
+}
 
 function motion() {
   const axes = gamepadMotion.slice(), view = Number($("view").value), speed = Number($("speed").value) / 100;
@@ -54,7 +60,7 @@ function seen(axis, view) { return axis === 2 || axis === 5 ? 1 : view; }
 function sendInput(event) {
   if (gripper !== null && (performance.now() > gripperUntil || status.gripper_open === (gripper > 0))) gripper = null;
   const onServer = (time) => (clock.offset === null ? null : time + clock.offset);
-  send({ type: "input", engaged: holders.size > 0, motion: motion(), drag: dragged ? [clutch, dragged] : null, gripper,
+  send({ type: "input", stage: status.stage, engaged: holders.size > 0, motion: motion(), drag: dragged ? [clutch, dragged] : null, gripper,
     sent: onServer(performance.now()), at: event && clock.best <= TRUSTED_ROUND_TRIP_MS ? onServer(event.timeStamp) : null });
 }
 
@@ -95,6 +101,7 @@ addEventListener("keydown", (event) => {
   else if (event.code in KEYS) { held.add(event.code); sendInput(event); }
   else if (event.code in COMMANDS) sendEvent(COMMANDS[event.code]);
   else if (event.code === "KeyG") toggleGripper(event);
+  else if (event.key === "y" || event.key === "Y") sendEvent("agree");
   else if (event.key === "+" || event.key === "-") changeSpeed(event.key === "+" ? 10 : -10);
 });
 
@@ -266,6 +273,7 @@ const PILLS = { preparing: "Preparing", ready: "Ready", recording: "Recording", 
 function showStatus(next) {
   const before = status;
   status = next;
+  if (next.stage !== before.stage) stageSince = performance.now();
   const { state } = next;
   document.body.dataset.state = state;
   document.body.classList.toggle("active", next.active);

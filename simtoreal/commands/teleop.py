@@ -180,7 +180,8 @@ def open_collection(config: Config, leaving: Callable[[], None] = lambda: None) 
     with contextlib.ExitStack() as stack:
         stack.callback(sys.setswitchinterval, before)
         writer = stack.enter_context(DatasetWriter(config.output, embodiment, {written.name: written.to_dict()}))
-        page, board = PageDevice(), Board()
+        board = Board()
+        page = PageDevice(board)
         others = [open_device(config.device)] if config.device else []
         hub = InputHub([*others, page], embodiment)
         stack.callback(hub.close)
