@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 class SessionEnd(Exception):
-    """The operator ends the session while something waits for them."""
+    """The operator ends the session while something waits for them, or the arm moves by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +126,7 @@ class TeleopSession(Listener):
         ``failure="aborted"``, one that waits for a decision with ``failure="unreviewed"``.
         """
         self.board.episodes = self._store.episodes()
+        reason = ""
         try:
             while self._state != FINISHED:
                 if self._state == REVIEW or self._waiting:
@@ -133,12 +134,12 @@ class TeleopSession(Listener):
                     self._decide()
                 else:
                     self._run_episode()
-        except SessionEnd:
-            pass
+        except SessionEnd as end:
+            reason = str(end)
         finally:
             rescued = self._rescue()
             self._state = FINISHED
-            note = f"the session has ended; {rescued}" if rescued else "the session has ended"
+            note = "; ".join(text for text in ("the session has ended", reason, rescued) if text)
             self.board.post(state=FINISHED, active=False, review=None, note=note, alarm=self._store.alarm)
 
     def end(self) -> None:
@@ -170,6 +171,22 @@ class TeleopSession(Listener):
                         raise SessionEnd
         finally:
             self.board.post(prompt="")
+
+    def check_operator(self) -> None:
+        """Let an arm that moves by itself go on only while its operator can stop it; called before every target.
+
+        Raises:
+            RobotError: the page has gone.
+            SessionEnd: they end the session.
+        """
+        self._hub.poll()
+        if "stop" in self._hub.events:
+            raise SessionEnd("the arm has stopped on its way home")
+        if not self._page.present:
+            raise RobotError(
+                "the arm has stopped on its way home, because the page is closed, hidden or out of contact; "
+                "open it and press record to try again"
+            )
 
     def _run_episode(self) -> None:
         recording = self._state == RECORDING

@@ -19,6 +19,8 @@ from simtoreal.envs.errors import ConfigError
 
 MAX_MESSAGE_BYTES = 2048
 MAX_NAME_LENGTH = 64
+# A page that is silent for longer, as a hidden one is, has nobody who could stop an arm that moves by itself.
+PRESENT_NS = 500_000_000
 # Latest events whose way to the arm is timed.
 LATENCY_HISTORY = 4096
 
@@ -236,6 +238,11 @@ class PageDevice:
             if moving:
                 self.latencies_ns.extend(now_ns - stamp for stamp in self._read_stamps)
             self._read_stamps.clear()
+
+    @property
+    def present(self) -> bool:
+        """Whether a page is open and has spoken within the last ``PRESENT_NS``."""
+        return self.shown_stage >= 0 and time.monotonic_ns() - self._heard_ns <= PRESENT_NS
 
     def settings(self) -> dict[str, Any]:
         """Changed settings (``operator``, ``move``) since the last call."""

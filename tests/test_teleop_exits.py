@@ -30,7 +30,7 @@ from simtoreal.data_collection.episode import EpisodeInfo
 from simtoreal.data_collection.takes import read_part
 from simtoreal.data_collection.teleop_device import OperatorInput
 from simtoreal.data_collection.teleop_hub import InputHub
-from simtoreal.data_collection.teleop_loop import SessionOptions, TeleopSession
+from simtoreal.data_collection.teleop_loop import SessionEnd, SessionOptions, TeleopSession
 from simtoreal.data_collection.teleop_page import PageDevice
 from simtoreal.data_collection.teleop_session import Board
 from simtoreal.data_collection.teleop_take import TakeStore
@@ -171,6 +171,13 @@ def test_every_way_out_of_a_session_stores_the_take(tmp_path: Path, state: str, 
     assert opened.parts() == []
     assert "episode 000000 is stored" in opened.board.snapshot.note
     assert [row["name"] for row in opened.board.episodes] == ["000000"]
+
+
+def test_a_session_that_ends_while_the_arm_moves_by_itself_says_where_it_is(tmp_path: Path):
+    opened = Session(tmp_path / "data", "ready")
+    opened.env.reset = raising(SessionEnd("the arm has stopped on its way home"))
+    assert opened.run() == []
+    assert opened.board.snapshot.note == "the session has ended; the arm has stopped on its way home"
 
 
 @pytest.mark.parametrize("event", ["discard", "next", "rerecord", "reset", "left"])
