@@ -65,7 +65,7 @@ function sendInput(event) {
 }
 
 function hold(name, event) {
-  if (holders.has(name)) return;
+  if (holders.has(name) || blind) return;
   holders.add(name);
   sendInput(event);
 }
@@ -193,7 +193,7 @@ function readGamepad() {
   if (changed) sendInput(now);
 }
 
-setInterval(() => { readGamepad(); sendInput(null); }, SIGN_OF_LIFE_MS);
+setInterval(() => { watchPictures(); readGamepad(); sendInput(null); }, SIGN_OF_LIFE_MS);
 const ping = () => send({ type: "ping", at: performance.now() });
 setInterval(ping, PING_MS);
 
@@ -238,17 +238,32 @@ async function showFrames(buffer) {
     start += size;
     return createImageBitmap(blob).then((bitmap) => [name, bitmap]);
   });
-  for (const [name, bitmap] of await Promise.all(pictures)) {
-    const canvas = cameraCanvas(name);
-    if (canvas.width !== bitmap.width || canvas.height !== bitmap.height) {
-      [canvas.width, canvas.height] = [bitmap.width, bitmap.height];
-      canvas.style.aspectRatio = `${bitmap.width} / ${bitmap.height}`;
-    }
-    canvas.getContext("2d").drawImage(bitmap, 0, 0);
-    bitmap.close();
+  try {
+    for (const [name, bitmap] of await Promise.all(pictures)) draw(name, bitmap);
+    drawn = performance.now();
+    window.teleop.shown += 1;
+  } finally { // or the server would wait for one that cannot be decoded
+    send({ type: "shown", frame: head.frame });
   }
-  window.teleop.shown += 1;
-  send({ type: "shown", frame: head.frame });
+}
+
+function draw(name, bitmap) {
+  const canvas = cameraCanvas(name);
+  if (canvas.width !== bitmap.width || canvas.height !== bitmap.height) {
+    [canvas.width, canvas.height] = [bitmap.width, bitmap.height];
+    canvas.style.aspectRatio = `${bitmap.width} / ${bitmap.height}`;
+  }
+  canvas.getContext("2d").drawImage(bitmap, 0, 0);
+  bitmap.close();
+}
+
+// Nobody drives an arm that they do not see: as long as pictures should come and do not, everything is let go.
+function watchPictures() {
+  const expected = status.live && ["ready", "recording"].includes(status.state) && socket?.readyState === WebSocket.OPEN;
+  if (!expected) drawn = performance.now();
+  blind = performance.now() - drawn > pictureMs;
+  if (blind) letGoOfEverything();
+  $("blind").hidden = !blind;
 }
 
 function cameraCanvas(name) {

@@ -384,5 +384,5 @@ class TeleopSession(Listener):
             operator=self._operator, move=self._next_move if self._set_motion else None, active=self._hub.active,
             needs_release=self._hub.needs_release, steps=self._steps, seconds=self._steps * self.options.period_s,
             success=self._success, gripper_open=self._hub.gripper > 0, gauge=self._gauge, counters=counters,
-            alarm=self._alarm, task=self.options.task, **changes,
+            alarm=self._alarm, task=self.options.task, live=not self._waiting, **changes,
         )  # fmt: skip

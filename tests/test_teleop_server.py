@@ -14,7 +14,7 @@ import pytest
 
 from simtoreal.data_collection import teleop_server
 from simtoreal.data_collection.teleop_page import MAX_MESSAGE_BYTES, PageDevice
-from simtoreal.data_collection.teleop_server import MOST_MESSAGES_PER_S, TeleopServer
+from simtoreal.data_collection.teleop_server import MOST_IN_FLIGHT, MOST_MESSAGES_PER_S, TeleopServer
 from simtoreal.data_collection.teleop_session import Board
 from simtoreal.envs.errors import RobotError
 
@@ -210,7 +210,28 @@ def test_a_page_that_goes_while_it_is_told_something_is_no_problem(caplog: pytes
     assert not caplog.records
 
 
-def test_a_page_that_lags_gets_the_newest_picture_only():
+def test_pictures_that_are_never_confirmed_do_not_end_the_stream(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(teleop_server, "IN_FLIGHT_S", 0.05)
+
+    async def look(url: str, board: Board) -> None:
+        async with aiohttp.ClientSession() as client:
+            socket, pictures = await connected(client, url), 0
+            for _ in range(200):
+                board.post_frames({"front": np.zeros((8, 8, 3), np.uint8)})
+                with contextlib.suppress(TimeoutError):
+                    pictures += (await socket.receive(0.02)).type == aiohttp.WSMsgType.BINARY
+                if pictures > 2 * MOST_IN_FLIGHT:
+                    return
+            raise AssertionError(f"only {pictures} pictures came")
+
+    board = Board()
+    with contextlib.closing(TeleopServer(board, PageDevice(board), Path("nowhere"))) as server:
+        asyncio.run(look(server.url, board))
+
+
+def test_a_page_that_lags_gets_the_newest_picture_only(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(teleop_server, "IN_FLIGHT_S", 60.0)
+
     async def lag(server: TeleopServer, board: Board) -> list[int]:
         url, numbers, sent = server.url, [], 0
         async with (
