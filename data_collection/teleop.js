@@ -28,8 +28,10 @@ const held = new Set();      // keys of KEYS
 const holders = new Set();   // what keeps the dead-man: "space", "button", "trigger", pads
 let triggerReleased = false; // a trigger held since before counts as soon as it was seen released
 const inVain = new Set();    // of "space", "trigger": held, but since before something made the page let go
-let gamepadMotion = new Array(6).fill(0), gamepadButtons = [];
+let gamepad, gamepadMotion = new Array(6).fill(0), unknownGamepad = ""; // gamepad: index of the one that is read
+let gamepadButtons = null;   // as last seen; null: what is pressed then was not meant for us
 let clutch = 0, dragged = null;
+const pointers = new Map();  // pad -> { id, x, y } of what drags it
 let gripper = null, gripperUntil = 0;
 const clock = { offset: null, best: Infinity, samples: [] };
 const gauges = [];
@@ -75,7 +77,8 @@ function letGo(name, event) {
 }
 
 function letGoOfEverything() {
-  held.clear(); holders.clear(); inVain.clear(); dragged = null; triggerReleased = false; gamepadMotion.fill(0);
+  held.clear(); holders.clear(); inVain.clear(); pointers.clear(); dragged = null;
+  triggerReleased = false; gamepadMotion.fill(0); gamepadButtons = null;
   for (const pad of document.querySelectorAll(".pad")) pad.classList.remove("held");
   sendInput(null);
 }
@@ -172,8 +175,15 @@ for (const dialog of [$("review"), $("prompt")]) dialog.addEventListener("cancel
 const axisValue = (value) => (Math.abs(value) < DEAD_ZONE ? 0 : Math.sign(value) * ((Math.abs(value) - DEAD_ZONE) / (1 - DEAD_ZONE)));
 
 function readGamepad() {
-  const pad = document.hasFocus() ? [...navigator.getGamepads()].find((item) => item && item.connected) : null;
-  if (!pad) { if (holders.has("trigger")) letGoOfEverything(); inVain.delete("trigger"); gamepadMotion.fill(0); return; }
+  const pads = document.hasFocus() ? [...navigator.getGamepads()].filter((item) => item && item.connected) : [];
+  const pad = pads.find((item) => item.mapping === "standard"); // of others nobody knows which axis is which
+  unknownGamepad = !pad && pads.length ? pads[0].id : "";
+  if (pad?.index !== gamepad) {
+    gamepad = pad?.index;
+    if (holders.has("trigger")) letGoOfEverything();
+    inVain.delete("trigger"); triggerReleased = false; gamepadMotion.fill(0); gamepadButtons = null;
+  }
+  if (!pad) return;
   const pressed = pad.buttons.map((button) => button.pressed || button.value > 0.5);
   const [lx, ly, rx, ry] = [0, 1, 2, 3].map((index) => axisValue(pad.axes[index] || 0));
   const tilting = pressed[4] || pressed[5];
@@ -184,11 +194,12 @@ function readGamepad() {
   if (!trigger) { triggerReleased = true; inVain.delete("trigger"); letGo("trigger", now); }
   else if (triggerReleased) hold("trigger", now);
   else inVain.add("trigger");
-  const fresh = (index) => pressed[index] && !gamepadButtons[index];
+  const before = gamepadButtons || pressed, fresh = (index) => pressed[index] && !before[index];
   if (fresh(0)) toggleGripper(now);
-  if (fresh(2) || fresh(14)) sendEvent("left");
+  if (fresh(1)) sendEvent("agree");
+  if (fresh(2)) sendEvent("left");
   if (fresh(3)) sendEvent("discard");
-  if (fresh(9) || fresh(15)) sendEvent("right");
+  if (fresh(9)) sendEvent("right");
   gamepadButtons = pressed;
   if (changed) sendInput(now);
 }
@@ -298,7 +309,8 @@ function showStatus(next) {
   $("seconds").textContent = (state === "recording" || state === "review" ? next.seconds : 0).toFixed(1);
   $("steps").textContent = `${state === "recording" || state === "review" ? next.steps : 0} steps`;
   $("alarm").textContent = next.alarm; $("alarm").hidden = !next.alarm;
-  $("hint").textContent = next.needs_release || inVain.size ? "Let go and press again to move." : next.note;
+  $("hint").textContent = next.needs_release || inVain.size ? "Let go and press again to move."
+    : [next.note, unknownGamepad && `gamepad not used, its layout is unknown: ${unknownGamepad}`].filter(Boolean).join(" · ");
   $("gripperstate").textContent = next.gripper_open ? "open" : "closed";
   if (document.activeElement !== $("operator")) $("operator").value = next.operator;
   $("moverow").hidden = next.move === null;
