@@ -92,10 +92,16 @@ function toggleGripper(event) {
 
 // ---- keyboard --------------------------------------------------------------------------------------------------
 
-const typing = (target) => target instanceof HTMLInputElement && target.type === "text";
+// Its keys are not ours, and a list that is open swallows releases.
+const takesKeys = (target) => target instanceof HTMLSelectElement || (target instanceof HTMLInputElement && target.type === "text");
+
+// While Command is down, macOS does not tell that other keys are released.
+for (const kind of ["keydown", "keyup"]) addEventListener(kind, (event) => {
+  if (event.metaKey || event.key === "Meta") letGoOfEverything();
+});
 
 addEventListener("keydown", (event) => {
-  if (typing(event.target)) { if (event.code === "Enter" || event.code === "Escape") event.target.blur(); return; }
+  if (takesKeys(event.target)) { if (event.code === "Enter" || event.code === "Escape") event.target.blur(); return; }
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const known = event.code === "Space" || event.code in KEYS || event.code in COMMANDS || event.code === "KeyG";
   if (known) event.preventDefault();
@@ -109,7 +115,7 @@ addEventListener("keydown", (event) => {
 });
 
 addEventListener("keyup", (event) => {
-  if (event.code === "Space") { inVain.delete("space"); letGo("space", event); if (!typing(event.target)) event.preventDefault(); }
+  if (event.code === "Space") { inVain.delete("space"); letGo("space", event); if (!takesKeys(event.target)) event.preventDefault(); }
   if (held.delete(event.code)) sendInput(event);
 });
 
@@ -121,8 +127,9 @@ function changeSpeed(step) {
 addEventListener("blur", letGoOfEverything);
 addEventListener("pagehide", letGoOfEverything);
 document.addEventListener("visibilitychange", () => { if (document.hidden) letGoOfEverything(); });
-document.addEventListener("focusin", (event) => { if (typing(event.target)) letGoOfEverything(); });
-addEventListener("contextmenu", (event) => { if (event.target.closest(".controls")) event.preventDefault(); });
+for (const kind of ["focusin", "pointerdown"]) document.addEventListener(kind, (event) => { if (takesKeys(event.target)) letGoOfEverything(); });
+// A menu swallows releases.
+addEventListener("contextmenu", (event) => { if (takesKeys(event.target)) letGoOfEverything(); else event.preventDefault(); });
 
 // ---- mouse and touch -------------------------------------------------------------------------------------------
 
@@ -135,33 +142,35 @@ release($("hold"), (event) => letGo("button", event));
 
 for (const pad of document.querySelectorAll(".pad")) {
   const [across, up] = PADS[pad.dataset.pad];
-  let pointer = null, x = 0, y = 0;
   pad.addEventListener("pointerdown", (event) => {
-    if (pointer !== null || event.button > 0) return;
+    if (pointers.has(pad) || event.button > 0) return;
     pad.setPointerCapture(event.pointerId);
-    [pointer, x, y] = [event.pointerId, event.clientX, event.clientY];
+    pointers.set(pad, { id: event.pointerId, x: event.clientX, y: event.clientY });
     if (dragged === null) { clutch += 1; dragged = new Array(6).fill(0); }
     pad.classList.add("held");
     hold(pad.id, event);
   });
   pad.addEventListener("pointermove", (event) => {
-    if (event.pointerId !== pointer || dragged === null) return;
+    const last = pointers.get(pad);
+    if (event.pointerId !== last?.id) return;
     const speed = Number($("speed").value) / 100, view = Number($("view").value);
-    dragged[across[0]] += (event.clientX - x) * across[1] * speed * seen(across[0], view);
-    dragged[up[0]] += (y - event.clientY) * up[1] * speed * seen(up[0], view);
-    [x, y] = [event.clientX, event.clientY];
+    dragged[across[0]] += (event.clientX - last.x) * across[1] * speed * seen(across[0], view);
+    dragged[up[0]] += (last.y - event.clientY) * up[1] * speed * seen(up[0], view);
+    [last.x, last.y] = [event.clientX, event.clientY];
     sendInput(event);
   });
   release(pad, (event) => {
-    if (event.pointerId !== pointer) return;
-    pointer = null;
+    if (event.pointerId !== pointers.get(pad)?.id) return;
+    pointers.delete(pad);
     pad.classList.remove("held");
     letGo(pad.id, event);
-    if (!document.querySelector(".pad.held")) dragged = null;
+    if (!pointers.size) dragged = null;
   });
 }
 
-$("gripper").addEventListener("click", toggleGripper);
+// A second finger, while the first one holds, makes no click; what makes clicks without a pointer has none to press.
+$("gripper").addEventListener("pointerdown", (event) => { if (event.button === 0) toggleGripper(event); });
+$("gripper").addEventListener("click", (event) => { if (event.detail === 0) toggleGripper(event); });
 $("speed").addEventListener("input", () => { $("speedvalue").textContent = `${$("speed").value} %`; });
 for (const button of document.querySelectorAll("[data-event]")) button.addEventListener("click", () => { sendEvent(button.dataset.event); button.blur(); });
 for (const button of [$("gripper"), $("hold")]) button.addEventListener("focus", () => button.blur());
@@ -314,7 +323,7 @@ function showStatus(next) {
   $("gripperstate").textContent = next.gripper_open ? "open" : "closed";
   if (document.activeElement !== $("operator")) $("operator").value = next.operator;
   $("moverow").hidden = next.move === null;
-  if (next.move !== null && before.move !== next.move) $("move").checked = next.move;
+  if (next.move !== null) $("move").checked = next.move;
   for (const button of document.querySelectorAll(".transport [data-states]")) button.hidden = !button.dataset.states.split(" ").includes(state);
   showGauge(next, before);
   showCounters(next.counters);
