@@ -12,6 +12,8 @@ const PADS = { // pad -> [axis, metres or radians per pixel] of a drag to the ri
   xy: [[1, -0.001], [0, 0.001]], z: [[5, -0.01], [2, 0.001]], tilt: [[3, -0.01], [4, -0.01]],
 };
 const SIGN_OF_LIFE_MS = 20, PING_MS = 500, RETRY_MS = 500, DEAD_ZONE = 0.12, GRIPPER_MS = 400;
+const REACTION_MS = 300; // who presses something this soon after the question has changed answers the one before
+let pictureMs = 500; // without a new picture for longer, nobody sees where the arm goes
 const FIRST_PINGS = 5, FIRST_PING_MS = 50, TRUSTED_ROUND_TRIP_MS = 2; // events are timed when the clock is known to 1 ms
 const COUNTERS = { missed_periods: "late steps", lost_devices: "lost contact", skipped_frames: "pictures skipped",
   rejected_messages: "messages refused", stale_inputs: "inputs too late", unwritten_steps: "steps not on disk yet", sensor_skew_ms: "sensor skew (ms)",
@@ -19,13 +21,17 @@ const COUNTERS = { missed_periods: "late steps", lost_devices: "lost contact", s
 const UNREMARKABLE = ["skipped_frames", "sensor_skew_ms", "unwritten_steps"];
 
 let socket = null, number = 0, refused = false;
-let status = { state: "preparing", counters: {}, gripper_open: true };
+let status = { state: "preparing", stage: -1, counters: {}, gripper_open: true };
+let stageSince = 0;          // when the page began to show status.stage
+let drawn = 0, blind = false; // time of the newest picture, or when pictures began to matter; none came for long
 const held = new Set();      // keys of KEYS
 const holders = new Set();   // what keeps the dead-man: "space", "button", "trigger", pads
 let triggerReleased = false; // a trigger held since before counts as soon as it was seen released
 const inVain = new Set();    // of "space", "trigger": held, but since before something made the page let go
-let gamepadMotion = new Array(6).fill(0), gamepadButtons = [];
+let gamepad, gamepadMotion = new Array(6).fill(0), unknownGamepad = ""; // gamepad: index of the one that is read
+let gamepadButtons = null;   // as last seen; null: what is pressed then was not meant for us
 let clutch = 0, dragged = null;
+const pointers = new Map();  // pad -> { id, x, y } of what drags it
 let gripper = null, gripperUntil = 0;
 const clock = { offset: null, best: Infinity, samples: [] };
 const gauges = [];
@@ -40,7 +46,9 @@ function send(message) {
   window.teleop.sent += 1;
 }
 
-function sendEvent(name) { send({ type: "event", name }); }
+function sendEvent(name) {
+  if (name === "stop" || performance.now() - stageSince > REACTION_MS) send({ type: "event", name, stage: status.stage });
+}
 
 function motion() {
   const axes = gamepadMotion.slice(), view = Number($("view").value), speed = Number($("speed").value) / 100;
@@ -54,12 +62,12 @@ function seen(axis, view) { return axis === 2 || axis === 5 ? 1 : view; }
 function sendInput(event) {
   if (gripper !== null && (performance.now() > gripperUntil || status.gripper_open === (gripper > 0))) gripper = null;
   const onServer = (time) => (clock.offset === null ? null : time + clock.offset);
-  send({ type: "input", engaged: holders.size > 0, motion: motion(), drag: dragged ? [clutch, dragged] : null, gripper,
+  send({ type: "input", stage: status.stage, engaged: holders.size > 0, motion: motion(), drag: dragged ? [clutch, dragged] : null, gripper,
     sent: onServer(performance.now()), at: event && clock.best <= TRUSTED_ROUND_TRIP_MS ? onServer(event.timeStamp) : null });
 }
 
 function hold(name, event) {
-  if (holders.has(name)) return;
+  if (holders.has(name) || blind) return;
   holders.add(name);
   sendInput(event);
 }
@@ -69,7 +77,8 @@ function letGo(name, event) {
 }
 
 function letGoOfEverything() {
-  held.clear(); holders.clear(); inVain.clear(); dragged = null; triggerReleased = false; gamepadMotion.fill(0);
+  held.clear(); holders.clear(); inVain.clear(); pointers.clear(); dragged = null;
+  triggerReleased = false; gamepadMotion.fill(0); gamepadButtons = null;
   for (const pad of document.querySelectorAll(".pad")) pad.classList.remove("held");
   sendInput(null);
 }
@@ -83,10 +92,16 @@ function toggleGripper(event) {
 
 // ---- keyboard --------------------------------------------------------------------------------------------------
 
-const typing = (target) => target instanceof HTMLInputElement && target.type === "text";
+// Its keys are not ours, and a list that is open swallows releases.
+const takesKeys = (target) => target instanceof HTMLSelectElement || (target instanceof HTMLInputElement && target.type === "text");
+
+// While Command is down, macOS does not tell that other keys are released.
+for (const kind of ["keydown", "keyup"]) addEventListener(kind, (event) => {
+  if (event.metaKey || event.key === "Meta") letGoOfEverything();
+});
 
 addEventListener("keydown", (event) => {
-  if (typing(event.target)) { if (event.code === "Enter" || event.code === "Escape") event.target.blur(); return; }
+  if (takesKeys(event.target)) { if (event.code === "Enter" || event.code === "Escape") event.target.blur(); return; }
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   const known = event.code === "Space" || event.code in KEYS || event.code in COMMANDS || event.code === "KeyG";
   if (known) event.preventDefault();
@@ -95,11 +110,12 @@ addEventListener("keydown", (event) => {
   else if (event.code in KEYS) { held.add(event.code); sendInput(event); }
   else if (event.code in COMMANDS) sendEvent(COMMANDS[event.code]);
   else if (event.code === "KeyG") toggleGripper(event);
+  else if (event.key === "y" || event.key === "Y") sendEvent("agree");
   else if (event.key === "+" || event.key === "-") changeSpeed(event.key === "+" ? 10 : -10);
 });
 
 addEventListener("keyup", (event) => {
-  if (event.code === "Space") { inVain.delete("space"); letGo("space", event); if (!typing(event.target)) event.preventDefault(); }
+  if (event.code === "Space") { inVain.delete("space"); letGo("space", event); if (!takesKeys(event.target)) event.preventDefault(); }
   if (held.delete(event.code)) sendInput(event);
 });
 
@@ -111,8 +127,9 @@ function changeSpeed(step) {
 addEventListener("blur", letGoOfEverything);
 addEventListener("pagehide", letGoOfEverything);
 document.addEventListener("visibilitychange", () => { if (document.hidden) letGoOfEverything(); });
-document.addEventListener("focusin", (event) => { if (typing(event.target)) letGoOfEverything(); });
-addEventListener("contextmenu", (event) => { if (event.target.closest(".controls")) event.preventDefault(); });
+for (const kind of ["focusin", "pointerdown"]) document.addEventListener(kind, (event) => { if (takesKeys(event.target)) letGoOfEverything(); });
+// A menu swallows releases.
+addEventListener("contextmenu", (event) => { if (takesKeys(event.target)) letGoOfEverything(); else event.preventDefault(); });
 
 // ---- mouse and touch -------------------------------------------------------------------------------------------
 
@@ -125,33 +142,35 @@ release($("hold"), (event) => letGo("button", event));
 
 for (const pad of document.querySelectorAll(".pad")) {
   const [across, up] = PADS[pad.dataset.pad];
-  let pointer = null, x = 0, y = 0;
   pad.addEventListener("pointerdown", (event) => {
-    if (pointer !== null || event.button > 0) return;
+    if (pointers.has(pad) || event.button > 0) return;
     pad.setPointerCapture(event.pointerId);
-    [pointer, x, y] = [event.pointerId, event.clientX, event.clientY];
+    pointers.set(pad, { id: event.pointerId, x: event.clientX, y: event.clientY });
     if (dragged === null) { clutch += 1; dragged = new Array(6).fill(0); }
     pad.classList.add("held");
     hold(pad.id, event);
   });
   pad.addEventListener("pointermove", (event) => {
-    if (event.pointerId !== pointer || dragged === null) return;
+    const last = pointers.get(pad);
+    if (event.pointerId !== last?.id) return;
     const speed = Number($("speed").value) / 100, view = Number($("view").value);
-    dragged[across[0]] += (event.clientX - x) * across[1] * speed * seen(across[0], view);
-    dragged[up[0]] += (y - event.clientY) * up[1] * speed * seen(up[0], view);
-    [x, y] = [event.clientX, event.clientY];
+    dragged[across[0]] += (event.clientX - last.x) * across[1] * speed * seen(across[0], view);
+    dragged[up[0]] += (last.y - event.clientY) * up[1] * speed * seen(up[0], view);
+    [last.x, last.y] = [event.clientX, event.clientY];
     sendInput(event);
   });
   release(pad, (event) => {
-    if (event.pointerId !== pointer) return;
-    pointer = null;
+    if (event.pointerId !== pointers.get(pad)?.id) return;
+    pointers.delete(pad);
     pad.classList.remove("held");
     letGo(pad.id, event);
-    if (!document.querySelector(".pad.held")) dragged = null;
+    if (!pointers.size) dragged = null;
   });
 }
 
-$("gripper").addEventListener("click", toggleGripper);
+// A second finger, while the first one holds, makes no click; what makes clicks without a pointer has none to press.
+$("gripper").addEventListener("pointerdown", (event) => { if (event.button === 0) toggleGripper(event); });
+$("gripper").addEventListener("click", (event) => { if (event.detail === 0) toggleGripper(event); });
 $("speed").addEventListener("input", () => { $("speedvalue").textContent = `${$("speed").value} %`; });
 for (const button of document.querySelectorAll("[data-event]")) button.addEventListener("click", () => { sendEvent(button.dataset.event); button.blur(); });
 for (const button of [$("gripper"), $("hold")]) button.addEventListener("focus", () => button.blur());
@@ -165,8 +184,15 @@ for (const dialog of [$("review"), $("prompt")]) dialog.addEventListener("cancel
 const axisValue = (value) => (Math.abs(value) < DEAD_ZONE ? 0 : Math.sign(value) * ((Math.abs(value) - DEAD_ZONE) / (1 - DEAD_ZONE)));
 
 function readGamepad() {
-  const pad = document.hasFocus() ? [...navigator.getGamepads()].find((item) => item && item.connected) : null;
-  if (!pad) { if (holders.has("trigger")) letGoOfEverything(); inVain.delete("trigger"); gamepadMotion.fill(0); return; }
+  const pads = document.hasFocus() ? [...navigator.getGamepads()].filter((item) => item && item.connected) : [];
+  const pad = pads.find((item) => item.mapping === "standard"); // of others nobody knows which axis is which
+  unknownGamepad = !pad && pads.length ? pads[0].id : "";
+  if (pad?.index !== gamepad) {
+    gamepad = pad?.index;
+    if (holders.has("trigger")) letGoOfEverything();
+    inVain.delete("trigger"); triggerReleased = false; gamepadMotion.fill(0); gamepadButtons = null;
+  }
+  if (!pad) return;
   const pressed = pad.buttons.map((button) => button.pressed || button.value > 0.5);
   const [lx, ly, rx, ry] = [0, 1, 2, 3].map((index) => axisValue(pad.axes[index] || 0));
   const tilting = pressed[4] || pressed[5];
@@ -177,16 +203,17 @@ function readGamepad() {
   if (!trigger) { triggerReleased = true; inVain.delete("trigger"); letGo("trigger", now); }
   else if (triggerReleased) hold("trigger", now);
   else inVain.add("trigger");
-  const fresh = (index) => pressed[index] && !gamepadButtons[index];
+  const before = gamepadButtons || pressed, fresh = (index) => pressed[index] && !before[index];
   if (fresh(0)) toggleGripper(now);
-  if (fresh(2) || fresh(14)) sendEvent("left");
+  if (fresh(1)) sendEvent("agree");
+  if (fresh(2)) sendEvent("left");
   if (fresh(3)) sendEvent("discard");
-  if (fresh(9) || fresh(15)) sendEvent("right");
+  if (fresh(9)) sendEvent("right");
   gamepadButtons = pressed;
   if (changed) sendInput(now);
 }
 
-setInterval(() => { readGamepad(); sendInput(null); }, SIGN_OF_LIFE_MS);
+setInterval(() => { watchPictures(); readGamepad(); sendInput(null); }, SIGN_OF_LIFE_MS);
 const ping = () => send({ type: "ping", at: performance.now() });
 setInterval(ping, PING_MS);
 
@@ -231,17 +258,32 @@ async function showFrames(buffer) {
     start += size;
     return createImageBitmap(blob).then((bitmap) => [name, bitmap]);
   });
-  for (const [name, bitmap] of await Promise.all(pictures)) {
-    const canvas = cameraCanvas(name);
-    if (canvas.width !== bitmap.width || canvas.height !== bitmap.height) {
-      [canvas.width, canvas.height] = [bitmap.width, bitmap.height];
-      canvas.style.aspectRatio = `${bitmap.width} / ${bitmap.height}`;
-    }
-    canvas.getContext("2d").drawImage(bitmap, 0, 0);
-    bitmap.close();
+  try {
+    for (const [name, bitmap] of await Promise.all(pictures)) draw(name, bitmap);
+    drawn = performance.now();
+    window.teleop.shown += 1;
+  } finally { // or the server would wait for one that cannot be decoded
+    send({ type: "shown", frame: head.frame });
   }
-  window.teleop.shown += 1;
-  send({ type: "shown", frame: head.frame });
+}
+
+function draw(name, bitmap) {
+  const canvas = cameraCanvas(name);
+  if (canvas.width !== bitmap.width || canvas.height !== bitmap.height) {
+    [canvas.width, canvas.height] = [bitmap.width, bitmap.height];
+    canvas.style.aspectRatio = `${bitmap.width} / ${bitmap.height}`;
+  }
+  canvas.getContext("2d").drawImage(bitmap, 0, 0);
+  bitmap.close();
+}
+
+// Nobody drives an arm that they do not see: as long as pictures should come and do not, everything is let go.
+function watchPictures() {
+  const expected = status.live && ["ready", "recording"].includes(status.state) && socket?.readyState === WebSocket.OPEN;
+  if (!expected) drawn = performance.now();
+  blind = performance.now() - drawn > pictureMs;
+  if (blind) letGoOfEverything();
+  $("blind").hidden = !blind;
 }
 
 function cameraCanvas(name) {
@@ -266,6 +308,7 @@ const PILLS = { preparing: "Preparing", ready: "Ready", recording: "Recording", 
 function showStatus(next) {
   const before = status;
   status = next;
+  if (next.stage !== before.stage) stageSince = performance.now();
   const { state } = next;
   document.body.dataset.state = state;
   document.body.classList.toggle("active", next.active);
@@ -275,11 +318,12 @@ function showStatus(next) {
   $("seconds").textContent = (state === "recording" || state === "review" ? next.seconds : 0).toFixed(1);
   $("steps").textContent = `${state === "recording" || state === "review" ? next.steps : 0} steps`;
   $("alarm").textContent = next.alarm; $("alarm").hidden = !next.alarm;
-  $("hint").textContent = next.needs_release || inVain.size ? "Let go and press again to move." : next.note;
+  $("hint").textContent = next.needs_release || inVain.size ? "Let go and press again to move."
+    : [next.note, unknownGamepad && `gamepad not used, its layout is unknown: ${unknownGamepad}`].filter(Boolean).join(" · ");
   $("gripperstate").textContent = next.gripper_open ? "open" : "closed";
   if (document.activeElement !== $("operator")) $("operator").value = next.operator;
   $("moverow").hidden = next.move === null;
-  if (next.move !== null && before.move !== next.move) $("move").checked = next.move;
+  if (next.move !== null) $("move").checked = next.move;
   for (const button of document.querySelectorAll(".transport [data-states]")) button.hidden = !button.dataset.states.split(" ").includes(state);
   showGauge(next, before);
   showCounters(next.counters);

@@ -33,6 +33,7 @@ EVENTS = (
     "stop",  # end the session; a running take is stored as aborted
     "right",  # LeRobot's right arrow: whatever goes forward (record, finish, accept)
     "left",  # LeRobot's left arrow: discard and record again
+    "agree",  # to what a real arm is about to do by itself; nothing else does
 )
 
 

@@ -24,13 +24,15 @@ MOTION_KEYS = {
 GRIPPER_KEY = "g"
 EVENT_KEYS = {
     "\x1b[C": "right", "\x1bOC": "right", "\x1b[D": "left", "\x1bOD": "left", "\r": "right", "\n": "right",
-    "\x1b": "stop", "n": "next", "x": "discard",
+    "\x1b": "stop", "n": "next", "x": "discard", "y": "agree",
 }  # fmt: skip
 DEFAULT_SPEED = 0.5
 
 # A terminal says that a key is pressed, again and again after the keyboard's repeat delay (250 to 600 ms on most
 # systems), every 30 to 90 ms, and never that it is released. Motion ends this long after the last of them.
 HOLD_NS = 150_000_000
+# Longer than the repeat delay: the same key again within this time after the last one may be one that is held.
+REPEAT_NS = 700_000_000
 # Esc alone is the beginning of an arrow key until nothing follows.
 _ESCAPE_NS = 50_000_000
 _READ_BYTES = 4096
@@ -46,8 +48,9 @@ class TerminalKeyboard:
 
     Keys: ``w s a d r f`` move along x, y, z, ``u o i k j l`` turn, ``g`` closes and opens the gripper, ``1`` to ``9``
     and ``0`` set the speed (10 to 90 and 100 %), right arrow or return goes forward (record, finish, accept), left
-    arrow discards and records again, ``x`` discards, ``n`` takes the next initial condition, Esc stops. Ctrl-C works
-    as ever; Ctrl-Z is switched off, because a suspended process drops the arm's targets.
+    arrow discards and records again, ``x`` discards, ``n`` takes the next initial condition, ``y`` agrees to what the
+    page asks, Esc stops. A key that is held does these once, so the same one counts again only after a rest of
+    ``REPEAT_NS``. Ctrl-C works as ever; Ctrl-Z is switched off, because a suspended process drops the arm's targets.
 
     Args:
         descriptor: of the terminal; standard input by default.
@@ -80,6 +83,7 @@ class TerminalKeyboard:
         self._speed = DEFAULT_SPEED
         self._until_ns = 0
         self._escape, self._escape_ns = "", 0
+        self._last_key, self._last_key_ns = "", 0
         self.gripper_open = True
         self._lost = False
 
@@ -94,6 +98,8 @@ class TerminalKeyboard:
         if self._until_ns <= now:
             self._motion = np.zeros(6)
         for key in self._keys(text, now):
+            repeated = key == self._last_key and now - self._last_key_ns < REPEAT_NS
+            self._last_key, self._last_key_ns = key, now
             if key in MOTION_KEYS:
                 axis, sign = MOTION_KEYS[key]
                 self._motion = np.zeros(6)
@@ -106,7 +112,7 @@ class TerminalKeyboard:
                 self._motion, self._until_ns = np.zeros(6), now + HOLD_NS
             elif key.isdigit():
                 self._speed = int(key) / 10 or 1.0
-            elif key in EVENT_KEYS:
+            elif key in EVENT_KEYS and (not repeated or EVENT_KEYS[key] == "stop"):
                 events.append(EVENT_KEYS[key])
         return OperatorInput(
             motion=self._motion.copy(),

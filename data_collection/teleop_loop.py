@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 
 
 class SessionEnd(Exception):
-    """The operator ends the session while something waits for them."""
+    """The operator ends the session while something waits for them, or the arm moves by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +105,8 @@ class TeleopSession(Listener):
         self._set_motion, self._view = set_motion, view
         self._actor = TeleopActor(hub, page, pace, self._show)
         self._seed = options.first_seed
-        self._operator, self._move = options.operator, options.move and set_motion is not None
+        self._operator = options.operator
+        self._move = self._next_move = options.move and set_motion is not None
         self._state, self._decision = READY, ""
         self._after_reset = self._waiting = False
         self._result: EpisodeResult | None = None
@@ -125,6 +126,7 @@ class TeleopSession(Listener):
         ``failure="aborted"``, one that waits for a decision with ``failure="unreviewed"``.
         """
         self.board.episodes = self._store.episodes()
+        reason = ""
         try:
             while self._state != FINISHED:
                 if self._state == REVIEW or self._waiting:
@@ -132,12 +134,12 @@ class TeleopSession(Listener):
                     self._decide()
                 else:
                     self._run_episode()
-        except SessionEnd:
-            pass
+        except SessionEnd as end:
+            reason = str(end)
         finally:
             rescued = self._rescue()
             self._state = FINISHED
-            note = f"the session has ended; {rescued}" if rescued else "the session has ended"
+            note = "; ".join(text for text in ("the session has ended", reason, rescued) if text)
             self.board.post(state=FINISHED, active=False, review=None, note=note, alarm=self._store.alarm)
 
     def end(self) -> None:
@@ -148,17 +150,20 @@ class TeleopSession(Listener):
     def ask(self, text: str) -> None:
         """Show a text to the person at a real robot and return once they agree.
 
+        The arm moves by itself after that, so only ``agree`` counts, which means nothing anywhere else, from whatever
+        device it comes, and only while the page shows this text.
+
         Raises:
             RobotError: they do not.
             SessionEnd: they end the session.
         """
-        self._forget_events()
+        self._enter(prompt=text)
         try:
             while True:
-                self._idle(prompt=text)
+                self._idle()
                 while self._hub.events:
                     event = self._hub.events.popleft()
-                    if event in ("right", "accept", "record", "finish"):
+                    if event == "agree" and self._page.shown_stage == self.board.snapshot.stage:
                         return
                     if event in ("left", "discard"):
                         raise RobotError("the operator refused; press record to try again")
@@ -167,9 +172,26 @@ class TeleopSession(Listener):
         finally:
             self.board.post(prompt="")
 
+    def check_operator(self) -> None:
+        """Let an arm that moves by itself go on only while its operator can stop it; called before every target.
+
+        Raises:
+            RobotError: the page has gone.
+            SessionEnd: they end the session.
+        """
+        self._hub.poll()
+        if "stop" in self._hub.events:
+            raise SessionEnd("the arm has stopped on its way home")
+        if not self._page.present:
+            raise RobotError(
+                "the arm has stopped on its way home, because the page is closed, hidden or out of contact; "
+                "open it and press record to try again"
+            )
+
     def _run_episode(self) -> None:
         recording = self._state == RECORDING
-        self._apply_settings()
+        self._read_settings()
+        self._move = self._next_move
         self._decision, self._result, self._verdict, self._gauge = "", None, None, None
         self._steps, self._success = 0, False
         self.board.post(state=PREPARING, review=None, gauge=None, seed=self._seed)
@@ -186,7 +208,7 @@ class TeleopSession(Listener):
         except SimtorealError as error:
             rescued = self._rescue()
             self._state, self._waiting, self._decision = READY, True, ""
-            self.board.post(state=READY, note=f"{error}{'. ' if rescued else ''}{rescued}")
+            self._enter(state=READY, note=f"{error}{'. ' if rescued else ''}{rescued}")
             return
         finally:
             self._hub.interrupt()
@@ -203,16 +225,16 @@ class TeleopSession(Listener):
                 self._hint = "there is nothing to finish yet: the take begins with the first motion"
         return bool(self._decision)
 
-    def _forget_events(self) -> None:
-        """What was asked for before the operator saw the present state was meant for another one; a stop stays."""
-        stopping = "stop" in self._hub.events
-        self._hub.events.clear()
-        if stopping:
-            self._hub.events.append("stop")
+    def _enter(self, **shown: Any) -> None:
+        """Show another state or prompt. What was asked for until then was meant for the one before; a stop stays."""
+        self._show(**shown)
+        self._hub.poll()  # what devices have not told yet
+        for _ in range(len(self._hub.events)):
+            if (event := self._hub.events.popleft()) == "stop":
+                self._hub.events.append(event)
 
     def _finish_take(self) -> None:
         self._state, self._decision = REVIEW, ""
-        self._forget_events()
         found = self._store.review(self._coach)
         self.board.media, self._verdict = found.media, found.verdict
         self._coach_problem = found.problem or self._coach_problem
@@ -221,7 +243,7 @@ class TeleopSession(Listener):
             goal = "accept if the goal was reached"
         note = self._remark(f"{self._fault}; accepting stores this take as a failure" if self._fault else goal)
         shown = {"verdict": found.verdict, "take": found.pictures}
-        self.board.post(state=REVIEW, note=note, review=shown, active=False, alarm=self._alarm)
+        self._enter(state=REVIEW, note=note, review=shown)
 
     def _decide(self) -> None:
         """Act on the operator's decision, or on the end of an episode."""
@@ -246,7 +268,7 @@ class TeleopSession(Listener):
         self._state = RECORDING if again else READY
         self._waiting = self._waiting and not again
         # Nothing is ready, nor recorded, before the scene is: what is pressed until then would be forgotten.
-        self.board.post(state=READY if self._waiting else PREPARING, review=None, note=note, seed=self._seed)
+        self._enter(state=READY if self._waiting else PREPARING, review=None, note=note, seed=self._seed)
 
     def _keep(self, *, overridden: bool) -> None:
         # Accepting says that the goal was reached, not that what broke the take off did not happen.
@@ -261,26 +283,24 @@ class TeleopSession(Listener):
             self._idle()
             self._stopped()
 
-    def _idle(self, **changes: Any) -> None:
-        self._apply_settings()
+    def _idle(self) -> None:
         self._hub.wait(time.monotonic_ns() + round(IDLE_POST_S * 1e9), lambda changed: changed)
         self._hub.interrupt()
-        self._show(**changes)
+        self._show()
 
-    def _apply_settings(self) -> None:
+    def _read_settings(self) -> None:
         changed = self._page.settings()
-        self._operator = changed.get("operator", "").strip() or self._operator
-        self._move = bool(changed.get("move", self._move)) and self._set_motion is not None
+        self._operator = changed.get("operator") or self._operator
+        self._next_move = bool(changed.get("move", self._next_move)) and self._set_motion is not None
 
     # ---- what the rollout tells
 
     def on_reset(self, slot: int, episode: int, seed: int, observation: Observation, info: dict[str, Any]) -> None:
         """See :class:`~simtoreal.envs.rollout.Listener`."""
-        self._forget_events()
         self._begun, self._hint = False, ""
         self.latest = observation, info
         self._show_scene(observation)
-        self._show(state=self._state, instruction=str(info.get("instruction", "")), note=self._remark())
+        self._enter(state=self._state, instruction=str(info.get("instruction", "")), note=self._remark())
 
     def on_step(self, step: Step) -> None:
         """See :class:`~simtoreal.envs.rollout.Listener`."""
@@ -354,14 +374,15 @@ class TeleopSession(Listener):
         self.board.post_frames(images)
 
     def _show(self, **changes: Any) -> None:
+        self._read_settings()
         counters: dict[str, float] = {"lost_devices": self._hub.losses, "rejected_messages": self._page.rejected}
         counters["stale_inputs"] = self._page.stale
         counters |= {**self._store.counters(), **self._counters()}
         if self._pace is not None:
             counters["missed_periods"] = self._pace.missed
         self.board.post(
-            operator=self._operator, move=self._move if self._set_motion else None, active=self._hub.active,
+            operator=self._operator, move=self._next_move if self._set_motion else None, active=self._hub.active,
             needs_release=self._hub.needs_release, steps=self._steps, seconds=self._steps * self.options.period_s,
             success=self._success, gripper_open=self._hub.gripper > 0, gauge=self._gauge, counters=counters,
-            alarm=self._alarm, task=self.options.task, **changes,
+            alarm=self._alarm, task=self.options.task, live=not self._waiting, **changes,
         )  # fmt: skip

@@ -14,10 +14,13 @@ import numpy as np
 
 from simtoreal.data_collection.teleop_command import SILENCE_NS
 from simtoreal.data_collection.teleop_device import EVENTS, OperatorInput, join_inputs
+from simtoreal.data_collection.teleop_session import Board
 from simtoreal.envs.errors import ConfigError
 
 MAX_MESSAGE_BYTES = 2048
 MAX_NAME_LENGTH = 64
+# A page that is silent for longer, as a hidden one is, has nobody who could stop an arm that moves by itself.
+PRESENT_NS = 500_000_000
 # Latest events whose way to the arm is timed.
 LATENCY_HISTORY = 4096
 
@@ -36,6 +39,7 @@ def parse_message(text: str) -> dict[str, Any]:
       at which the page sent it (null until its pings have told it), ``at`` that of the browser event that caused it,
       or null for a sign of life;
     * ``event``: ``name``, one of ``EVENTS``;
+    * both: ``stage``, the newest one of a ``Snapshot`` that the page shows, -1 before the first;
     * ``set``: ``operator`` text and/or ``move`` bool;
     * ``ping``: ``at`` a number that is sent back; ``shown``: ``frame``, the number of an image that was drawn.
 
@@ -80,30 +84,47 @@ def _check_input(message: dict[str, Any]) -> bool:
         and (gripper is None or (_number(gripper) and gripper in (1, -1)))
         and (at is None or _number(at))
         and (message.get("sent") is None or _number(message["sent"]))
+        and type(message.get("stage")) is int
     )
+
+
+def _check_event(message: dict[str, Any]) -> bool:
+    return isinstance(message.get("name"), str) and message["name"] in EVENTS and type(message.get("stage")) is int
 
 
 def _check_set(message: dict[str, Any]) -> bool:
     name, move = message.get("operator"), message.get("move")
-    named = name is None or (isinstance(name, str) and len(name) <= MAX_NAME_LENGTH and name.isprintable())
+    named = name is None or (isinstance(name, str) and len(name) <= MAX_NAME_LENGTH)
     return named and (move is None or isinstance(move, bool))
 
 
 _CHECKS: dict[str, Any] = {
     "input": _check_input,
-    "event": lambda message: isinstance(message.get("name"), str) and message["name"] in EVENTS,
+    "event": _check_event,
     "set": _check_set,
     "ping": lambda message: _number(message.get("at")),
     "shown": lambda message: type(message.get("frame")) is int,
 }
 
 
+def _clean_name(name: str) -> str:
+    """``name`` with a space for what is not printable, like the no-break space and the joiners of emoji."""
+    return " ".join("".join(letter if letter.isprintable() else " " for letter in name).split())
+
+
 class PageDevice:
-    """What the page's operator does; fed by the server's thread, read by the control thread."""
+    """What the page's operator does; fed by the server's thread, read by the control thread.
+
+    Args:
+        board: what the page shows: an event counts in the stage for which the operator meant it, a stop always.
+    """
 
     name = "page"
 
-    def __init__(self) -> None:
+    def __init__(self, board: Board) -> None:
+        self._board = board
+        self.shown_stage = -1
+        """Newest stage that the page is known to show; -1 without a page."""
         self.wake = threading.Event()
         self.rejected = 0
         """Messages that were repeated or out of order."""
@@ -135,6 +156,7 @@ class PageDevice:
         """The page has gone: the dead-man is released."""
         with self._lock:
             self._released = self.needs_release = False
+            self.shown_stage = -1
             self._add(OperatorInput(motion=np.zeros(6), received_ns=time.monotonic_ns()))
         self.wake.set()
 
@@ -146,11 +168,18 @@ class PageDevice:
                 self.rejected += 1
                 return False
             self._newest = message["n"]
+            self.shown_stage = message.get("stage", self.shown_stage)
             if message["type"] == "set":
-                self._settings |= {key: message[key] for key in ("operator", "move") if message.get(key) is not None}
+                if message.get("operator") is not None:
+                    self._settings["operator"] = _clean_name(message["operator"])
+                if message.get("move") is not None:
+                    self._settings["move"] = message["move"]
             elif message["type"] == "event":
-                # Says nothing about the motion, which goes on as it is, and is no sign that the dead-man is alive.
-                self._add(dataclasses.replace(self._last, displacement=None, gripper=None, events=(message["name"],)))
+                if message["name"] == "stop" or message["stage"] == self._board.snapshot.stage:
+                    # Says nothing about the motion, which goes on as it is, and is no sign that the dead-man is alive.
+                    self._add(
+                        dataclasses.replace(self._last, displacement=None, gripper=None, events=(message["name"],))
+                    )
             elif message["type"] == "input":
                 self._add(self._as_input(message, now_ns))
         self.wake.set()
@@ -209,6 +238,11 @@ class PageDevice:
             if moving:
                 self.latencies_ns.extend(now_ns - stamp for stamp in self._read_stamps)
             self._read_stamps.clear()
+
+    @property
+    def present(self) -> bool:
+        """Whether a page is open and has spoken within the last ``PRESENT_NS``."""
+        return self.shown_stage >= 0 and time.monotonic_ns() - self._heard_ns <= PRESENT_NS
 
     def settings(self) -> dict[str, Any]:
         """Changed settings (``operator``, ``move``) since the last call."""

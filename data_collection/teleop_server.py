@@ -35,6 +35,8 @@ MOST_MESSAGES_PER_S = 400
 STATUS_PERIOD_S = 0.05
 # Images on their way to the page; it confirms every one that it has drawn.
 MOST_IN_FLIGHT = 2
+# One that is not confirmed for so long will not be, and must not keep the next ones from the operator.
+IN_FLIGHT_S = 1.0
 SEND_TIMEOUT_S = 2.0
 # A page that says nothing for so long has gone, even if its connection has not been told: another one may take over.
 SILENT_S = 5.0
@@ -192,7 +194,7 @@ class _Connection:
         self._board, self._page, self._loop = server._board, server._page, server._loop
         self._dirty = asyncio.Event()
         self._shown = self._sent = 0
-        self._in_flight: list[int] = []
+        self._in_flight: dict[int, float] = {}  # number of the images, and when they were sent
         self._credit, self._credit_at = float(MOST_MESSAGES_PER_S), time.monotonic()
 
     async def run(self) -> None:
@@ -270,7 +272,7 @@ class _Connection:
             with contextlib.suppress(ConnectionError):  # a page that has gone meanwhile
                 await self._socket.send_json(answer)
         elif message["type"] == "shown":
-            self._in_flight = [number for number in self._in_flight if number > message["frame"]]
+            self._in_flight = {number: at for number, at in self._in_flight.items() if number > message["frame"]}
             self._dirty.set()
         else:
             self._page.feed(message)
@@ -301,7 +303,8 @@ class _Connection:
         await asyncio.wait_for(self._socket.send_str(json.dumps(_finite(content), allow_nan=False)), SEND_TIMEOUT_S)
 
     async def _send_frames(self) -> None:
-        frames = self._board.frames
+        frames, now = self._board.frames, time.monotonic()
+        self._in_flight = {number: at for number, at in self._in_flight.items() if now - at < IN_FLIGHT_S}
         if frames.number == self._sent or len(self._in_flight) >= MOST_IN_FLIGHT:
             return
         if self._sent:
@@ -314,7 +317,7 @@ class _Connection:
             {"frame": frames.number, "cameras": [[n, len(d)] for n, d in zip(names, encoded, strict=True)]}
         )
         payload = len(head).to_bytes(2, "little") + head.encode() + b"".join(encoded)
-        self._in_flight.append(frames.number)
+        self._in_flight[frames.number] = time.monotonic()
         await asyncio.wait_for(self._socket.send_bytes(payload), SEND_TIMEOUT_S)
         self._server.frames_sent += 1
 

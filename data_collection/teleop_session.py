@@ -48,6 +48,8 @@ class Snapshot:
         state: ``preparing``, ``ready``, ``recording``, ``review`` or ``finished``.
         note: what the operator should know, e.g. why nothing moves.
         prompt: a question to the person at a real robot; empty when nothing is asked.
+        stage: grows whenever events begin to mean something else: with another state or prompt.
+        live: while ready or recording, new pictures come all the time.
         active: the arm follows the operator.
         needs_release: a dead-man is held that does not count, because it was interrupted.
         steps, seconds: of the running take.
@@ -67,6 +69,8 @@ class Snapshot:
     seed: int = 0
     note: str = ""
     prompt: str = ""
+    stage: int = 0
+    live: bool = False
     active: bool = False
     needs_release: bool = False
     steps: int = 0
@@ -120,7 +124,11 @@ class Board:
 
     def post(self, **changes: Any) -> None:
         """Change fields of the snapshot."""
-        self.snapshot = dataclasses.replace(self.snapshot, **changes, version=self.snapshot.version + 1)
+        before = self.snapshot
+        after = dataclasses.replace(before, **changes, version=before.version + 1)
+        if (after.state, after.prompt) != (before.state, before.prompt):
+            after = dataclasses.replace(after, stage=before.stage + 1)
+        self.snapshot = after
         self._tell()
 
     def post_frames(self, images: Mapping[str, np.ndarray]) -> None:

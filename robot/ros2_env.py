@@ -84,6 +84,8 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         operator: None when a twin answers. On a real robot: shows a text to the person at it and returns once they
             agree. Asked twice at every reset: before the arm moves home, and then to arrange the scene.
         check_robot: called while the robot is silent; raises what is wrong with it, e.g. that its process has died.
+        check_operator: called before every target on the way home; raises when nobody can stop the arm any more, or
+            somebody does. The arm then comes to rest at once.
         observe: ``"image"`` (cameras and proprio) or ``"state"`` (proprio only).
         observe_truth: adds the twin's ``object_state``; for testing experts, never for policies.
 
@@ -105,6 +107,7 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         cameras: Mapping[str, Camera] | None = None,
         operator: Callable[[str], None] | None = None,
         check_robot: Callable[[], None] | None = None,
+        check_operator: Callable[[], None] = lambda: None,
         observe: str = "image",
         observe_truth: bool = False,
     ) -> None:
@@ -112,7 +115,7 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         if operator is None:
             config = _without_camera_sizes(config)
         self.task, self.embodiment, self.config = task, embodiment, config
-        self._gate, self._operator = gate, operator
+        self._gate, self._operator, self._check_operator = gate, operator, check_operator
         self._images, self._truth_observed = observe == "image", observe_truth
         self.metadata = {"render_modes": [], "render_fps": embodiment.control_hz}
         self.action_space = _action_space(embodiment)
@@ -180,8 +183,10 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
             # It may have been moved by hand in the meantime.
             arm = self._inputs.wait_until_ready(READY_TIMEOUT_S, after_ns=time.monotonic_ns())
             self._gate.begin_episode(self._episode)
-            self._move_home(arm)
-            self._gate.end_episode()
+            try:
+                self._move_home(arm)
+            finally:
+                self._gate.end_episode()
             self._operator(f"Arrange '{self.task.name}' (initial condition {seed}) and step back; the policy starts.")
             self._gate.begin_episode(self._episode)
         self._begin()
@@ -391,6 +396,7 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         self.clock.restart()
         step, seen_ns = 0, time.monotonic_ns()
         while step < len(path):
+            self._check_operator()
             try:
                 self._inputs.read_arm()
             except StaleObservationError:

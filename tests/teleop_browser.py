@@ -153,8 +153,15 @@ def state(collection: Collection) -> str:
     return collection.session.board.snapshot.state
 
 
+def look(page: Page, collection: Collection) -> None:
+    """Wait until the page has shown for a moment what the session asks; what is pressed earlier does not count."""
+    seen = "[status.stage, performance.now() - stageSince > REACTION_MS]"
+    wait_for(lambda: page.evaluate(seen) == [collection.session.board.snapshot.stage, True], "the page shows it")
+
+
 def start_recording(page: Page, collection: Collection) -> None:
     wait_for(lambda: state(collection) == "ready", "ready")
+    look(page, collection)
     page.keyboard.press("ArrowRight")
     wait_for(lambda: state(collection) == "recording", "recording")
 

@@ -140,6 +140,52 @@ def test_an_operator_who_does_not_agree_stops_the_arm(make, robot) -> None:
     assert robot.targets == []
 
 
+@pytest.mark.parametrize("way", ["stop", "closed", "silent"])
+def test_homing_ends_when_its_operator_ends_it_or_could_not(robot, config, monkeypatch, way: str) -> None:
+    from simtoreal.data_collection import teleop_page
+    from simtoreal.data_collection.teleop_hub import InputHub
+    from simtoreal.data_collection.teleop_loop import SessionEnd, SessionOptions, TeleopSession
+    from simtoreal.data_collection.teleop_session import Board
+    from simtoreal.robot.teleop_env import TeleopRos2Env
+
+    # Only the test says when the page is silent, not the load of this machine.
+    monkeypatch.setattr(teleop_page, "PRESENT_NS", 600_000_000_000)
+    board = Board()
+    page = teleop_page.PageDevice(board)
+    hub = InputHub([page], EMBODIMENT)
+    session = TeleopSession(SessionOptions(task="pick_place", first_seed=0), None, hub, page, None, board)
+    env = TeleopRos2Env(
+        load_task("pick_place"), embodiment=EMBODIMENT, config=config, gate=robot, operator=lambda text: None,
+        check_operator=session.check_operator, hub=hub,
+    )  # fmt: skip
+    page.connect()
+    still = {"engaged": False, "motion": [0.0] * 6, "drag": None, "gripper": None, "at": None, "sent": None}
+    page.feed({"type": "input", "n": 1, "stage": 0, **still})
+    ways = {
+        "stop": lambda: page.feed({"type": "event", "n": 2, "name": "stop", "stage": 0}),
+        "closed": page.disconnect,
+        "silent": lambda: setattr(page, "_heard_ns", -(10**18)),
+    }
+    robot.joints = HOME + np.array([0.8, 0.5, 0, -0.1, 0, 0, 0])
+    send_target, rests = robot.send_target, []
+    robot.end_episode = lambda: rests.append(len(robot.targets))
+
+    def send(*given: Any) -> None:
+        send_target(*given)
+        if len(robot.targets) == 5:
+            ways[way]()
+
+    robot.send_target = send
+    try:
+        with pytest.raises(SessionEnd if way == "stop" else RobotError, match="stopped on its way home"):
+            env.reset(seed=0)
+    finally:
+        env.close()
+        hub.close()
+    assert len(robot.targets) == 5, "no target follows"
+    assert rests == [5], "and the gate is told that none will"
+
+
 def test_what_is_wrong_with_the_robot_is_said_at_once(make, robot, monkeypatch) -> None:
     monkeypatch.setattr(ros2_env, "READY_TIMEOUT_S", 60.0)
     robot.silent.add("joint_states")

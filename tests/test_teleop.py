@@ -7,6 +7,8 @@ import json
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,15 +25,15 @@ from simtoreal.data_collection.teleop_device import (
     open_device,
 )
 from simtoreal.data_collection.teleop_hub import InputHub
-from simtoreal.data_collection.teleop_loop import SessionOptions, TeleopSession
+from simtoreal.data_collection.teleop_loop import SessionEnd, SessionOptions, TeleopSession
 from simtoreal.data_collection.teleop_pace import RealTimePace
 from simtoreal.data_collection.teleop_page import MAX_MESSAGE_BYTES, MessageError, PageDevice, parse_message
 from simtoreal.data_collection.teleop_session import TRANSITIONS, Board
-from simtoreal.data_collection.teleop_take import TakeStore
+from simtoreal.data_collection.teleop_take import TakeReview, TakeStore
 from simtoreal.data_collection.writer import DatasetWriter
 from simtoreal.envs import load_task, panda_embodiment
 from simtoreal.envs.action import integrate_action
-from simtoreal.envs.errors import ConfigError
+from simtoreal.envs.errors import ConfigError, RobotError
 from simtoreal.envs.tabletop import TabletopEnv
 
 EMBODIMENT = panda_embodiment()
@@ -156,7 +158,7 @@ def test_what_waits_is_forgotten_with_the_press():
 
 
 def test_reclutching_moves_nothing():
-    page = PageDevice()
+    page = PageDevice(Board())
     page.connect()
     hub = InputHub([page], EMBODIMENT)
     number = iter(range(1000))
@@ -265,7 +267,7 @@ def test_devices_are_known_by_name():
 def message(**changes) -> dict:
     return {
         "type": "input", "n": 1, "engaged": True, "motion": [0.0] * 6, "drag": None, "gripper": None, "at": None,
-        "sent": time.monotonic_ns() * 1e-6, **changes,
+        "stage": 0, "sent": time.monotonic_ns() * 1e-6, **changes,
     }  # fmt: skip
 
 
@@ -278,9 +280,11 @@ def message(**changes) -> dict:
         json.dumps(message(motion=[2.0, 0, 0, 0, 0, 0])), json.dumps(message(motion=[float("nan")] * 6)),
         json.dumps(message(motion=[True] * 6)), json.dumps(message(drag=[1, [1e9] * 6])),
         json.dumps(message(drag=[1.5, [0] * 6])), json.dumps(message(gripper=0.5)),
-        json.dumps({"type": "event", "n": 1, "name": "explode"}), json.dumps({"type": "event", "n": 1, "name": []}),
+        json.dumps({"type": "event", "n": 1, "name": "explode", "stage": 0}),
+        json.dumps({"type": "event", "n": 1, "name": [], "stage": 0}),
+        json.dumps({"type": "event", "n": 1, "name": "right"}), json.dumps(message(stage=True)),
         json.dumps({"type": "set", "n": 1, "operator": "x" * 65}),
-        json.dumps({"type": "set", "n": 1, "operator": "\n"}),
+        json.dumps({"type": "set", "n": 1, "operator": 5}),
         json.dumps({"type": "set", "n": 1, "move": "yes"}), json.dumps({"type": "ping", "n": 1, "at": "now"}),
         '{"type": "ping", "n": 1, "at": 1e999}',
     ],
@@ -291,7 +295,7 @@ def test_malformed_messages_are_refused_by_one_error(text):
 
 
 def test_repeated_and_late_messages_are_ignored():
-    page = PageDevice()
+    page = PageDevice(Board())
     page.connect()
     assert page.feed(parse_message(json.dumps(message(n=5, engaged=False))))
     assert not page.feed(parse_message(json.dumps(message(n=5))))
@@ -302,7 +306,7 @@ def test_repeated_and_late_messages_are_ignored():
 
 
 def test_a_release_and_a_press_between_two_reads_are_both_seen():
-    page = PageDevice()
+    page = PageDevice(Board())
     page.connect()
     for n, engaged in enumerate([False, True, False, False, True]):
         page.feed(message(n=n, engaged=engaged))
@@ -310,12 +314,12 @@ def test_a_release_and_a_press_between_two_reads_are_both_seen():
 
 
 def test_an_event_says_nothing_about_the_dead_man():
-    page = PageDevice()
+    page = PageDevice(Board())
     page.connect()
     page.feed(message(n=1, engaged=False))
     page.feed(message(n=2, motion=FORWARD.tolist()))
     page.read(), page.read()
-    page.feed({"type": "event", "n": 3, "name": "finish"})
+    page.feed({"type": "event", "n": 3, "name": "finish", "stage": 0})
     heard = page.read()
     assert heard.events == ("finish",)
     assert heard.engaged
@@ -324,7 +328,7 @@ def test_an_event_says_nothing_about_the_dead_man():
 
 @pytest.mark.parametrize("break_contact", ["disconnect", "silence"])
 def test_contact_that_was_lost_needs_a_fresh_press_on_the_page(break_contact, monkeypatch):
-    page = PageDevice()
+    page = PageDevice(Board())
     page.connect()
     page.feed(message(n=1, engaged=False))
     page.feed(message(n=2))
@@ -345,7 +349,7 @@ def test_contact_that_was_lost_needs_a_fresh_press_on_the_page(break_contact, mo
 
 @pytest.mark.parametrize("late_ms", [150.0, 5000.0, -150.0, None])
 def test_what_was_long_on_its_way_is_not_followed(late_ms):
-    page = PageDevice()
+    page = PageDevice(Board())
     page.connect()
     page.feed(message(n=1, engaged=False))
     page.feed(message(n=2, sent=None if late_ms is None else time.monotonic_ns() * 1e-6 - late_ms))
@@ -356,7 +360,7 @@ def test_what_was_long_on_its_way_is_not_followed(late_ms):
 
 
 def test_the_watchdog_counts_from_when_the_page_sent_an_input():
-    page = PageDevice()
+    page = PageDevice(Board())
     page.connect()
     sent = time.monotonic_ns() - 60_000_000
     page.feed(message(n=1, sent=sent * 1e-6))
@@ -455,19 +459,21 @@ def test_a_slow_machine_skips_periods_and_says_so(monkeypatch):
 
 
 class Script:
-    """An operator who does the next thing of a list whenever the state of the session says so.
+    """An operator who does the next thing of a list whenever the state of the session, seen before, says so.
 
     Before the first motion it lets ``waiting`` steps pass.
     """
 
     def __init__(self, hand: Hand, board: Board, lines: list[tuple], waiting: int) -> None:
         self.hand, self.board, self.lines = hand, board, list(lines)
+        self.stage = -1
         board.watch(self.look)
         self.held, self.last, self.last_steps, self.waiting = 0, None, 0, waiting
 
     def look(self) -> None:
         shown = self.board.snapshot
-        if not self.lines:
+        stage, self.stage = self.stage, shown.stage
+        if not self.lines or stage != shown.stage:
             return
         scene = (shown.state, shown.seed, shown.note)
         if scene != self.last or shown.steps < self.last_steps:
@@ -518,7 +524,8 @@ def run_session(
     task = dataclasses.replace(written, horizon=400)
     embodiment = panda_embodiment(16, cameras=("front",))
     env = TabletopEnv(task, embodiment=embodiment, record_state=True)
-    hand, board, page = Hand(), Board(), PageDevice()
+    hand, board = Hand(), Board()
+    page = PageDevice(board)
     with DatasetWriter(folder, embodiment, {"reach": written.to_dict()}) as writer:
         hub = InputHub([hand, page], embodiment)
         reference = Dataset.open(folder) if coach else None
@@ -694,5 +701,118 @@ def test_a_rejected_take_is_shown_beside_a_reference_and_kept_only_on_purpose(tm
     assert coach.asked[0]["obs/front_image"].shape[1:] == (16, 16, 3)
 
 
+# ---- what is pressed counts for what was shown
+
+
+def asking(*devices) -> tuple[TeleopSession, PageDevice]:
+    """A session at a real robot that has no robot, with the page as its last device."""
+    board = Board()
+    page = PageDevice(board)
+    store: Any = SimpleNamespace(counters=dict, alarm="")
+    options = SessionOptions(task="reach", first_seed=0, judge="operator", practice=False)
+    return TeleopSession(options, None, InputHub([*devices, page], EMBODIMENT), page, store, board), page  # type: ignore[arg-type]
+
+
+def test_the_arm_goes_home_when_somebody_agrees_to_what_the_page_shows():
+    hand = Hand()
+    session, page = asking(hand)
+    number = iter(range(1000))
+
+    def shows(stage: int) -> None:
+        page.feed(message(n=next(number), engaged=False, stage=stage))
+
+    def press(name: str, stage: int) -> None:
+        page.feed({"type": "event", "n": next(number), "name": name, "stage": stage})
+
+    def say(*events: str) -> None:
+        hand.say(engaged=False, events=events)
+
+    page.connect()
+    shows(0)
+    # Waiting in the devices when the question comes.
+    press("agree", 0)
+    say("right", "agree")
+    steps = [
+        lambda stage: say("agree"),  # at the moment of the question
+        lambda stage: say("agree"),  # somebody who cannot have read it: the page does not show it yet
+        lambda stage: press("agree", stage - 1),  # on its way when the question came
+        lambda stage: shows(stage),
+        lambda stage: [press(name, stage) for name in ("right", "accept", "record", "finish")],
+        lambda stage: say("right", "accept", "record", "finish"),
+        lambda stage: (page.disconnect(), say("agree")),
+        lambda stage: (shows(stage), press("agree", stage)),
+    ]
+    left = list(steps)
+
+    def act() -> None:
+        shown = session.board.snapshot
+        if shown.prompt and left:
+            left.pop(0)(shown.stage)
+
+    session.board.watch(act)
+    session.ask("The arm will move home.")
+    assert not left, f"agreed after {len(steps) - len(left)} of {len(steps)} steps"
+    assert session.board.snapshot.prompt == ""
+
+
+@pytest.mark.parametrize("event", ["left", "stop"])
+def test_a_person_who_does_not_want_the_arm_to_move_is_heard(event: str):
+    session, page = asking()
+    page.connect()
+    session.board.watch(
+        lambda: page.feed(
+            {"type": "event", "n": page._newest + 1, "name": event, "stage": session.board.snapshot.stage}
+        )
+    )
+    with pytest.raises(RobotError if event == "left" else SessionEnd):
+        session.ask("The arm will move home.")
+
+
+def test_a_finish_that_comes_after_the_end_of_the_take_does_not_accept_it():
+    hand = Hand()
+    session, page = asking(hand)
+    page.connect()
+    session._state = "recording"
+    session._enter(state="recording")
+    pressed_at = session.board.snapshot.stage
+
+    def press(number: int, stage: int) -> None:
+        page.feed({"type": "event", "n": number, "name": "right", "stage": stage})
+
+    def review(coach: object) -> TakeReview:
+        press(1, pressed_at)  # while the take is read back, the page shows that it is still recorded
+        hand.say(engaged=False, events=("right",))
+        return TakeReview()
+
+    session._store.review = review
+    session._finish_take()
+    press(2, pressed_at)  # on its way meanwhile
+    session._hub.poll()
+    assert session.board.snapshot.state == "review"
+    assert not session._stopped()
+    press(3, session.board.snapshot.stage)
+    session._hub.poll()
+    assert session._stopped()
+    assert session._decision == "accept"
+
+
+def test_an_end_of_the_session_counts_whatever_is_shown():
+    session, page = asking()
+    page.connect()
+    page.feed({"type": "event", "n": 1, "name": "stop", "stage": -1})
+    session._enter(state="review")
+    assert list(session._hub.events) == ["stop"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "cleaned"), [("Ana\u00a0 Ruiz ", "Ana Ruiz"), ("\u200dAda\n", "Ada"), ("\ud83d", "")]
+)
+def test_names_are_cleaned_instead_of_refused(typed: str, cleaned: str):
+    page = PageDevice(Board())
+    page.connect()
+    page.feed(parse_message(json.dumps({"type": "set", "n": 1, "operator": typed})))
+    assert page.settings() == {"operator": cleaned}
+
+
 def test_every_event_means_something_somewhere():
-    assert {event for _, event in TRANSITIONS} == set(EVENTS)
+    assert {event for _, event in TRANSITIONS} | {"agree"} == set(EVENTS)

@@ -14,6 +14,7 @@ from teleop_browser import (
     TRIGGER,
     GamepadOperator,
     browser_context,
+    look,
     open_page,
     running,
     start_recording,
@@ -88,13 +89,13 @@ def demonstrate(page: Page, opened: teleop.Collection, *, other_way: bool) -> li
     """One take; returns the gauge as the page showed it."""
     shown: list[float] = []
 
-    def look() -> None:
+    def read_gauge() -> None:
         text = page.locator("#gauge").inner_text()
         if text.endswith("%"):
             shown.append(float(text.split()[0]) / 100)
 
     def enough() -> bool:
-        look()
+        read_gauge()
         return opened.session.board.snapshot.steps > ENOUGH_STEPS
 
     person = GamepadOperator(page, opened, CAREFUL)
@@ -112,9 +113,10 @@ def demonstrate(page: Page, opened: teleop.Collection, *, other_way: bool) -> li
     else:
         person.demonstrate(until=enough)
     if state(opened) == "recording":
+        look(page, opened)
         page.keyboard.press("ArrowRight")
     wait_for(lambda: state(opened) == "review", "review")
-    wait_for(lambda: look() or shown, "the gauge on the page")
+    wait_for(lambda: read_gauge() or shown, "the gauge on the page")
     return shown
 
 
@@ -139,6 +141,7 @@ def test_a_second_operator_with_another_style_is_flagged_live_and_at_the_end(
         page = open_page(browser, opened, gamepad=True)
         compatible = demonstrate(page, opened, other_way=False)
         first = opened.session.board.snapshot.review["verdict"]
+        look(page, opened)
         page.locator("#accept").click()
         wait_for(lambda: opened.session.board.snapshot.kept == 1, "the first episode")
         wait_for(lambda: not page.locator("#review").is_visible(), "the page without the review")
@@ -160,6 +163,7 @@ def test_a_second_operator_with_another_style_is_flagged_live_and_at_the_end(
         for name in (second["snippets"][0]["take"], second["snippets"][0]["reference"]):
             assert page.evaluate("name => fetch('media/' + name).then((answer) => answer.status)", name) == 200
 
+        look(page, opened)
         page.keyboard.press("ArrowRight")  # accepting is refused, and says why
         wait_for(lambda: "accept anyway" in page.locator("#reviewnote").inner_text(), "why not")
         page.keyboard.press("ArrowLeft")  # try again, as the first one did

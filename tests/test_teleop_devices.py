@@ -111,6 +111,20 @@ def test_gripper_and_events(terminal) -> None:
     assert terminal.device.read().events == (), "events are delivered once"
 
 
+@pytest.mark.parametrize(("key", "event"), [("\x1b[C", "right"), ("\x1b[D", "left"), ("\r", "right"), ("y", "agree")])
+def test_a_key_that_is_held_says_it_once(terminal, key: str, event: str) -> None:
+    said = list(terminal.type(key).events)
+    terminal.clock.wait(660)  # the longest usual delay before a keyboard repeats
+    for _ in range(20):
+        said += terminal.type(key).events
+        terminal.clock.wait(33)
+    assert said == [event]
+    terminal.clock.wait(700)
+    assert terminal.type(key).events == (event,), "pressed again after a rest"
+    assert terminal.type("x" + key).events == ("discard", event), "with another key in between it is no repetition"
+    assert terminal.type("\x1bw\x1bw\x1bw").events == ("stop",) * 3, "a stop is never too much"
+
+
 def test_sequences_in_pieces_and_escape_alone(terminal) -> None:
     assert terminal.type("\x1b").events == ()
     terminal.clock.wait(20)

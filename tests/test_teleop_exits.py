@@ -30,7 +30,7 @@ from simtoreal.data_collection.episode import EpisodeInfo
 from simtoreal.data_collection.takes import read_part
 from simtoreal.data_collection.teleop_device import OperatorInput
 from simtoreal.data_collection.teleop_hub import InputHub
-from simtoreal.data_collection.teleop_loop import SessionOptions, TeleopSession
+from simtoreal.data_collection.teleop_loop import SessionEnd, SessionOptions, TeleopSession
 from simtoreal.data_collection.teleop_page import PageDevice
 from simtoreal.data_collection.teleop_session import Board
 from simtoreal.data_collection.teleop_take import TakeStore
@@ -44,21 +44,27 @@ STEPS = 6
 
 
 class Person:
-    """Records a take of ``STEPS``, acts once in ``state`` (``act`` and ``events``), then rests and stops."""
+    """Records a take of ``STEPS``, acts once in ``state`` (``act`` and ``events``), then rests and stops.
+
+    It needs a look at what the session asks before it can answer.
+    """
 
     name = "person"
 
     def __init__(self, board: Board, state: str, act: Callable[[], Any], events: tuple[str, ...] = ()) -> None:
         self.board, self.state, self.act, self.events = board, state, act, events
-        self.reads, self.done, self.asked = 0, False, False
+        self.reads, self.stage, self.done, self.asked = 0, -1, False, False
 
     def read(self) -> OperatorInput | None:
         self.reads += 1
         if self.reads % 2 == 0:
             return None
         shown, events = self.board.snapshot, ()
+        stage, self.stage = self.stage, shown.stage
         enough = shown.state != "recording" or shown.steps >= STEPS
-        if shown.state == self.state and enough and not self.done:
+        if stage != shown.stage:
+            pass
+        elif shown.state == self.state and enough and not self.done:
             self.done = True
             self.act()
             events = self.events
@@ -110,7 +116,7 @@ class Session:
         embodiment = panda_embodiment(16, cameras=("front",))
         self.folder, self.board = folder, Board()
         self.env = TabletopEnv(dataclasses.replace(written, horizon=400), embodiment=embodiment, record_state=True)
-        page = PageDevice()
+        page = PageDevice(self.board)
         self.person = Person(self.board, state, act, events)
         self.writer = DatasetWriter(folder, embodiment, {"reach": written.to_dict()})
         self.store = TakeStore(self.writer, task="reach", embodiment=embodiment)
@@ -165,6 +171,13 @@ def test_every_way_out_of_a_session_stores_the_take(tmp_path: Path, state: str, 
     assert opened.parts() == []
     assert "episode 000000 is stored" in opened.board.snapshot.note
     assert [row["name"] for row in opened.board.episodes] == ["000000"]
+
+
+def test_a_session_that_ends_while_the_arm_moves_by_itself_says_where_it_is(tmp_path: Path):
+    opened = Session(tmp_path / "data", "ready")
+    opened.env.reset = raising(SessionEnd("the arm has stopped on its way home"))
+    assert opened.run() == []
+    assert opened.board.snapshot.note == "the session has ended; the arm has stopped on its way home"
 
 
 @pytest.mark.parametrize("event", ["discard", "next", "rerecord", "reset", "left"])
@@ -399,12 +412,13 @@ async def drive_until_recorded(url: str, steps: int) -> None:
     """What the page does: press record, hold, drive; returns when so many steps are recorded."""
     headers = {"Origin": url.rsplit("/", 2)[0]}
     async with aiohttp.ClientSession() as client, client.ws_connect(url + "ws", headers=headers) as socket:
-        status: dict[str, Any] = {"state": "", "steps": 0}
+        status: dict[str, Any] = {"state": "", "steps": 0, "stage": -1}
         for number in range(3000):
             held = {"engaged": number % 20 > 1, "motion": [0.2, 0, 0, 0, 0, 0], "drag": None, "gripper": None}
+            held["stage"] = status["stage"]
             message = {"type": "input", **held, "at": None, "sent": time.monotonic_ns() * 1e-6}
             if status["state"] == "ready":
-                message = {"type": "event", "name": "record"}
+                message = {"type": "event", "name": "record", "stage": status["stage"]}
             await socket.send_json({"n": number, **message})
             with contextlib.suppress(TimeoutError):
                 while True:

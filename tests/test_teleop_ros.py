@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("rclpy", reason="ROS 2 is not installed (extra 'ros')")
 
-from teleop_browser import GamepadOperator, browser_context, open_page, running, start_recording, state, wait_for
+from teleop_browser import GamepadOperator, browser_context, look, open_page, running, start_recording, state, wait_for
 
 from simtoreal.commands.teleop import Config
 from simtoreal.data_collection.dataset import Dataset
@@ -37,9 +37,11 @@ def test_demonstration_on_the_twin_is_exact_and_a_closed_page_stops_the_arm(tmp_
                 break
             # A machine too busy for the twin's clock loses episodes to the gate; a person records again.
             assert opened.session.board.snapshot.note != "goal not reached", "nothing went wrong but the driving"
+            look(page, opened)
             page.keyboard.press("ArrowLeft")
             wait_for(lambda: state(opened) == "recording", "the next attempt")
         assert opened.session.board.snapshot.success, opened.session.board.snapshot
+        look(page, opened)
         page.keyboard.press("ArrowRight")
         wait_for(lambda: opened.session.board.snapshot.kept == 1, "the episode")
         wait_for(lambda: state(opened) == "ready", "ready")

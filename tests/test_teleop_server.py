@@ -14,13 +14,13 @@ import pytest
 
 from simtoreal.data_collection import teleop_server
 from simtoreal.data_collection.teleop_page import MAX_MESSAGE_BYTES, PageDevice
-from simtoreal.data_collection.teleop_server import MOST_MESSAGES_PER_S, TeleopServer
+from simtoreal.data_collection.teleop_server import MOST_IN_FLIGHT, MOST_MESSAGES_PER_S, TeleopServer
 from simtoreal.data_collection.teleop_session import Board
 from simtoreal.envs.errors import RobotError
 
 
 def served() -> contextlib.closing[TeleopServer]:
-    return contextlib.closing(TeleopServer(Board(), PageDevice(), Path("nowhere")))
+    return contextlib.closing(TeleopServer(Board(), PageDevice(Board()), Path("nowhere")))
 
 
 async def answer(url: str, **headers: str) -> tuple[int, str]:
@@ -47,7 +47,7 @@ def test_only_our_page_with_the_token_gets_anything():
         assert ask(server.url + "ws", Origin="http://evil.example")[0] == 403
         assert ask(server.url + "ws", Origin=origin)[0] == 400, "no websocket request"
         with pytest.raises(RobotError, match="--port"):
-            TeleopServer(Board(), PageDevice(), Path("nowhere"), port=int(port))
+            TeleopServer(Board(), PageDevice(Board()), Path("nowhere"), port=int(port))
 
 
 async def closing_code(url: str, *messages: Any) -> int | None:
@@ -143,7 +143,7 @@ def test_half_a_connection_does_not_lock_the_operator_out(kind: str, monkeypatch
             pass
 
     board = Board()
-    with contextlib.closing(TeleopServer(board, PageDevice(), Path("nowhere"))) as server:
+    with contextlib.closing(TeleopServer(board, PageDevice(board), Path("nowhere"))) as server:
         asyncio.run(take_over(server, board))
 
 
@@ -171,7 +171,7 @@ def test_numbers_that_json_does_not_know_are_sent_as_null():
 
     board = Board()
     board.post(gauge=float("nan"), counters={"skew": float("inf"), "late": 3.0})
-    with contextlib.closing(TeleopServer(board, PageDevice(), Path("nowhere"))) as server:
+    with contextlib.closing(TeleopServer(board, PageDevice(board), Path("nowhere"))) as server:
         told = asyncio.run(first_status(server.url))
     assert (told["gauge"], told["counters"]["skew"], told["counters"]["late"]) == (None, None, 3.0)
 
@@ -186,7 +186,7 @@ def test_a_sender_that_fails_ends_the_connection():
             return socket.close_code
 
     board = Board()
-    with contextlib.closing(TeleopServer(board, PageDevice(), Path("nowhere"))) as server:
+    with contextlib.closing(TeleopServer(board, PageDevice(board), Path("nowhere"))) as server:
         assert asyncio.run(closed(server.url, board)) == 1011
 
 
@@ -205,12 +205,33 @@ def test_a_page_that_goes_while_it_is_told_something_is_no_problem(caplog: pytes
                     await asyncio.sleep(0.001)
 
     board = Board()
-    with contextlib.closing(TeleopServer(board, PageDevice(), Path("nowhere"))) as server:
+    with contextlib.closing(TeleopServer(board, PageDevice(board), Path("nowhere"))) as server:
         asyncio.run(leave(server, board))
     assert not caplog.records
 
 
-def test_a_page_that_lags_gets_the_newest_picture_only():
+def test_pictures_that_are_never_confirmed_do_not_end_the_stream(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(teleop_server, "IN_FLIGHT_S", 0.05)
+
+    async def look(url: str, board: Board) -> None:
+        async with aiohttp.ClientSession() as client:
+            socket, pictures = await connected(client, url), 0
+            for _ in range(200):
+                board.post_frames({"front": np.zeros((8, 8, 3), np.uint8)})
+                with contextlib.suppress(TimeoutError):
+                    pictures += (await socket.receive(0.02)).type == aiohttp.WSMsgType.BINARY
+                if pictures > 2 * MOST_IN_FLIGHT:
+                    return
+            raise AssertionError(f"only {pictures} pictures came")
+
+    board = Board()
+    with contextlib.closing(TeleopServer(board, PageDevice(board), Path("nowhere"))) as server:
+        asyncio.run(look(server.url, board))
+
+
+def test_a_page_that_lags_gets_the_newest_picture_only(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(teleop_server, "IN_FLIGHT_S", 60.0)
+
     async def lag(server: TeleopServer, board: Board) -> list[int]:
         url, numbers, sent = server.url, [], 0
         async with (
@@ -231,7 +252,7 @@ def test_a_page_that_lags_gets_the_newest_picture_only():
         return numbers
 
     board = Board()
-    with contextlib.closing(TeleopServer(board, PageDevice(), Path("nowhere"))) as server:
+    with contextlib.closing(TeleopServer(board, PageDevice(board), Path("nowhere"))) as server:
         numbers = asyncio.run(lag(server, board))
         assert numbers[-1] == 40
         assert len(numbers) <= 6

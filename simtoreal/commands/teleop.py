@@ -180,12 +180,13 @@ def open_collection(config: Config, leaving: Callable[[], None] = lambda: None) 
     with contextlib.ExitStack() as stack:
         stack.callback(sys.setswitchinterval, before)
         writer = stack.enter_context(DatasetWriter(config.output, embodiment, {written.name: written.to_dict()}))
-        page, board = PageDevice(), Board()
+        board = Board()
+        page = PageDevice(board)
         others = [open_device(config.device)] if config.device else []
         hub = InputHub([*others, page], embodiment)
         stack.callback(hub.close)
-        asked: list[Callable[[str], None]] = []
-        backend = _open_backend(config, task, embodiment, hub, page, board, lambda text: asked[0](text), stack)
+        sessions: list[TeleopSession] = []  # which needs the backend that needs it
+        backend = _open_backend(config, task, embodiment, hub, page, board, sessions, stack)
         movable = _movable(backend, motion)
         if config.move and not movable:
             raise ConfigError(f"--move: nothing of task '{written.name}' moves with --motion {config.motion} here")
@@ -211,7 +212,7 @@ def open_collection(config: Config, leaving: Callable[[], None] = lambda: None) 
             set_motion=(lambda move: backend.set_motion(motion if move else None)) if movable else None,
             view=backend.view, counters=backend.counters,
         )  # fmt: skip
-        asked.append(session.ask)
+        sessions.append(session)
         server = TeleopServer(board, page, config.output, port=config.port)
         stack.callback(server.close)
         stack.callback(leaving)
@@ -268,7 +269,7 @@ def _coaches(config: Config, embodiment: Embodiment, task: str) -> tuple[Any, di
 
 def _open_backend(
     config: Config, task: TaskSpec, embodiment: Embodiment, hub: Any, page: Any, board: Any,
-    ask: Callable[[str], None], stack: contextlib.ExitStack,
+    sessions: list[TeleopSession], stack: contextlib.ExitStack,
 ) -> _Backend:  # fmt: skip
     if config.backend == "sim":
         from simtoreal.data_collection.teleop_view import EnlargedView
@@ -282,12 +283,12 @@ def _open_backend(
         view = EnlargedView(env, config.view_size, board)
         stack.callback(view.close)
         return _Backend(env=env, paced=True, set_motion=env.set_motion, view=view.show)
-    return _open_robot(config, task, embodiment, hub, page, ask, stack)
+    return _open_robot(config, task, embodiment, hub, page, sessions, stack)
 
 
 def _open_robot(
     config: Config, task: TaskSpec, embodiment: Embodiment, hub: Any, page: Any,
-    ask: Callable[[str], None], stack: contextlib.ExitStack,
+    sessions: list[TeleopSession], stack: contextlib.ExitStack,
 ) -> _Backend:  # fmt: skip
     from simtoreal.robot.deployment import CONTROL_PRIORITY, guarded_robot, join_graph
     from simtoreal.robot.teleop_env import TeleopRos2Env
@@ -310,8 +311,9 @@ def _open_robot(
         embodiment=embodiment,
         config=robot,
         gate=guarded.targets,
-        operator=None if twin else ask,
+        operator=None if twin else lambda text: sessions[0].ask(text),
         check_robot=guarded.check,
+        check_operator=lambda: sessions[0].check_operator(),
         hub=hub,
         commanded=page.commanded,
     )
