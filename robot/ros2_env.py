@@ -406,7 +406,9 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
                 self.clock.wait()
                 continue
             self._gate.send_target(path[step], time.monotonic_ns(), self._episode)
-            step, seen_ns = step + 1, time.monotonic_ns()
+            # While the gate holds it has the same target again; it gives up by itself.
+            step += not self._gate.holding()
+            seen_ns = time.monotonic_ns()
             self.clock.wait()
 
 

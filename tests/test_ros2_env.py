@@ -140,6 +140,22 @@ def test_an_operator_who_does_not_agree_stops_the_arm(make, robot) -> None:
     assert robot.targets == []
 
 
+def test_homing_waits_while_the_gate_holds(make, robot) -> None:
+    robot.joints = HOME + np.array([0.3, 0.2, 0, -0.1, 0, 0.1, 0.3])
+    send_target, limit = robot.send_target, HOMING_SPEED_M_S * EMBODIMENT.control_period_s
+
+    def send(*given: Any) -> None:
+        send_target(*given)
+        robot.held = "joint_states is 110 ms old" if 3 <= len(robot.targets) < 10 else ""
+
+    robot.send_target = send
+    make().reset(seed=0)
+    steps = np.linalg.norm(np.diff([target[:3] for target, _ in robot.targets], axis=0), axis=1)
+    assert (steps[2:9] == 0).all(), "an arm that is held would rush after targets that go on"
+    assert steps[9] > 0
+    assert steps.max() < 1.01 * limit
+
+
 @pytest.mark.parametrize("way", ["stop", "closed", "silent"])
 def test_homing_ends_when_its_operator_ends_it_or_could_not(robot, config, monkeypatch, way: str) -> None:
     from simtoreal.data_collection import teleop_page
