@@ -108,7 +108,7 @@ class TeleopSession(Listener):
         self._operator = options.operator
         self._move = self._next_move = options.move and set_motion is not None
         self._state, self._decision = READY, ""
-        self._after_reset = self._waiting = False
+        self._waiting = False
         self._result: EpisodeResult | None = None
         self._steps, self._success, self._begun, self._hint = 0, False, False, ""
         self._verdict: dict[str, Any] | None = None
