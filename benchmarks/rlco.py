@@ -10,12 +10,11 @@ noise), in this process. Arms, all with the same optimiser steps of imitation:
 * real_only: imitation of the few real demonstrations;
 * cotraining: imitation of real and simulated demonstrations, half of the windows from either;
 * beta_0, beta_0.05, beta_0.2: the policy of cotraining, improved by reinforcement in the simulation, with this weight
-  of the imitation loss on the real demonstrations, as a log-probability;
-* nominal_beta_0, nominal_beta_0.2: the same, in a simulation that is always the same, to see whether it is variation
-  that keeps a policy without the anchor from forgetting.
+  of the imitation loss on the real demonstrations, as a log-probability.
 
-The simulation does not know the gap, but is randomised (except for the last two). Every policy is measured on the same
-initial conditions with the gap and in the simulation that it practised in.
+The simulation does not know the gap, but is randomised. Every policy is measured on the same initial conditions with
+the gap and in that simulation. What it has forgotten shows as the imitation loss on real demonstrations that nobody
+learned from.
 """
 
 from __future__ import annotations
@@ -25,6 +24,8 @@ import dataclasses
 import functools
 from pathlib import Path
 
+import numpy as np
+import torch
 from cotraining_study import (
     Arm,
     Outcomes,
@@ -44,19 +45,22 @@ from parts import parts_of
 
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.envs.errors import CheckpointError
-from simtoreal.policies.checkpoint import find_checkpoint
+from simtoreal.policies.checkpoint import find_checkpoint, load_policy
 from simtoreal.policies.config import DiffusionConfig, TrainerConfig, VisionConfig
 from simtoreal.policies.reinforcement_config import ReinforcementConfig
+from simtoreal.policies.trainer import seed_everything
+from simtoreal.policies.training_data import open_training_data, to_tensors
 from simtoreal.world_models.cotrain_config import MeasurementConfig, RlcoConfig
 from simtoreal.world_models.rlco import Rlco
 
 GAP = "standard"
 IMITATIONS = ("real_only", "cotraining")
 BETAS = {"beta_0": 0.0, "beta_0.05": 0.05, "beta_0.2": 0.2}
-NOMINAL = {f"nominal_{name}": BETAS[name] for name in ("beta_0", "beta_0.2")}
 OURS, BASELINE = "beta_0.2", "cotraining"
 # The settings were chosen on the demonstrations of training seed 0 and on the initial conditions from 5_000_000 on.
 FIRST_EPISODE = 6_000_000
+# Further real demonstrations, which nobody learns from.
+HELD_OUT_SEED = 200
 # Simulated demonstrations come from another range of initial conditions than real ones.
 SIMULATED_SEED = 50
 
@@ -71,7 +75,6 @@ class Profile:
         rlco, reinforcement: the two stages.
         episodes: initial conditions that judge every policy, in either world.
         seeds: training seeds.
-        arms: which.
     """
 
     tasks: tuple[str, ...]
@@ -81,7 +84,6 @@ class Profile:
     reinforcement: ReinforcementConfig
     episodes: int
     seeds: tuple[int, ...]
-    arms: tuple[str, ...] = (*IMITATIONS, *BETAS, *NOMINAL)
     image_size: int = 64
 
 
@@ -103,8 +105,6 @@ def profiles() -> dict[str, Profile]:
         reinforcement=shipped["reinforcement"],
         episodes=200,
         seeds=(1,),
-        # Less than an hour on two cores; the others, another hour, can be asked for.
-        arms=(*IMITATIONS, *BETAS),
     )
     small = DiffusionConfig(unet_widths=(16,), condition_width=32, inference_steps=2, noise_samples=2)
     return {
@@ -119,7 +119,6 @@ def profiles() -> dict[str, Profile]:
             reinforcement=dataclasses.replace(shipped["reinforcement"], rollouts=256),
             episodes=400,
             seeds=(1, 2, 3),
-            arms=(*IMITATIONS, *BETAS, *NOMINAL),
         ),
         # Shows in minutes that every arm runs; nothing is learned.
         "smoke": Profile(
@@ -160,21 +159,42 @@ def execute(which: Arm, profile: Profile, output: Path, device: str | None) -> s
             find_checkpoint(policy)
         except CheckpointError as error:
             raise SystemExit(f"the arm '{name}' begins with the policy of '{BASELINE}'; do that first") from error
-        reinforcement = dataclasses.replace(reinforcement, anchor_weight=(BETAS | NOMINAL)[name])
-    practice = config.randomization or "none" if name not in NOMINAL else "none"
+        reinforcement = dataclasses.replace(reinforcement, anchor_weight=BETAS[name])
     results = Rlco(
         config, reinforcement, MeasurementConfig(episodes=profile.episodes, first_seed=FIRST_EPISODE, videos=2),
         demonstrations=[real], simulated=[simulated] if name != "real_only" else [],
         real=simulation(task, embodiment, min(16, profile.episodes), GAP),
-        practice=simulation(task, embodiment, config.envs, practice), output=folder / name,
+        practice=simulation(task, embodiment, config.envs, config.randomization or "none"), output=folder / name,
         policy=policy, device=device, seed=seed, notify=say(f"{task}-{seed}-{name}"),
     ).run()  # fmt: skip
     return f"{results['final']['successes']}/{results['final']['n']}"
 
 
-def evaluation_of(name: str, folder: Path, world: str, policy: str | None = None) -> Path:
-    """Evaluation folder of an arm's ``policy``, by default its final one, in ``real`` or ``simulation``."""
-    last = policy or read_results(folder / name)["measurements"][-1]["policy"]
+def held_out(task: str, seed: int, folder: Path, profile: Profile) -> Path:
+    """As many real demonstrations again."""
+    with alone(folder):
+        return demonstrate(
+            folder / "held_out", task, profile.real, HELD_OUT_SEED + seed, image_size=profile.image_size,
+            randomization=GAP,
+        )  # fmt: skip
+
+
+def imitation_loss(run: Path, demonstrations: Path) -> float:
+    """Mean loss of a policy on demonstrations, with the same noise for every policy."""
+    loaded = load_policy(run, "cpu")
+    windows, losses = open_training_data(demonstrations, loaded.config, hold_out=False).train, []
+    for number, rows in enumerate(np.array_split(np.arange(len(windows)), -(-len(windows) // 128))):
+        seed_everything(0, number)
+        with torch.no_grad():
+            losses.append(
+                len(rows) * float(loaded.policy.loss(to_tensors(windows.batch(rows), torch.device("cpu")))["loss"])
+            )
+    return sum(losses) / len(windows)
+
+
+def evaluation_of(name: str, folder: Path, world: str) -> Path:
+    """Evaluation folder of an arm's final policy in a world, ``real`` or ``simulation``."""
+    last = read_results(folder / name)["measurements"][-1]["policy"]
     return folder / name / "measurements" / last / world
 
 
@@ -185,37 +205,33 @@ def summarize(profile: Profile, output: Path, label: str) -> None:
         folders = {seed: output / f"{task}-{seed}" for seed in profile.seeds}
         done = {
             name: {seed: folder for seed, folder in folders.items() if read_results(folder / name)}
-            for name in (*IMITATIONS, *BETAS, *NOMINAL)
+            for name in (*IMITATIONS, *BETAS)
         }
         results += [read_results(folder / name) for name, found in done.items() for folder in found.values()]
-        for title, world, names in (
-            ("real", "real", (*IMITATIONS, *BETAS, *NOMINAL)),
-            ("simulation", "simulation", (*IMITATIONS, *BETAS)),
-            ("nominal simulation", "simulation", (BASELINE, *NOMINAL)),
-        ):
-            found: dict[str, Outcomes] = {}
-            for name in names:
-                # The policy of cotraining did not meet the nominal simulation in its own arm.
-                elsewhere = name == BASELINE and title == "nominal simulation"
-                arm_of = next(iter(NOMINAL)) if elsewhere else name
-                found[name] = read_outcomes(
-                    {
-                        seed: evaluation_of(arm_of, folder, world, "base" if elsewhere else None)
-                        for seed, folder in done[arm_of].items()
-                    }
-                )
+        for world in ("real", "simulation"):
+            found: dict[str, Outcomes] = {
+                name: read_outcomes({seed: evaluation_of(name, one, world) for seed, one in finished.items()})
+                for name, finished in done.items()
+            }
             for name, outcomes in found.items():
+                further: dict[str, object] = {"world": world}
+                if outcomes and world == "real":
+                    losses = [
+                        imitation_loss(folder / name / "policy", held_out(task, seed, folder, profile))
+                        for seed, folder in done[name].items()
+                    ]
+                    further["imitation loss on other real demonstrations"] = sum(losses) / len(losses)
                 if outcomes:
-                    arms.append(arm(f"{task}, {title}: {name}", outcomes, found[BASELINE], world=title))
-            if found.get(OURS) and found[BASELINE] and title == "real":
+                    arms.append(arm(f"{task}, {world}: {name}", outcomes, found[BASELINE], **further))
+            if found[OURS] and found[BASELINE] and world == "real":
                 comparisons[task] = compare(found[OURS], found[BASELINE])
-            for anchored, free in ((OURS, "beta_0"), (f"nominal_{OURS}", "nominal_beta_0")):
-                if found.get(anchored) and found.get(free):
-                    versus = compare(found[anchored], found[free])
+            for name in BETAS:
+                if name != "beta_0" and found[name] and found["beta_0"]:
+                    versus = compare(found[name], found["beta_0"])
                     low, high = versus["interval"]
                     notes.append(
-                        f"{task}, {title}: {anchored} - {free} {100 * versus['difference']:+.1f} points "
-                        f"[{100 * low:+.1f}, {100 * high:+.1f}], p = {versus['p_value']:.2g}"
+                        f"{task}, {world}: {name} - beta_0 {100 * versus['difference']:+.1f} points [{100 * low:+.1f}, "
+                        f"{100 * high:+.1f}], p = {versus['p_value']:.2g}"
                     )
     if not comparisons:
         print(f"no task has finished {OURS} and {BASELINE} yet")
@@ -236,9 +252,7 @@ def main() -> None:
     parser.add_argument("--profile", choices=known, default="cpu")
     parser.add_argument("--output", type=Path, default=None, help="work folder, resumable")
     parser.add_argument("--tasks", nargs="*", help="only these")
-    parser.add_argument(
-        "--arms", nargs="*", help=f"only these; {BASELINE} before those with beta, among which is beta_0.05"
-    )
+    parser.add_argument("--arms", nargs="*", help=f"only these; {BASELINE} before those with beta")
     parser.add_argument("--jobs", type=int, help="arms at the same time; default: one per core, on a GPU one")
     parser.add_argument("--device", default=None)
     parser.add_argument("--summarize", action="store_true", help="only write the result of the finished arms")
@@ -246,7 +260,7 @@ def main() -> None:
     profile = known[options.profile]
     output = options.output or Path(f"outputs/benchmark_rlco_{options.profile}")
     if not options.summarize:
-        tasks, names = options.tasks or profile.tasks, options.arms or profile.arms
+        tasks, names = options.tasks or profile.tasks, options.arms or (*IMITATIONS, *BETAS)
         arms = [(task, seed, name) for task in tasks for seed in profile.seeds for name in names]
         do = functools.partial(execute, profile=profile, output=output, device=options.device)
         do_arms(do, arms, BASELINE, options.jobs, options.device)
