@@ -16,7 +16,7 @@ from simtoreal.data_collection.episode import Arrays, EpisodeInfo, read_episode
 from simtoreal.data_collection.inspect_motion import MotionScale, idle_steps
 from simtoreal.envs.errors import ConfigError
 
-# Steps of rest that stay before the first and after the last motion, so that a policy sees where it begins and ends.
+# Idle steps that stay before the first and after the last motion, so that a policy sees where it begins and ends.
 KEPT_REST_STEPS = 2
 
 

@@ -372,16 +372,17 @@ def test_edit_by_links(dataset: Dataset, tmp_path: Path) -> None:
 
 
 def test_trimming_takes_rest_and_nothing_else(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path / "a", episodes=5, rest=6)
+    dataset = make_dataset(tmp_path / "a", episodes=5, steps=30, rest=20)
     change_attribute(dataset, extra={"score": 3, "sensors": {"front": {"received": 24}}})
     add_filter(dataset)
     result = edit(dataset.path, tmp_path / "t", Edit(trim_idle=True))
     trimmed = result.derivation.dataset
-    assert result.trimmed_steps == 5 * 4  # Two steps of rest stay.
+    # Two steps of rest stay, and those so close to the motion that they are not told from it.
+    assert result.trimmed_steps == 5 * 11
     for old, new in zip(dataset.episodes, trimmed.episodes, strict=True):
         before, after = dataset.read(old), trimmed.read(new)
-        assert all(np.array_equal(after[name], before[name][4:]) for name in before)
-        assert new.extra == {"score": old.seed, "trimmed": {"start": 4, "steps": old.steps}}, "no sensors of all steps"
+        assert all(np.array_equal(after[name], before[name][11:]) for name in before)
+        assert new.extra == {"score": old.seed, "trimmed": {"start": 11, "steps": old.steps}}, "no sensors of all steps"
         assert new.duration_s == pytest.approx(new.steps * 0.05)
     assert "no longer covers 5 episodes" in result.derivation.notes[0]
     assert check(trimmed.path).problems == ()
@@ -391,28 +392,28 @@ def test_trimming_takes_rest_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_steps_that_the_success_needs_are_not_trimmed(tmp_path: Path) -> None:
-    arrays, info = make_episode(1, 30)
+    arrays, info = make_episode(1, 50)
     for name in ("actions", "obs/proprio"):
         arrays[name][20:] = arrays[name][20]
     arrays["actions"][20:, :6] = 0
     with DatasetWriter(tmp_path / "a", EMBODIMENT, TASKS) as writer:
         writer.add(arrays, info)
-        arrays["dones"][26:] = 1
+        arrays["dones"][36:] = 1
         writer.add(arrays, dataclasses.replace(info, seed=2))
     trimmed = edit(tmp_path / "a", tmp_path / "t", Edit(trim_idle=True)).derivation.dataset
-    assert [episode.steps for episode in trimmed.episodes] == [22, 27]
+    assert [episode.steps for episode in trimmed.episodes] == [30, 37]
 
 
 def test_a_reward_that_alone_says_success_is_not_trimmed(tmp_path: Path) -> None:
     with DatasetWriter(tmp_path / "a", EMBODIMENT, TASKS) as writer:
         for seed, reward in ((0, 1.0), (1, 0.5)):
-            arrays, info = make_episode(seed, steps=30)
+            arrays, info = make_episode(seed, steps=50)
             arrays["actions"][20:, :6] = 0
             arrays["obs/proprio"][20:] = arrays["obs/proprio"][20]
-            arrays["rewards"][26:] = reward
+            arrays["rewards"][36:] = reward
             writer.add(arrays, info)
     trimmed = edit(tmp_path / "a", tmp_path / "t", Edit(trim_idle=True)).derivation.dataset
-    assert [episode.steps for episode in trimmed.episodes] == [27, 22]
+    assert [episode.steps for episode in trimmed.episodes] == [37, 30]
     assert trimmed.read(trimmed.episodes[0], ["rewards"])["rewards"].sum() == 1
 
 
