@@ -29,6 +29,7 @@ from simtoreal.data_collection.inspect_set import (
     find_duplicates,
     fingerprint,
     outliers,
+    trimmed_copies,
 )
 from simtoreal.envs.errors import DatasetError, SimtorealError
 
@@ -87,7 +88,9 @@ def inspect(path: str | Path, *, images: bool = True, progress: Callable[[int, i
     mark_outliers(episodes)
     mark_layouts(episodes, layouts)
     compatibility = _compatibility(dataset, episodes)
-    duplicates = find_duplicates(prints)
+    trimmed = trimmed_copies(dataset.episodes)
+    cut = {pair["second"] for pair in trimmed}
+    duplicates = [*trimmed, *(pair for pair in find_duplicates(prints) if pair["second"] not in cut)]
     by_name = {episode["name"]: episode for episode in episodes}
     for pair in duplicates:
         by_name[pair["second"]]["duplicate_of"] = pair["first"]
