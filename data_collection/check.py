@@ -24,6 +24,7 @@ from simtoreal.data_collection.episode import (
     open_episode,
     read_info,
 )
+from simtoreal.data_collection.same_recording import first_of_recordings
 from simtoreal.data_collection.statistics import dataset_statistics, difference
 from simtoreal.data_collection.view import expected_view, read_view
 from simtoreal.envs.embodiment import Embodiment
@@ -115,7 +116,8 @@ class _Checker:
             self.notes.append("masks, filters, statistics and view were not compared: some episodes cannot be read")
             return
         dataset = Dataset(self.path, self.embodiment, self.meta, self.infos)
-        for part in (self.check_masks, self.check_filters, self.check_statistics, self.check_view, self.check_origins):
+        parts = (self.check_masks, self.check_recordings, self.check_filters, self.check_statistics, self.check_view)
+        for part in (*parts, self.check_origins):
             try:
                 part(dataset)
             except SimtorealError as error:
@@ -236,6 +238,17 @@ class _Checker:
         if isinstance(train, list) and isinstance(valid, list) and (both := [one for one in train if one in valid]):
             what = f"masks 'train' and 'valid' share {len(both)} episodes, e.g. {both[0]}"
             self.problem(META, what, "take them out of one of the two")
+
+    def check_recordings(self, dataset: Dataset) -> None:
+        masks = dataset.masks
+        recordings: dict[int, set[str]] = {}
+        for first, info in zip(first_of_recordings(dataset.episodes), dataset.episodes, strict=True):
+            recordings.setdefault(first, set()).add(info.name)
+        for names in recordings.values():
+            train, valid = (sorted(names.intersection(masks.get(mask, ()))) for mask in ("train", "valid"))
+            if train and valid and train != valid:
+                what = f"mask 'valid' has {valid[0]} and 'train' {train[0]}, steps of the same recording"
+                self.problem(META, what, f"simtoreal data edit {self.path} --output NEW --remove {int(valid[0])}")
 
     def check_filters(self, dataset: Dataset) -> None:
         folder = self.path / filters.FOLDER

@@ -24,13 +24,13 @@ from simtoreal.data_collection.derive import Derivation, Member, derive
 from simtoreal.data_collection.episode import (
     Arrays,
     EpisodeInfo,
-    content_checksums,
     open_episode,
     read_episode,
     read_info,
 )
 from simtoreal.data_collection.filters import FOLDER as FILTERS
 from simtoreal.data_collection.filters import read_filter, write_filter
+from simtoreal.data_collection.same_recording import first_of_recordings
 from simtoreal.data_collection.takes import EmptyPartError, read_part
 from simtoreal.data_collection.writer import DAMAGED, DatasetWriter
 from simtoreal.envs.embodiment import Embodiment
@@ -171,7 +171,8 @@ def merge(sources: Sequence[str | Path], output: str | Path) -> Derivation:
     """Make a dataset of the episodes of several, in their order, by hard links where the file system allows.
 
     An episode that several of them hold, as when one was merged of others before, is taken once, from the first of
-    them: twice it would count twice, and be learnt from in one place while it is held out in the other. Masks that
+    them or the one that trimmed it: twice it would count twice, and be learnt from in one place while it is held out in
+    the other. Masks that
     somebody set are merged as well, and so are filters that were made in the same way in all sources. A source that is
     the base data of a filter need not have it.
 
@@ -202,27 +203,29 @@ def merge(sources: Sequence[str | Path], output: str | Path) -> Derivation:
 
 
 def _each_once(datasets: Sequence[Dataset]) -> tuple[list[Member], list[str]]:
-    """Every episode of the datasets but those that an earlier one holds as well, and one line per dataset with such."""
+    """Every recording of the datasets from one of them only, and one line per dataset that others are taken instead of.
+
+    That is the one with the fewest steps, which was trimmed last, and among equals the first.
+    """
+    episodes = [(dataset, episode) for dataset in datasets for episode in dataset.episodes]
+    firsts = first_of_recordings([episode for _, episode in episodes])
+    taken: dict[int, tuple[Dataset, EpisodeInfo]] = {}
+    for first, (dataset, episode) in zip(firsts, episodes, strict=True):
+        if first not in taken or episode.steps < taken[first][1].steps:
+            taken[first] = dataset, episode
     members: list[Member] = []
-    notes: list[str] = []
-    earlier: dict[Any, Dataset] = {}
-    for dataset in datasets:
-        own: dict[Any, Dataset] = {}
-        repeated: list[Dataset] = []
-        for episode in dataset.episodes:
-            content = episode.task, frozenset(content_checksums(Path(str(episode.path))).items())
-            if content in earlier:
-                repeated.append(earlier[content])
-                continue
-            own[content] = dataset
+    repeated: dict[Path, list[Path]] = {}
+    for first, (dataset, episode) in zip(firsts, episodes, strict=True):
+        source = taken[first][0]
+        if source is dataset:
             members.append(Member(dataset=dataset, episode=episode))
-        earlier |= own
-        if repeated:
-            others = ", ".join(dict.fromkeys(str(other.path) for other in repeated))
-            notes.append(
-                f"{len(repeated)} episodes of {dataset.path} are in {others} too; they are taken once, as they are "
-                "described and masked there"
-            )
+        else:
+            repeated.setdefault(dataset.path, []).append(source.path)
+    notes = [
+        f"{len(sources)} episodes of {path} are in {', '.join(map(str, dict.fromkeys(sources)))} too; they are taken "
+        "once, as they are trimmed, described and masked there"
+        for path, sources in repeated.items()
+    ]
     return members, notes
 
 

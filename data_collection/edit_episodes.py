@@ -14,9 +14,10 @@ from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.derive import Derivation, Member, derive
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo, read_episode
 from simtoreal.data_collection.inspect_motion import MotionScale, idle_steps
+from simtoreal.data_collection.same_recording import TRIMMED, recorded_range
 from simtoreal.envs.errors import ConfigError
 
-# Steps of rest that stay before the first and after the last motion, so that a policy sees where it begins and ends.
+# Idle steps that stay before the first and after the last motion, so that a policy sees where it begins and ends.
 KEPT_REST_STEPS = 2
 
 
@@ -133,10 +134,10 @@ def _change(episode: EpisodeInfo, changes: Edit, scale: MotionScale | None) -> t
     if stop - start < info.steps:
         arrays = {name: array[start:stop] for name, array in arrays.items()}
         # Cut twice, an episode still says where its steps were when it was recorded.
-        earlier = info.extra.get("trimmed", {"start": 0, "steps": info.steps})
-        trimmed = {"start": earlier["start"] + start, "steps": earlier["steps"]}
+        earlier, steps = recorded_range(info)
+        trimmed = {"start": earlier + start, "steps": steps}
         # What is known about the sensors was measured over all steps.
-        fields["extra"] = {**{key: value for key, value in info.extra.items() if key != "sensors"}, "trimmed": trimmed}
+        fields["extra"] = {**{key: value for key, value in info.extra.items() if key != "sensors"}, TRIMMED: trimmed}
         fields["duration_s"] = info.duration_s * (stop - start) / info.steps
     return (arrays, dataclasses.replace(info, **fields)) if fields else None
 

@@ -109,15 +109,15 @@ def dataset_findings(summary: dict[str, Any], episodes: list[dict[str, Any]], em
 
 def _content_findings(summary: dict[str, Any], episodes: list[dict[str, Any]]) -> Iterator[Finding]:
     count = summary["episodes"]
-    exact = sum(pair["kind"] == "exact" for pair in summary["duplicates"])
-    near = len(summary["duplicates"]) - exact
-    if exact:
-        text = (
-            f"{_count(exact, 'exact copy', 'exact copies')} of other episodes: they count twice, and may be held out "
-        )
-        text += "and trained on at once"
-        yield Finding(kind="duplicates", text=text, remedy="data edit --remove", weight=3)
-    if near:
+    kinds = [pair["kind"] for pair in summary["duplicates"]]
+    for kind in ("exact", "trimmed"):
+        if copies := kinds.count(kind):
+            text = (
+                f"{_count(copies, f'{kind} copy', f'{kind} copies')} of other episodes: they count twice, and may be "
+            )
+            text += "held out and trained on at once"
+            yield Finding(kind="duplicates", text=text, remedy="data edit --remove", weight=3)
+    if near := kinds.count("near"):
         yield Finding(kind="duplicates", text=f"{_count(near, 'pair')} of episodes with nearly the same motion")
     uneven = sum(bool(episode["layout"]) for episode in episodes)
     if uneven:

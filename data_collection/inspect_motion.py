@@ -14,8 +14,15 @@ from simtoreal.data_collection.episode import Arrays, EpisodeInfo, open_episode
 from simtoreal.data_collection.statistics import VectorStatistics
 from simtoreal.envs.embodiment import TARGET_NAMES, Embodiment
 
-# Slower than this part of its range per second, a dimension stands still (3 mm/s over 30 cm of workspace).
-STILL_PER_S = 0.01
+# Slower than this, something stands still: metres, radians (or entries of a rotation matrix), and shares of the opening
+# of the gripper or of the range of a dimension whose unit is not known, per second.
+STILL_M_S, STILL_RAD_S, STILL_SHARE_S = 0.002, 0.01, 0.01
+# Speeds are slopes of a line through this much time: long enough to tell 1 cm/s from noise of 1 mm at 20 Hz.
+SPEED_WINDOW_S = 0.8
+# What is within this many standard deviations of sensor noise is not motion. One wrong step ends a rest: few may be.
+NOISE_DEVIATIONS = 5.0
+# What varies by less of its magnitude is float32 that was rounded.
+NEGLIGIBLE_SPAN = 1e-6
 # An ``ee_delta`` command below this part of the limits is none (0.4 mm per step of the Panda).
 NO_COMMAND = 0.02
 # Values this close to a bound are at it.
@@ -32,7 +39,7 @@ class MotionScale:
         embodiment: of the dataset.
         keys: arrays that show the motion: ``obs/proprio``, or every vector observation where there is none.
         spans: array name (of ``keys`` and ``actions``) -> ``(D,)`` range between the 2nd and 98th percentile, or of all
-            values where that is nothing.
+            values where that is nothing; 0 where it is negligible.
         low, high: ``(A,)`` smallest and largest action of the dataset.
     """
 
@@ -59,7 +66,8 @@ class MotionScale:
         spans = {}
         for name, values in merged.items():
             span, full = values.quantile(0.98) - values.quantile(0.02), values.maximum - values.minimum
-            spans[name] = np.where(span > 1e-9, span, full)
+            least = NEGLIGIBLE_SPAN * np.maximum(np.abs(values.minimum), np.abs(values.maximum))
+            spans[name] = np.select([span > least, full > least], [span, full], 0.0)
         actions = merged["actions"]
         return cls(embodiment=dataset.embodiment, keys=keys, spans=spans, low=actions.minimum, high=actions.maximum)
 
@@ -98,28 +106,89 @@ def idle_steps(arrays: Arrays, scale: MotionScale) -> np.ndarray:
     """Return ``(T,)`` bool: steps in which nothing was commanded and the robot stood still.
 
     With ``ee_delta``, nothing is commanded when the motion is about zero and the gripper's command stays the same;
-    with other modes, when the action does not change.
+    with other modes, when the action does not change. Speeds are those over ``SPEED_WINDOW_S``: steps within half of it
+    before and after a motion are not idle.
     """
-    actions, rate = arrays["actions"].astype(np.float64), scale.embodiment.control_hz
-    steps = len(actions)
-    change = np.zeros_like(actions)
-    change[1:] = np.abs(np.diff(actions, axis=0))
+    return ~_commanded(arrays, scale) & ~_moving(*_poses(arrays, scale), scale.embodiment.control_hz)
+
+
+def certain_motion(arrays: Arrays, scale: MotionScale) -> np.ndarray:
+    """Return the pose of the robot ``(T, D)``, so scaled that steps that differ by 1 are certainly apart.
+
+    That is as far as something goes in a second when it just does not stand still, or further than noise reaches. Where
+    no vectors show it, the number of commands before a step stands in for the pose.
+    """
+    poses, still = _poses(arrays, scale)
+    if not poses.shape[1]:
+        commanded = _commanded(arrays, scale)
+        return (np.cumsum(commanded) - commanded)[:, None].astype(np.float64)
+    # Two steps differ by the noise of both.
+    scaled: np.ndarray = poses / np.maximum(still, NOISE_DEVIATIONS * np.sqrt(2) * _noise(poses))
+    return scaled
+
+
+def _commanded(arrays: Arrays, scale: MotionScale) -> np.ndarray:
+    actions = arrays["actions"].astype(np.float64)
     if scale.is_delta:
-        commanded = (np.abs(actions[:, :-1]) > NO_COMMAND).any(axis=1)
-        commanded |= np.concatenate([[False], (actions[1:, -1] > 0) != (actions[:-1, -1] > 0)])
-    else:
-        commanded = _moved(change, scale.spans["actions"], rate)
-    moving = np.zeros(steps, dtype=bool)
-    for name in scale.keys:
-        step = np.abs(np.diff(arrays[name].astype(np.float64), axis=0))
-        if len(step):
-            moving |= _moved(np.concatenate([step, step[-1:]]), scale.spans[name], rate)
-    return ~commanded & ~moving
+        closes = actions[:, -1] > 0
+        changes = np.diff(closes, prepend=closes[:1])
+        return np.asarray((np.abs(actions[:, :-1]) > NO_COMMAND).any(axis=1) | changes)
+    span = scale.spans["actions"]
+    return _moving(actions[:, span > 0], STILL_SHARE_S * span[span > 0], scale.embodiment.control_hz)
 
 
-def _moved(change: np.ndarray, span: np.ndarray, rate: float) -> np.ndarray:
-    used = span > 1e-9
-    return np.asarray((change[:, used] * rate > STILL_PER_S * span[used]).any(axis=1))
+def _poses(arrays: Arrays, scale: MotionScale) -> tuple[np.ndarray, np.ndarray]:
+    """Return what shows the motion ``(T, D)`` and the speed ``(D,)`` per second below which it stands still.
+
+    That is the hand, where it is named: joints may creep while it rests, since an arm of seven can.
+    """
+    proprio = scale.embodiment.proprio
+    known = dict(zip(proprio.names, proprio.units, strict=True))
+    columns, still = [np.zeros((len(arrays["actions"]), 0))], []
+    for key in scale.keys:
+        spans = scale.spans[key]
+        own = key == "obs/proprio" and len(known) == len(spans)
+        names = list(known) if own else [""] * len(spans)
+        hand = {"tcp_x", "tcp_y", "tcp_z"} <= set(names)
+        for index, name in enumerate(names):
+            if spans[index] > 0 and (not hand or name.startswith("tcp_") or name == "gripper_opening"):
+                columns.append(arrays[key][:, index : index + 1].astype(np.float64))
+                still.append(_still_speed(name, known.get(name, ""), float(spans[index])))
+    return np.concatenate(columns, axis=1), np.array(still)
+
+
+def _still_speed(name: str, unit: str, span: float) -> float:
+    if unit == "m":
+        return STILL_M_S
+    if unit == "rad" or name.startswith("tcp_r"):
+        return STILL_RAD_S
+    return STILL_SHARE_S * (1.0 if name == "gripper_opening" else span)
+
+
+def _moving(values: np.ndarray, still: np.ndarray, rate: float) -> np.ndarray:
+    """Return ``(T,)`` bool: steps in which a dimension of ``values`` ``(T, D)`` is faster than ``still`` and noise."""
+    from scipy.signal import savgol_filter
+
+    steps = len(values)
+    window = min(2 * max(round(SPEED_WINDOW_S * rate / 2), 2) + 1, steps - (steps + 1) % 2)
+    if window < 3 or not values.shape[1]:
+        return np.zeros(steps, dtype=bool)
+    speed = np.abs(savgol_filter(values, window, polyorder=1, deriv=1, delta=1 / rate, axis=0))
+    # Standard deviation of the slope of a line through that many values with noise of 1.
+    slope_noise = rate * np.sqrt(12 / (window * (window**2 - 1)))
+    return np.asarray((speed > np.maximum(still, NOISE_DEVIATIONS * slope_noise * _noise(values))).any(axis=1))
+
+
+def _noise(values: np.ndarray) -> np.ndarray:
+    """Estimate the standard deviation ``(D,)`` of white noise on smooth signals ``(T, D)``.
+
+    By third differences, which hardly contain the motion, and their median, for the moments where they do.
+    """
+    if len(values) < 4:
+        return np.zeros(values.shape[1])
+    # Third differences of unit noise have the variance 1 + 9 + 9 + 1; half of all normal values are within 0.6745.
+    median: np.ndarray = np.median(np.abs(np.diff(values, n=3, axis=0)), axis=0)
+    return median / (np.sqrt(20) * 0.6745)
 
 
 def saturation(actions: np.ndarray, scale: MotionScale) -> np.ndarray:

@@ -61,20 +61,22 @@ def describe_stamps(arrays: Arrays, info: EpisodeInfo) -> dict[str, Any] | None:
     return result
 
 
-def describe_images(images: np.ndarray, idle: np.ndarray) -> dict[str, Any]:
+def describe_images(images: np.ndarray, poses: np.ndarray) -> dict[str, Any]:
     """Return how often a camera showed exactly the image before, overall and while the robot moved.
 
     A simulated camera may do so at rest; a real one never does, because of its noise.
 
     Args:
         images: uint8 ``(T, H, W, 3)``.
-        idle: ``(T,)`` bool; a frame is *frozen* when it equals the one before although the step between was not idle.
+        poses: ``(T, D)`` of the robot, see :func:`~simtoreal.data_collection.inspect_motion.certain_motion`; a run of
+            equal frames is *frozen* when one of them was taken 1 or more away from where the first was.
     """
     same = np.zeros(len(images), dtype=bool)
     for step in range(1, len(images)):
         same[step] = np.array_equal(images[step], images[step - 1])
-    frozen = same.copy()
-    frozen[1:] &= ~idle[:-1]
+    frozen = np.zeros(len(images), dtype=bool)
+    for first, end in _runs(same):
+        frozen[first:end] = (np.abs(poses[first:end] - poses[first - 1]) >= 1).any()
     return {
         "identical_share": float(same.mean()),
         "frozen_share": float(frozen.mean()),
@@ -84,9 +86,13 @@ def describe_images(images: np.ndarray, idle: np.ndarray) -> dict[str, Any]:
     }
 
 
+def _runs(flags: np.ndarray) -> np.ndarray:
+    """First step and the one after the last of every run of set flags, ``(N, 2)``."""
+    return np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8))).reshape(-1, 2)
+
+
 def _longest_run(flags: np.ndarray) -> int:
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(np.int8)))
-    return int((edges[1::2] - edges[::2]).max()) if len(edges) else 0
+    return int(np.diff(_runs(flags)).max(initial=0))
 
 
 def describe_scene_motion(arrays: Arrays, info: EpisodeInfo, period_s: float) -> dict[str, Any] | None:

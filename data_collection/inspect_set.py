@@ -12,6 +12,7 @@ import numpy as np
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo
 from simtoreal.data_collection.inspect_motion import MotionScale
+from simtoreal.data_collection.same_recording import first_of_recordings
 from simtoreal.envs.errors import SimtorealError
 
 # Actions are compared at this many moments of an episode.
@@ -97,6 +98,20 @@ def find_duplicates(prints: Sequence[Fingerprint]) -> list[dict[str, Any]]:
                 kind = {"first": one.name, "second": other.name, "kind": "near"}
                 pairs.append({**kind, "correlation": float(correlation[offset])})
     return pairs
+
+
+def trimmed_copies(episodes: Sequence[EpisodeInfo]) -> list[dict[str, Any]]:
+    """Return pairs of episodes with steps of the same recording and different lengths, as :func:`find_duplicates` does.
+
+    Raises:
+        DatasetError: an episode is damaged.
+    """
+    pairs = [(episodes[first], info) for first, info in zip(first_of_recordings(episodes), episodes, strict=True)]
+    return [
+        {"first": first.name, "second": second.name, "kind": "trimmed", "correlation": 1.0}
+        for first, second in pairs
+        if first.steps != second.steps
+    ]
 
 
 def find_drift(values: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:

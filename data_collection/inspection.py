@@ -15,7 +15,7 @@ from simtoreal.data_collection.diversity import dataset_diversity
 from simtoreal.data_collection.diversity_unlabelled import unlabelled_diversity
 from simtoreal.data_collection.episode import Arrays, EpisodeInfo, array_names, open_episode
 from simtoreal.data_collection.inspect_findings import Finding, dataset_findings, episode_findings
-from simtoreal.data_collection.inspect_motion import MotionScale, describe_motion, idle_steps
+from simtoreal.data_collection.inspect_motion import MotionScale, certain_motion, describe_motion
 from simtoreal.data_collection.inspect_sensors import (
     describe_images,
     describe_scene_motion,
@@ -29,6 +29,7 @@ from simtoreal.data_collection.inspect_set import (
     find_duplicates,
     fingerprint,
     outliers,
+    trimmed_copies,
 )
 from simtoreal.envs.errors import DatasetError, SimtorealError
 
@@ -87,7 +88,9 @@ def inspect(path: str | Path, *, images: bool = True, progress: Callable[[int, i
     mark_outliers(episodes)
     mark_layouts(episodes, layouts)
     compatibility = _compatibility(dataset, episodes)
-    duplicates = find_duplicates(prints)
+    trimmed = trimmed_copies(dataset.episodes)
+    cut = {pair["second"] for pair in trimmed}
+    duplicates = [*trimmed, *(pair for pair in find_duplicates(prints) if pair["second"] not in cut)]
     by_name = {episode["name"]: episode for episode in episodes}
     for pair in duplicates:
         by_name[pair["second"]]["duplicate_of"] = pair["first"]
@@ -138,7 +141,7 @@ def describe_episode(
         layout = {name: (tuple(file[name].shape[1:]), str(file[name].dtype)) for name in names}
     pictures = [name for name in names if name.startswith("obs/") and len(layout[name][0]) == 3]
     arrays = dataset.read(info, [name for name in names if name not in pictures and name != "states"])
-    idle = idle_steps(arrays, scale)
+    poses = certain_motion(arrays, scale)
     described: dict[str, Any] = {
         "name": info.name,
         "task": info.task,
@@ -158,7 +161,7 @@ def describe_episode(
         "cameras": {},
     }
     for name in pictures if images else ():
-        described["cameras"][name.removeprefix("obs/")] = describe_images(dataset.read(info, [name])[name], idle)
+        described["cameras"][name.removeprefix("obs/")] = describe_images(dataset.read(info, [name])[name], poses)
     start = {
         name: array[0]
         for name, array in arrays.items()

@@ -48,7 +48,8 @@ def filter_dataset(
     """Score every episode and decide which of its steps to learn from.
 
     Episodes that are base data themselves (merged into the dataset, say) are kept whole. A success is accepted
-    when no more of its steps are bad than :meth:`Thresholds.tolerated`, whatever the method; a failure never is.
+    when no more of its steps are bad than :meth:`Thresholds.tolerated`, whatever the method; a failure never is. A
+    method with a budget has one for successes and one for failures.
 
     Args:
         dataset: to be filtered; only read.
@@ -77,9 +78,12 @@ def filter_dataset(
         arrays = dataset.read(episode, names)
         scores[episode.name] = scorer.score(arrays)
         own[episode.name] = action_digest(arrays["actions"]) in base
-    candidates = [key for key in scores if not own[key]]
-    kept = keep_samples(method, [scores[key] for key in candidates], [limits[key] for key in candidates], seed=seed)
-    keep = dict(zip(candidates, kept, strict=True))
+    keep: dict[str, np.ndarray] = {}
+    # Apart, so that failures, which training leaves out, use up nothing of the budget of what it learns from.
+    for success in (True, False):
+        group = [one.name for one in dataset.episodes if one.success == success and not own[one.name]]
+        kept = keep_samples(method, [scores[key] for key in group], [limits[key] for key in group], seed=seed)
+        keep |= zip(group, kept, strict=True)
     episodes = {}
     for episode in dataset.episodes:
         key = episode.name

@@ -17,10 +17,12 @@ from simtoreal import cli
 from simtoreal.data_collection.check import CheckResult, check
 from simtoreal.data_collection.compatibility import Scores
 from simtoreal.data_collection.dataset import META, VIEW, Dataset
+from simtoreal.data_collection.derive import Member, derive
 from simtoreal.data_collection.edit import merge, recover, split
 from simtoreal.data_collection.edit_episodes import Edit, edit, parse_numbers
 from simtoreal.data_collection.episode import read_episode
 from simtoreal.data_collection.filters import Filter, FilteredEpisode, read_filter, write_filter
+from simtoreal.data_collection.inspection import inspect
 from simtoreal.data_collection.writer import DatasetWriter, rebuild
 from simtoreal.envs.errors import ConfigError, DatasetError
 
@@ -301,6 +303,42 @@ def test_an_episode_of_several_datasets_is_merged_once(dataset: Dataset, tmp_pat
     assert check(merged.dataset.path).problems == ()
 
 
+def test_a_trimmed_copy_is_merged_instead_of_what_it_was_trimmed_from(tmp_path: Path) -> None:
+    whole = make_dataset(tmp_path / "a", episodes=3, steps=40, rest=25)
+    first = edit(whole.path, tmp_path / "t", Edit(trim_idle=True, only=frozenset({1, 2}), instruction="open it"))
+    trimmed = first.derivation.dataset
+    # Cut again elsewhere, as an end that rests is; and data that only look as if they were of the same recording.
+    with DatasetWriter(tmp_path / "u", EMBODIMENT, TASKS) as writer:
+        info, arrays = trimmed.episodes[1], trimmed.read(trimmed.episodes[1])
+        writer.add({name: array[:-5] for name, array in arrays.items()}, info)
+        writer.add({**arrays, "obs/front_image": arrays["obs/front_image"] + 1}, info)
+    for sources in ([whole.path, tmp_path / "t", tmp_path / "u"], [tmp_path / "u", tmp_path / "t", whole.path]):
+        merged = merge(sources, tmp_path / f"m{sources.index(whole.path)}")
+        steps = [(one.seed, one.steps) for one in merged.dataset.episodes]
+        cut = trimmed.episodes[1].steps
+        assert sorted(steps) == [(0, 40), (1, cut - 5), (1, cut), (2, trimmed.episodes[2].steps)]
+        assert sum("too; they are taken once" in note for note in merged.notes) == 2
+        assert check(merged.dataset.path).problems == ()
+
+
+def test_a_recording_that_is_learnt_from_and_held_out_is_reported(tmp_path: Path) -> None:
+    whole = make_dataset(tmp_path / "a", episodes=3, steps=40, rest=25)
+    trimmed = edit(whole.path, tmp_path / "t", Edit(trim_idle=True)).derivation.dataset
+    members = [Member(dataset=one, episode=episode) for one in (whole, trimmed) for episode in one.episodes]
+    both = derive(members, EMBODIMENT, TASKS, tmp_path / "m", operation="merge").dataset  # as by an older version
+    (held_out,) = both.masks["valid"]
+    (problem,) = check(both.path).problems
+    twin = f"{(int(held_out) + 3) % 6:06d}"
+    assert problem.what == f"mask 'valid' has {held_out} and 'train' {twin}, steps of the same recording"
+    inspection = inspect(both.path, images=False)
+    pairs = [(pair["first"], pair["second"], pair["kind"]) for pair in inspection.summary["duplicates"]]
+    assert pairs == [(f"{number:06d}", f"{number + 3:06d}", "trimmed") for number in range(3)]
+    assert "3 trimmed copies of other episodes" in inspection.findings[0].text
+    # In one of the two, or in none, they do no harm.
+    set_mask(set_mask(both, "valid", ["000000", "000003"]), "train", ["000001", "000002", "000004", "000005"])
+    assert check(both.path).problems == ()
+
+
 def test_nothing_is_learnt_from_and_held_out_at_once(tmp_path: Path) -> None:
     made = make_dataset(tmp_path / "a", episodes=6)
     train = ["000000", "000001", "000002", "000003", "000005"]
@@ -372,16 +410,17 @@ def test_edit_by_links(dataset: Dataset, tmp_path: Path) -> None:
 
 
 def test_trimming_takes_rest_and_nothing_else(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path / "a", episodes=5, rest=6)
+    dataset = make_dataset(tmp_path / "a", episodes=5, steps=30, rest=20)
     change_attribute(dataset, extra={"score": 3, "sensors": {"front": {"received": 24}}})
     add_filter(dataset)
     result = edit(dataset.path, tmp_path / "t", Edit(trim_idle=True))
     trimmed = result.derivation.dataset
-    assert result.trimmed_steps == 5 * 4  # Two steps of rest stay.
+    # Two steps of rest stay, and those so close to the motion that they are not told from it.
+    assert result.trimmed_steps == 5 * 11
     for old, new in zip(dataset.episodes, trimmed.episodes, strict=True):
         before, after = dataset.read(old), trimmed.read(new)
-        assert all(np.array_equal(after[name], before[name][4:]) for name in before)
-        assert new.extra == {"score": old.seed, "trimmed": {"start": 4, "steps": old.steps}}, "no sensors of all steps"
+        assert all(np.array_equal(after[name], before[name][11:]) for name in before)
+        assert new.extra == {"score": old.seed, "trimmed": {"start": 11, "steps": old.steps}}, "no sensors of all steps"
         assert new.duration_s == pytest.approx(new.steps * 0.05)
     assert "no longer covers 5 episodes" in result.derivation.notes[0]
     assert check(trimmed.path).problems == ()
@@ -391,28 +430,28 @@ def test_trimming_takes_rest_and_nothing_else(tmp_path: Path) -> None:
 
 
 def test_steps_that_the_success_needs_are_not_trimmed(tmp_path: Path) -> None:
-    arrays, info = make_episode(1, 30)
+    arrays, info = make_episode(1, 50)
     for name in ("actions", "obs/proprio"):
         arrays[name][20:] = arrays[name][20]
     arrays["actions"][20:, :6] = 0
     with DatasetWriter(tmp_path / "a", EMBODIMENT, TASKS) as writer:
         writer.add(arrays, info)
-        arrays["dones"][26:] = 1
+        arrays["dones"][36:] = 1
         writer.add(arrays, dataclasses.replace(info, seed=2))
     trimmed = edit(tmp_path / "a", tmp_path / "t", Edit(trim_idle=True)).derivation.dataset
-    assert [episode.steps for episode in trimmed.episodes] == [22, 27]
+    assert [episode.steps for episode in trimmed.episodes] == [30, 37]
 
 
 def test_a_reward_that_alone_says_success_is_not_trimmed(tmp_path: Path) -> None:
     with DatasetWriter(tmp_path / "a", EMBODIMENT, TASKS) as writer:
         for seed, reward in ((0, 1.0), (1, 0.5)):
-            arrays, info = make_episode(seed, steps=30)
+            arrays, info = make_episode(seed, steps=50)
             arrays["actions"][20:, :6] = 0
             arrays["obs/proprio"][20:] = arrays["obs/proprio"][20]
-            arrays["rewards"][26:] = reward
+            arrays["rewards"][36:] = reward
             writer.add(arrays, info)
     trimmed = edit(tmp_path / "a", tmp_path / "t", Edit(trim_idle=True)).derivation.dataset
-    assert [episode.steps for episode in trimmed.episodes] == [27, 22]
+    assert [episode.steps for episode in trimmed.episodes] == [37, 30]
     assert trimmed.read(trimmed.episodes[0], ["rewards"])["rewards"].sum() == 1
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 
 import numpy as np
 import pytest
@@ -111,6 +112,31 @@ def test_conflicting_steps_are_found_and_compatible_ones_are_not(scorer, mixed):
         conflict.extend([episode.operator == "right_up"] * 3)
     assert detection_auc(np.array(score), np.array(conflict)) > 0.95
     assert limits.flagged <= 0.05
+
+
+@pytest.mark.parametrize("method", ["random", "good", "bad", "weighted", "box"])
+def test_failures_use_up_nothing_of_what_successes_keep(tmp_path, scorer, method):
+    styles = ["up_right"] * 3 + ["right_up"] * 3
+    alone = plane_dataset(tmp_path / "alone", styles, seed=1)
+    with DatasetWriter(tmp_path / "all", alone.embodiment, alone.tasks) as writer:
+        for episode in alone.episodes:
+            arrays = alone.read(episode)
+            for success in (False, True):  # A failure wanders, which makes it long, new and partly wrong.
+                longer = {name: np.repeat(array, 1 if success else 3, axis=0) for name, array in arrays.items()}
+                if not success:
+                    longer["actions"][::2, :2] *= -1
+                failure = "" if success else "timeout"
+                writer.add(longer, dataclasses.replace(episode, success=success, failure=failure))
+    everything = Dataset.open(tmp_path / "all")
+    expected = filter_dataset(alone, scorer, name="f", method=method)
+    found = filter_dataset(everything, scorer, name="f", method=method)
+    successes = [episode.name for episode in everything.episodes if episode.success]
+    for before, after in zip(alone.episodes, successes, strict=True):
+        assert (found.keep[after] == expected.keep[before.name]).all()
+    # The failures have a budget of their own, for who learns from them as well.
+    failures = [episode.name for episode in everything.episodes if not episode.success]
+    box = filter_dataset(everything, scorer, name="f").keep
+    assert 0 < sum(found.keep[name].sum() for name in failures) <= sum(box[name].sum() for name in failures)
 
 
 def test_a_slow_operator_is_judged_by_the_share_of_bad_steps(tmp_path, scorer):
@@ -327,6 +353,8 @@ def test_coach_names_a_missing_observation(scorer):
 def test_filter_command_and_training_on_its_result(tmp_path, base, mixed, capsys):
     both = tmp_path / "both"
     merge([base.path, mixed.path], both)
+    with DatasetWriter(both, base.embodiment, base.tasks) as writer:
+        writer.add(mixed.read(mixed.episodes[0]), dataclasses.replace(mixed.episodes[0], success=False, failure="lost"))
     flags = [
         "--against",
         str(base.path),
@@ -344,6 +372,7 @@ def test_filter_command_and_training_on_its_result(tmp_path, base, mixed, capsys
     assert "right_up" in printed
     assert "0 of 4" in printed
     assert "lambda" in printed
+    assert re.search(r"kept: \d+ of \d+ steps of 20 successes and \d+ of \d+ steps of 1 failures", printed)
     stored = read_filter(both, "agreeing")
     assert stored.settings["method"] == "box"
     assert {episode.operator for episode in Dataset.open(both).filter("agreeing")} == {"up_right"}

@@ -13,9 +13,11 @@ from toy_dataset import EMBODIMENT, TASKS, make_dataset, make_episode
 
 from simtoreal import cli
 from simtoreal.data_collection.dataset import Dataset
-from simtoreal.data_collection.episode import EpisodeInfo
+from simtoreal.data_collection.episode import Arrays, EpisodeInfo, embodiment_digest
+from simtoreal.data_collection.foreign_embodiment import foreign_embodiment
 from simtoreal.data_collection.inspect_motion import (
     MotionScale,
+    certain_motion,
     describe_motion,
     idle_steps,
     root_mean_square_jerk,
@@ -32,7 +34,8 @@ from simtoreal.data_collection.inspect_sensors import (
 from simtoreal.data_collection.inspect_set import find_drift, find_duplicates, fingerprint, outliers
 from simtoreal.data_collection.inspection import inspect
 from simtoreal.data_collection.writer import DatasetWriter
-from simtoreal.envs import load_task
+from simtoreal.envs import load_task, make_vector_env
+from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import DatasetError
 from simtoreal.envs.scene_motion import SceneMover, load_motion
 
@@ -64,22 +67,97 @@ def test_jerk_and_smoothness_of_known_motions() -> None:
 
 
 def test_idle_needs_both_no_command_and_no_motion(tmp_path: Path) -> None:
-    dataset = make_dataset(tmp_path / "a", episodes=3, rest=6)
+    dataset = make_dataset(tmp_path / "a", episodes=3, steps=60, rest=46)
     scale = MotionScale.of(dataset)
     arrays = dataset.read(dataset.episodes[0])
-    expected = np.zeros(len(arrays["actions"]), bool)
-    expected[:6] = True
-    assert (idle_steps(arrays, scale) == expected).all()
+    # Rest within half a window of the motion is not told from it.
+    assert np.flatnonzero(idle_steps(arrays, scale)).tolist() == [*range(39)]
     described = describe_motion(arrays, scale)
-    assert described["idle_start_steps"] == 6
-    assert described["idle_share"] == pytest.approx(6 / len(expected))
+    assert described["idle_start_steps"] == 39
+    assert described["idle_share"] == pytest.approx(39 / 60)
     commanded = {**arrays, "actions": arrays["actions"].copy()}
     commanded["actions"][2, 0] = 0.5
     commanded["actions"][4:, 6] = -1  # The gripper is told to close in step 4 and stays told to.
-    moving = {**arrays, "obs/proprio": arrays["obs/proprio"].copy()}
-    moving["obs/proprio"][3, 5] += 0.1
-    assert np.flatnonzero(idle_steps(commanded, scale)).tolist() == [0, 1, 3, 5]
-    assert np.flatnonzero(idle_steps(moving, scale)).tolist() == [0, 1, 4, 5]
+    assert np.flatnonzero(idle_steps(commanded, scale)).tolist() == [0, 1, 3, *range(5, 39)]
+    for name in ("tcp_x", "tcp_r21", "gripper_opening"):
+        moving = {**arrays, "obs/proprio": arrays["obs/proprio"].copy()}
+        moving["obs/proprio"][:20, EMBODIMENT.proprio.names.index(name)] += 0.05
+        assert np.flatnonzero(idle_steps(moving, scale)).tolist() == [*range(12), *range(28, 39)], name
+    # The joints of an arm of seven may creep while its hand rests.
+    creeping = {**arrays, "obs/proprio": arrays["obs/proprio"].copy()}
+    creeping["obs/proprio"][:39, EMBODIMENT.proprio.names.index("panda_joint3")] += np.linspace(0, 0.1, 39)
+    assert (idle_steps(creeping, scale) == idle_steps(arrays, scale)).all()
+
+
+@pytest.mark.parametrize("randomization", [None, "training", "standard"])
+def test_a_simulated_arm_that_is_not_commanded_is_idle_in_spite_of_its_noise(randomization: str | None) -> None:
+    env = make_vector_env("lift", 1, image_size=16, observe="state", randomization=randomization)
+    actions = np.zeros((80, 7), np.float32)
+    actions[:, 6], actions[40:, 2] = 1, 0.015  # Up by 6 mm/s, too little to be a command by itself.
+    proprio = [env.reset(seed=3)[0]["proprio"][0]]
+    proprio += [env.step(action[None])[0]["proprio"][0] for action in actions[:-1]]
+    arrays = {"actions": actions, "obs/proprio": np.stack(proprio)}
+    spans = {name: np.ptp(array, axis=0) for name, array in arrays.items()}
+    idle = idle_steps(arrays, MotionScale(embodiment=env.embodiment, keys=("obs/proprio",), spans=spans,
+                                          low=actions.min(axis=0), high=actions.max(axis=0)))  # fmt: skip
+    assert idle[10:30].all()
+    assert not idle[42:].any()
+
+
+def panda_motion(steps: int, per_s: dict[str, float]) -> np.ndarray:
+    """Proprio ``(T, 20)`` that rests but for dimensions with a constant speed."""
+    proprio = np.zeros((steps, len(EMBODIMENT.proprio.names)))
+    for name, speed in per_s.items():
+        proprio[:, EMBODIMENT.proprio.names.index(name)] = 0.4 + speed * np.arange(steps) / RATE
+    return proprio
+
+
+def one_episode(path: Path, proprio: np.ndarray, embodiment: Embodiment = EMBODIMENT) -> tuple[Arrays, MotionScale]:
+    """The arrays of an episode without commands, and the scale of a dataset of nothing else."""
+    arrays, info = make_episode(0, len(proprio), rest=len(proprio) - 1)
+    arrays |= {"obs/proprio": proprio.astype(np.float32), "actions": np.zeros_like(arrays["actions"])}
+    with DatasetWriter(path, embodiment, TASKS) as writer:
+        writer.add(arrays, dataclasses.replace(info, embodiment=embodiment_digest(embodiment)))
+    return arrays, MotionScale.of(Dataset.open(path))
+
+
+SLOW = [{"tcp_z": -0.01}, {"tcp_r21": 0.03}, {"gripper_opening": -0.05}, {"tcp_x": 0.007, "tcp_y": 0.007}]
+
+
+@pytest.mark.parametrize("per_s", SLOW)
+def test_noise_of_a_resting_arm_is_no_motion_and_slow_motion_is_no_rest(
+    tmp_path: Path, per_s: dict[str, float]
+) -> None:
+    noise = {"m": 0.001, "rad": 0.002, "1": 0.002}
+    deviations = np.array([noise[unit] for unit in EMBODIMENT.proprio.units])
+    for seed in range(10):
+        generator = np.random.default_rng(seed)
+        proprio = np.concatenate([panda_motion(60, dict.fromkeys(per_s, 0.0)), panda_motion(60, per_s)])
+        arrays, scale = one_episode(tmp_path / f"{seed}", proprio + generator.normal(0, deviations, proprio.shape))
+        idle = idle_steps(arrays, scale)
+        assert idle[:50].all()
+        assert not idle[70:].any()
+
+
+def test_without_noise_a_few_millimetres_per_second_are_motion(tmp_path: Path) -> None:
+    arrays, scale = one_episode(tmp_path / "a", panda_motion(60, {"tcp_y": 0.003}))
+    assert not idle_steps(arrays, scale).any()
+    arrays, scale = one_episode(tmp_path / "b", panda_motion(60, {"tcp_y": 0.001}))
+    assert idle_steps(arrays, scale).all()
+
+
+def test_a_robot_without_names_and_units_rests_in_the_ranges_of_its_data(tmp_path: Path) -> None:
+    foreign = foreign_embodiment(name="crane", control_hz=RATE, action_dim=7, observations={"proprio": (3,)})
+    proprio = np.zeros((120, 3))
+    proprio[:, 0] = 500 + 200 * np.clip(np.arange(120) - 60, 0, None) / 60
+    proprio += np.random.default_rng(0).normal(0, [0.5, 0.5, 0], proprio.shape)
+    proprio[:, 2] = 1e3 + 1e-6 * np.arange(120)  # Its change is what float32 cannot hold.
+    arrays, scale = one_episode(tmp_path / "a", proprio, foreign)
+    idle = idle_steps(arrays, scale)
+    assert idle[:50].all()
+    assert not idle[62:].any()
+    # Without commands that change, and where nothing shows a motion, everything is idle.
+    assert idle_steps(arrays, dataclasses.replace(scale, keys=())).all()
 
 
 def test_saturation_is_counted_per_dimension(clean: Dataset) -> None:
@@ -119,16 +197,28 @@ def test_gaps_skew_and_stale_sensors_are_measured() -> None:
     assert describe_stamps({}, info) is None
 
 
-def test_an_image_that_repeats_is_frozen_only_while_the_robot_moves() -> None:
-    images = np.random.default_rng(0).integers(0, 256, (12, 4, 4, 3), dtype=np.uint8)
+def test_an_image_that_repeats_is_frozen_only_while_the_robot_moves(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (40, 4, 4, 3), dtype=np.uint8)
     images[3:7] = images[3]
-    idle = np.zeros(12, bool)
-    assert describe_images(images, idle)["longest_frozen_steps"] == 3
-    assert describe_images(images, idle)["frozen_share"] == pytest.approx(3 / 12)
-    idle[3:6] = True
-    rested = describe_images(images, idle)
-    assert (rested["frozen_share"], rested["identical_share"]) == (0, pytest.approx(3 / 12))
-    assert rested["longest_identical_steps"] == 3
+    images[20:36] = images[20]
+    moves = np.arange(40)[:, None] * 0.4
+    assert describe_images(images, moves)["longest_frozen_steps"] == 15
+    assert describe_images(images, moves)["frozen_share"] == pytest.approx(18 / 40)
+    # In three steps nothing went far enough to be seen.
+    assert describe_images(images, moves / 2)["frozen_share"] == pytest.approx(15 / 40)
+    rested = describe_images(images, np.zeros((40, 1)))
+    assert (rested["frozen_share"], rested["identical_share"]) == (0, pytest.approx(18 / 40))
+    assert rested["longest_identical_steps"] == 15
+    noisy = panda_motion(40, {"tcp_x": 0.0}) + np.random.default_rng(1).normal(0, 0.002, (40, 20))
+    arrays, scale = one_episode(tmp_path / "a", noisy)
+    assert describe_images(images, certain_motion(arrays, scale))["frozen_share"] == 0
+    arrays["obs/proprio"][:, 0] += np.arange(40) * 0.002
+    assert describe_images(images, certain_motion(arrays, scale))["longest_frozen_steps"] == 15
+    # Where no vectors show the motion, the commands do.
+    blind = dataclasses.replace(scale, keys=())
+    assert describe_images(images, certain_motion(arrays, blind))["frozen_share"] == 0
+    arrays["actions"][25, 0] = 1
+    assert describe_images(images, certain_motion(arrays, blind))["longest_frozen_steps"] == 15
 
 
 def test_the_dose_of_move_follows_from_the_logged_speeds() -> None:
@@ -195,11 +285,11 @@ def spoilt(clean: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         for number, info in enumerate(clean.episodes):
             arrays = {name: array.copy() for name, array in clean.read(info).items()}
             if number == 1:
-                arrays["obs/front_image"][4:10] = arrays["obs/front_image"][4]
+                arrays["obs/front_image"][4:] = arrays["obs/front_image"][4]
             if number == 3:
                 arrays["step/timestamp_ns"][9:] += 200_000_000
             if number == 5:
-                arrays, info = make_episode(5, 18, rest=8)
+                arrays, info = make_episode(5, 30, rest=18)
             if number == 7:
                 arrays["actions"][:, 2] = 1
             if number == 9:

@@ -44,8 +44,8 @@ def make_episode(seed: int, steps: int = 20, rest: int = 0) -> tuple[dict[str, n
     return arrays, info
 
 
-def make_dataset(path: Path, episodes: int = 6, first_seed: int = 0, rest: int = 0) -> Dataset:
+def make_dataset(path: Path, episodes: int = 6, first_seed: int = 0, steps: int = 15, rest: int = 0) -> Dataset:
     with DatasetWriter(path, EMBODIMENT, TASKS) as writer:
         for seed in range(first_seed, first_seed + episodes):
-            writer.add(*make_episode(seed, 15 + seed % 4, rest))
+            writer.add(*make_episode(seed, steps + seed % 4, rest))
     return Dataset.open(path)

@@ -92,7 +92,12 @@ def main(config: Config) -> None:
     )  # fmt: skip
     warnings = {mode: Thresholds(**limits).warning for mode, limits in result.thresholds.items()}
     warnings = {mode: text for mode, text in warnings.items() if text}
-    report = {"warnings": warnings, "entropy": _entropies(dataset, result), "provenance": provenance([config.seed])}
+    report = {
+        "warnings": warnings,
+        "entropy": _entropies(dataset, result),
+        "outcomes": _outcomes(dataset, result),
+        "provenance": provenance([config.seed]),
+    }
     result = dataclasses.replace(result, report=report)
     path = write_filter(config.dataset, result)
     write_view(Dataset.open(config.dataset))  # robomimic sees the mask as well.
@@ -146,6 +151,17 @@ def _entropies(dataset: Dataset, result: Filter) -> dict[str, Any] | None:
     return {"before": dataset_diversity(dataset), "after": dataset_diversity(after) if accepted else None}
 
 
+def _outcomes(dataset: Dataset, result: Filter) -> dict[str, dict[str, int]]:
+    """Episodes, steps and kept steps of the successes and of the failures."""
+    outcomes = {name: {"episodes": 0, "steps": 0, "kept_steps": 0} for name in ("successes", "failures")}
+    for episode in dataset.episodes:
+        row = outcomes["successes" if episode.success else "failures"]
+        row["episodes"] += 1
+        row["steps"] += episode.steps
+        row["kept_steps"] += result.episodes[episode.name].kept_steps
+    return outcomes
+
+
 def _show(console: Any, config: Config, result: Filter) -> None:
     from rich.table import Table
 
@@ -169,6 +185,10 @@ def _show(console: Any, config: Config, result: Filter) -> None:
         if limits["tolerance_share"]:
             most += f" or {100 * limits['tolerance_share']:.1f} %, whichever is more"
         console.print(f"{mode}: {values}, {most} ({source})", soft_wrap=True)
+    if result.report["outcomes"]["failures"]["episodes"]:
+        kept = [f"{row['kept_steps']} of {row['steps']} steps of {row['episodes']} {name}"
+                for name, row in result.report["outcomes"].items()]  # fmt: skip
+        console.print(f"kept: {' and '.join(kept)}; policies do not learn from failures by default", soft_wrap=True)
     for mode, text in result.report["warnings"].items():
         console.print(f"{mode}: {text}", style="yellow", soft_wrap=True)
     if entropy := result.report["entropy"]:
