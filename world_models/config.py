@@ -100,10 +100,10 @@ class ClassifierConfig:
 
     width: int = 48
     """Channels of the convolutions (multiple of 8)."""
-    consecutive: int = 4
-    """Frames in a row of a recording that must show success: one alone is too easily a hallucination (WoVR: two). Four
-    and, in imagination, the one after the last action are the five that the simulation asks for; with fewer, passing
-    through the goal pays in imagination only."""
+    consecutive: int = 2
+    """Frames in a row of a recording that must show success: one alone is too easily a hallucination (WoVR's reward).
+    A recorded success ends soon after its first one, and an imagined one may be a little late, so few must do. Where
+    imagination goes on, as many are asked for as in the simulation: else passing through the goal would pay."""
     near_steps: int = 15
     """Frames before the first success, and at the end of failures, that count as hard negatives."""
     generated_episodes: int = 160

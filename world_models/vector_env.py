@@ -15,6 +15,7 @@ from gymnasium.vector.utils import batch_space
 from simtoreal.envs.action import check_action, integrate_action
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError
+from simtoreal.envs.tabletop_vector import SUCCESS_HOLD_STEPS
 from simtoreal.envs.task import TaskSpec
 from simtoreal.envs.task_file import load_task, parse_task
 from simtoreal.policies.trainer import choose_precision
@@ -47,8 +48,8 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
 
     Observations: ``<camera>_image`` uint8 ``(N, H, W, 3)`` and ``proprio`` float32 ``(N, P)``; as on a robot there is
     no ``object_state``. Episodes begin in real frames: seed s begins in context s modulo their number, independently
-    of the slot it runs in. Success, and with it reward and termination, is what the success classifier says in
-    ``config.classifier.consecutive`` + 1 frames in a row. Actions and info are described in docs/interface.md;
+    of the slot it runs in. Success, and with it reward and termination, is what the success classifier says in as many
+    frames in a row as the simulation asks for. Actions and info are described in docs/interface.md;
     ``milestones`` and ``contacts`` are empty, since pictures do not tell them. Two entries are added: ``init_id``, the
     number of the context, and ``success_probability``.
 
@@ -108,8 +109,7 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
         }  # fmt: skip
         with torch.autocast(**self._autocast):
             self.contexts = Contexts(self.model, data, places)
-        # A recording ends before the frame that its last action leads to; here that frame is seen, too.
-        self.consecutive = self.model.config.classifier.consecutive + 1
+        self.consecutive = SUCCESS_HOLD_STEPS
         self.threshold = float(self.model.classifier.threshold)
         self._define_spaces()
         self.images_wanted = True
