@@ -103,6 +103,18 @@ def test_a_mask_of_nothing_but_held_out_episodes_is_refused(dataset):
         choose_episodes(dataset, "valid")
 
 
+@pytest.mark.parametrize("mask", ["train", "success"])
+def test_data_without_any_success_say_so(tmp_path: Path, mask: str):
+    good = plane_dataset(tmp_path / "good", ["up_right"] * 2)
+    with DatasetWriter(tmp_path / "failed", good.embodiment, good.tasks) as writer:
+        for info in good.episodes:
+            writer.add(good.read(info), dataclasses.replace(info, success=False))
+    failed = Dataset.open(tmp_path / "failed")
+    with pytest.raises(DatasetError, match=r"none of its 2 episodes succeeded.*--mask all"):
+        choose_episodes(failed, mask)
+    assert numbers(choose_episodes(failed, "all").train) == {0, 1}
+
+
 def test_a_dataset_without_held_out_episodes_trains_all_the_same(tmp_path: Path):
     single = plane_dataset(tmp_path / "single", ["up_right"])
     data = open_training_data(single.path, STATE_BC, mask="all")
