@@ -57,7 +57,7 @@ class Ledger:
             attempt that exceeds the budget is the last one and counts.
 
     Attributes:
-        decided_successes, decided_steps: of the seeds before the first one without an outcome, the only ones that count.
+        decided_successes, decided_steps: of the seeds before the first one without an outcome; no others count.
     """
 
     def __init__(self, writer: DatasetWriter, first_seed: int, episodes: int | None, steps: int | None = None) -> None:

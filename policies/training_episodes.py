@@ -39,8 +39,8 @@ def choose_episodes(dataset: Dataset, mask: str, *, hold_out: bool = True, weigh
     """
     if mask in ("train", "success") and mask not in dataset.masks:
         raise DatasetError(
-            f"{dataset.path}: none of its {len(dataset.episodes)} episodes succeeded, and mask '{mask}' is of successes. "
-            "Collect successful episodes, or learn from the failures with --mask all."
+            f"{dataset.path}: none of its {len(dataset.episodes)} episodes succeeded, and mask '{mask}' is of "
+            "successes. Collect successful episodes, or learn from the failures with --mask all."
         )
     named = dataset.filter(mask)
     valid = dataset.filter("valid") if "valid" in dataset.masks else []
