@@ -393,20 +393,21 @@ def test_recorded_states_reproduce_the_recorded_observations(tmp_path: Path) -> 
 def test_command_writes_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from simtoreal.commands.collect import Config, main
 
-    config = Config(task="reach", output=tmp_path / "d", episodes=3, image_size=16, workers=1, num_envs=3)
+    config = Config(task="reach", output=tmp_path / "d [old]", episodes=3, image_size=16, workers=1, num_envs=3)
     main(config)
-    results = json.loads((tmp_path / "d/results.json").read_text())
+    results = json.loads((tmp_path / "d [old]/results.json").read_text())
     collected = results["collect"]
     assert (collected["episodes"], collected["successes"]) == (3, 3)
     assert collected["tried"] == 3 + len(collected["failures"])
     assert collected["interval"][0] < collected["success_rate"] <= 1
     assert collected["episodes_per_s"] > 0
     assert results["provenance"]["seeds"][0] == 0
-    assert "95 % interval" in " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    assert "95 % interval" in printed
+    assert f"in {config.output}: expert success" in printed
     main(dataclasses.replace(config, episodes=2))
-    assert "already holds 3 successful episodes of reach: nothing left to do" in " ".join(
-        capsys.readouterr().out.split()
-    )
-    assert json.loads((tmp_path / "d/results.json").read_text()) == results
+    expected = f"{config.output} already holds 3 successful episodes of reach: nothing left to do"
+    assert expected in capsys.readouterr().out
+    assert json.loads((tmp_path / "d [old]/results.json").read_text()) == results
     with pytest.raises(ConfigError, match="Did you mean 'careful'"):
         main(dataclasses.replace(config, style="carefull"))

@@ -228,10 +228,12 @@ def _save_policy(folder: Path, image_size: int) -> Path:
 
 
 def test_command_evaluates_a_checkpoint(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = command.Config(policy=checkpoint, output=tmp_path / "out", episodes=3, num_envs=2, videos=1)
+    config = command.Config(policy=checkpoint, output=tmp_path / "out [old]", episodes=3, num_envs=2, videos=1)
     command.main(config)
-    assert "Result: bc on reach: success" in capsys.readouterr().out
-    found = load_evaluation(tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "Result: bc on reach: success" in printed
+    assert f"written to {tmp_path / 'out [old]'}\n" in printed
+    found = load_evaluation(tmp_path / "out [old]")
     assert found.seeds == (100_000, 100_001, 100_002)
     assert found.results["checkpoint"]
     assert found.results["horizon"] == max(episode.steps for episode in found.episodes)

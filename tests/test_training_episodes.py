@@ -141,13 +141,14 @@ def test_moving_episodes_that_do_not_say_how_things_moved_are_refused(dataset):
 
 def test_train_says_what_it_leaves_out(dataset, tmp_path, capsys):
     cli.run(
-        ["train", "--data", str(dataset.path), "--mask", "move", "--no-scene-frame", "--output", str(tmp_path / "run"),
-         "--policy", "bc", "--steps", "2", "--bc.image-keys", "--bc.hidden", "16", "--bc.layers", "1",
-         "--trainer.batch-size", "8", "--device", "cpu"]
+        ["train", "--data", str(dataset.path), "--mask", "move", "--no-scene-frame",
+         "--output", str(tmp_path / "run [old]"), "--policy", "bc", "--steps", "2", "--bc.image-keys", "--bc.hidden",
+         "16", "--bc.layers", "1", "--trainer.batch-size", "8", "--device", "cpu"]
     )  # fmt: skip
     printed = " ".join(capsys.readouterr().out.split())
     assert "1 failures of mask 'move' are left out" in printed
     assert "1 episodes of mask 'move' are held out" in printed
+    assert f"-> {tmp_path / 'run [old]'}" in printed
 
 
 def test_train_learns_from_held_out_episodes_only_if_told_to(dataset, tmp_path, capsys):
