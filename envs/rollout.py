@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -268,7 +268,8 @@ class _Rollout:
         self.episode[slots], self.steps[slots] = episodes, 0
         steps = self.actor.observation_steps
         # An imagined episode may begin in the middle of a real one, where the arm moves; see docs/interface.md.
-        before = getattr(self.env.unwrapped, "observation_history", lambda slots, steps: {})(slots, steps)
+        history = getattr(self.env.unwrapped, "observation_history", None)
+        before: Mapping[str, np.ndarray] = history(slots, steps) if history else {}
         for key, value in observation.items():
             if key not in self.history:
                 self.history[key] = np.repeat(value[:, None], steps, axis=1)
