@@ -108,8 +108,8 @@ class CollectionProgress:
     """State of a running collection.
 
     Attributes:
-        episodes: episodes that count so far, at most those wanted.
-        steps: control steps of every attempt so far.
+        episodes: successes that count so far, those before the first seed that is undecided; at most those wanted.
+        steps: control steps of the attempts that count so far.
         successes: successful ones of all seeds tried.
         tried: seeds with an outcome.
         session: those of them that were tried by this call.
@@ -200,8 +200,8 @@ def _run(
     def report() -> None:
         on_progress(
             CollectionProgress(
-                episodes=min(ledger.successes, plan.episodes or ledger.successes),
-                steps=sum(outcome.steps for outcome in ledger.outcomes.values()),
+                episodes=ledger.decided_successes,
+                steps=ledger.decided_steps,
                 successes=ledger.successes,
                 tried=ledger.tried,
                 session=session,
@@ -211,8 +211,8 @@ def _run(
 
     report()
     while not ledger.complete:
-        idle, want = workers.idle(), ledger.want()
-        if idle and want > 0:
+        # With all of them idle nothing would ever report; then at least one seed runs.
+        if (idle := workers.idle()) and (want := max(ledger.want(), not workers.busy)) > 0:
             seeds = ledger.assign(want)
             for number, worker in enumerate(idle):
                 # Dealt like cards, so that all workers advance through the range together and episodes are committed

@@ -131,7 +131,12 @@ def _carry_filters(members: Sequence[Member], names: Sequence[str], output: Path
         having = [source for source in sources if (source.path / FILTERS / f"{name}.json").is_file()]
         stored = {id(source): read_filter(source.path, name) for source in having}
         first = next(iter(stored.values()))
-        if any((one.settings, one.thresholds) != (first.settings, first.thresholds) for one in stored.values()):
+        # A filter has thresholds for the collection modes of its own dataset; those of the others come along.
+        thresholds = {mode: values for one in stored.values() for mode, values in one.thresholds.items()}
+        first = dataclasses.replace(first, thresholds=thresholds)
+        if any(
+            _rule(one) != _rule(first) or not one.thresholds.items() <= thresholds.items() for one in stored.values()
+        ):
             notes.append(f"filter '{name}' is left out: the datasets' filters of this name were made differently")
             continue
         lacking = {id(source): _kept_whole(first, source) for source in sources if id(source) not in stored}
@@ -154,6 +159,12 @@ def _carry_filters(members: Sequence[Member], names: Sequence[str], output: Path
         if pairs:
             filters.append(_select(first, pairs))
     return filters, notes
+
+
+def _rule(one: Filter) -> dict[str, Any]:
+    """How a filter was made. Base data are known by the actions of their episodes, wherever they lie."""
+    known = "base_episodes" in one.settings
+    return {key: value for key, value in one.settings.items() if not (known and key == "against")}
 
 
 def _kept_whole(like: Filter, base: Dataset) -> Filter | None:

@@ -55,6 +55,9 @@ class Ledger:
         episodes: successes to collect, or None.
         steps: budget of control steps, or None. Every attempt spends its steps, as it spends a demonstrator's time; the
             attempt that exceeds the budget is the last one and counts.
+
+    Attributes:
+        decided_successes, decided_steps: of the seeds before the first one without an outcome; no others count.
     """
 
     def __init__(self, writer: DatasetWriter, first_seed: int, episodes: int | None, steps: int | None = None) -> None:
@@ -63,7 +66,7 @@ class Ledger:
         self.assigned: set[int] = set()
         self._next = first_seed
         self._committed: set[int] = set()
-        self._prefix_successes = self._prefix_steps = 0
+        self.decided_successes = self.decided_steps = 0
         self._resume()
         with disk_errors(writer.path / LOG):
             self._log = os.open(writer.path / LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
@@ -110,9 +113,9 @@ class Ledger:
     @property
     def complete(self) -> bool:
         """Whether the wanted successes are committed, or the budget is spent."""
-        if self.episodes is not None and self._prefix_successes >= self.episodes:
+        if self.episodes is not None and self.decided_successes >= self.episodes:
             return True
-        return self.steps is not None and self._prefix_steps >= self.steps
+        return self.steps is not None and self.decided_steps >= self.steps
 
     @property
     def tried(self) -> int:
@@ -129,16 +132,21 @@ class Ledger:
         return [self.outcomes[seed] for seed in range(self.first_seed, self._next)]
 
     def want(self) -> int:
-        """How many more seeds should be running to expect enough successes."""
-        wanted = []
-        if self.episodes is not None:
-            rate = (self.successes + _PRIOR_SUCCESSES) / (self.tried + _PRIOR_TRIALS)
-            wanted.append((self.episodes - self.successes) / rate)
-        if self.steps is not None:
-            spent = sum(outcome.steps for outcome in self.outcomes.values())
-            length = (spent + _PRIOR_STEPS) / (self.tried + 1)
-            wanted.append((self.steps - spent) / length)
-        return math.ceil(min(wanted)) - len(self.assigned)
+        """How many more seeds should be running to expect enough successes or steps: at least one until complete.
+
+        Successes behind a seed without an outcome do not replace it: an interrupted collection has nobody running it.
+        """
+        rate = (self.successes + _PRIOR_SUCCESSES) / (self.tried + _PRIOR_TRIALS)
+        length = (sum(outcome.steps for outcome in self.outcomes.values()) + _PRIOR_STEPS) / (self.tried + 1)
+        successes, steps = float(self.decided_successes), float(self.decided_steps)
+        seed, count = self._next, 0
+        while successes < (self.episodes or math.inf) and steps < (self.steps or math.inf):
+            outcome = self.outcomes.get(seed)
+            successes += rate if outcome is None else outcome.success
+            steps += length if outcome is None else outcome.steps
+            count += outcome is None
+            seed += 1
+        return count - len(self.assigned)
 
     def assign(self, count: int) -> list[int]:
         """The next ``count`` seeds that nobody has run or is running.
@@ -177,8 +185,8 @@ class Ledger:
             if outcome.stored and outcome.seed not in self._committed:
                 self.writer.adopt(staged_path(self.writer.path, outcome.seed))
                 self._committed.add(outcome.seed)
-            self._prefix_successes += outcome.success
-            self._prefix_steps += outcome.steps
+            self.decided_successes += outcome.success
+            self.decided_steps += outcome.steps
             self._next += 1
 
     def close(self) -> None:

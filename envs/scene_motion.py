@@ -214,6 +214,8 @@ class SceneMover:
         self.held_s = np.zeros(count)
         self.camera_signs = np.ones((count, 3))
         self.camera_offsets = np.zeros((count, 3))
+        # Of the latest pictures, like the poses: the cameras have moved on when the step that they led to is logged.
+        self.drawn_offsets = np.zeros((count, 3))
         self.camera_positions = np.zeros((count, len(self.cameras), 3))
         self.camera_quaternions = np.zeros((count, len(self.cameras), 4))
 
@@ -229,7 +231,7 @@ class SceneMover:
         self.turn_signs[slot] = rng.choice((-1.0, 1.0))
         self.camera_signs[slot] = rng.choice((-1.0, 1.0), size=3)
         low, high = np.transpose(self.motion._camera_ranges)
-        self.camera_offsets[slot] = rng.uniform(low, high)
+        self.camera_offsets[slot] = self.drawn_offsets[slot] = rng.uniform(low, high)
         self.turned[slot] = self.turn_rates[slot] = 0.0
         self.velocities[slot], self.moved_s[slot], self.touched[slot], self.held_s[slot] = 0.0, 0.0, False, 0.0
 
@@ -314,6 +316,7 @@ class SceneMover:
         """
         if not self.motion.places_cameras:
             return {}
+        self.drawn_offsets[slots] = self.camera_offsets[slots]
         positions, matrices = fields["cam_xpos"].copy(), fields["cam_xmat"].copy()
         for camera in self.cameras:
             index = camera_ids[camera.name]
@@ -329,7 +332,8 @@ class SceneMover:
     def log(self) -> dict[str, np.ndarray]:
         """Parameters and speeds of the last step by name, each ``(N,)`` float64; see ``info["scene_motion"]``.
 
-        Poses of cameras are those of the pictures before the step, which its action answered.
+        Offsets and poses of cameras are those of the pictures before the step, which its action answered; without
+        pictures the offsets are those at the beginning of the episode.
         """
         names = ("object", "target", "camera")
         entries = {f"speed_factor_{name}": self.factors[:, index].copy() for index, name in enumerate(names)}
@@ -339,7 +343,7 @@ class SceneMover:
         if self.moving:
             entries[f"{self.moving[0].name}_turn_rad_s"] = self.turn_rates.copy()
         for index, name in enumerate(("azimuth_deg", "distance_m", "height_m")):
-            entries[f"camera_{name}"] = self.camera_offsets[:, index].copy()
+            entries[f"camera_{name}"] = self.drawn_offsets[:, index].copy()
         for index, camera in enumerate(self.cameras if self.motion.places_cameras else ()):
             for axis, letter in enumerate("xyz"):
                 entries[f"{camera.name}_{letter}_m"] = self.camera_positions[:, index, axis].copy()

@@ -98,6 +98,8 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         raise EvaluationError(f"{path} is damaged ({error}); choose another --output") from error
     settings = {key: value for key, value in settings.items() if key not in DIGESTS or key in stored}
     differing = [key for key in {**stored, **settings} if stored.get(key) != settings.get(key)]
+    if "policy" in differing and settings.get("checkpoint") and "checkpoint" not in differing:
+        differing.remove("policy")  # The same policy in a run that was moved.
     if differing:
         lines = [
             f"{key}: {stored.get(key)!r} there, {settings.get(key)!r} now"

@@ -26,7 +26,7 @@ class EpisodeProgress(Listener):
     def __init__(self, console: Console, title: str, total: int, known: Sequence[bool] = ()) -> None:
         self.outcomes = list(known)
         self.progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=30),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),

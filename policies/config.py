@@ -180,7 +180,8 @@ class TrainerConfig:
     learning_rate: float = 1e-3
     """Highest learning rate, reached after the warm-up."""
     warmup_steps: int = 200
-    """Steps of linear warm-up; a tenth of the steps where these are fewer."""
+    """Steps of linear warm-up. Of fewer than twice as many steps, it takes what is beyond this number, but at least a
+    tenth of them."""
     weight_decay: float = 1e-3
     """Decoupled weight decay (AdamW)."""
     max_gradient_norm: float = 1.0

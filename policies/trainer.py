@@ -35,7 +35,7 @@ from simtoreal.policies.training_log import TrainingLog
 FORMAT_VERSION = 1
 # The cosine ends at this part of the highest learning rate.
 FINAL_RATE = 0.01
-# Part of the steps that warm up where there are fewer of them than of the warm-up.
+# Part of the steps that warm up at least, however few they are.
 SHORT_WARMUP = 0.1
 # What AdamW keeps per parameter; it has nothing for one that never got a gradient.
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
@@ -65,10 +65,9 @@ class TrainingResult:
 
 def learning_rate(config: TrainerConfig, step: int) -> float:
     """Return the rate of a step: linear warm-up, then a cosine down to 1 % of the highest rate."""
-    warmup = config.warmup_steps
-    if warmup > config.steps:
-        # The default on few steps would end before the highest rate.
-        warmup = math.ceil(config.steps * SHORT_WARMUP)
+    # Few steps shorten the warm-up: it would leave fewer than it takes to the cosine, or none.
+    shortened = max(config.steps - config.warmup_steps, math.ceil(config.steps * SHORT_WARMUP))
+    warmup = min(config.warmup_steps, shortened)
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     done = (step - warmup) / max(1, config.steps - warmup)

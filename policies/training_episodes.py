@@ -37,6 +37,11 @@ def choose_episodes(dataset: Dataset, mask: str, *, hold_out: bool = True, weigh
     Raises:
         DatasetError: there is no such mask, or nothing of it is left.
     """
+    if mask in ("train", "success") and mask not in dataset.masks:
+        raise DatasetError(
+            f"{dataset.path}: none of its {len(dataset.episodes)} episodes succeeded, and mask '{mask}' is of "
+            "successes. Collect successful episodes, or learn from the failures with --mask all."
+        )
     named = dataset.filter(mask)
     valid = dataset.filter("valid") if "valid" in dataset.masks else []
     failures = weighted or mask in ("all", "failure") or mask in dataset.meta.get("masks", {})

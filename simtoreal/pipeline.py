@@ -94,14 +94,16 @@ def run_stages(stages: Sequence[Stage], output: Path, console: Console) -> list[
         PipelineError: a stage failed, another process runs the same pipeline, or a folder is not ours.
         KeyboardInterrupt: interrupted; a later call continues.
     """
+    from rich.text import Text
+
     output.mkdir(parents=True, exist_ok=True)
     records = []
     with _locked(output):
         for number, (stage, digest) in enumerate(zip(stages, digests(stages).values(), strict=True), start=1):
-            console.rule(f"[bold]{number}/{len(stages)}  {stage.title}", align="left")
+            console.rule(Text(f"{number}/{len(stages)}  {stage.title}", style="bold"), align="left")
             record = _run(stage, digest, output, console)
             done = "already done, took" if record.skipped else "done in"
-            console.print(f"[green]{stage.name}[/green] {done} {format_duration(record.seconds)}")
+            console.print(f"{stage.name} {done} {format_duration(record.seconds)}", style="green")
             records.append(record)
     return records
 
@@ -138,7 +140,7 @@ def _run(stage: Stage, digest: str, output: Path, console: Console) -> StageReco
     write_json(marker, {"digest": digest, "finished": False, "seconds": seconds})
     folder.mkdir(exist_ok=True)
     arguments = [argument.replace("{output}", str(output)) for argument in stage.command]
-    console.print(f"[dim]$ {shlex.join(['simtoreal', *arguments])}", soft_wrap=True, highlight=False)
+    console.print(f"$ {shlex.join(['simtoreal', *arguments])}", style="dim", soft_wrap=True, highlight=False)
     started, code = time.monotonic(), None
     try:
         code = _call([sys.executable, "-m", "simtoreal", *arguments])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import signal
 import subprocess
 import sys
@@ -288,6 +289,15 @@ def test_load_config_reports_a_missing_required_key(tmp_path):
     assert build_config(Wheel, {"radius_m": 1}, source="test").radius_m == 1.0
     with pytest.raises(ConfigError, match="radius_m"):
         build_config(Wheel, {"radius_m": True}, source="test")
+
+
+@pytest.mark.parametrize(
+    "path", sorted(Path(simtoreal.commands.__file__).parent.glob("*.py")), ids=lambda path: path.stem
+)
+def test_no_command_takes_the_brackets_of_a_path_for_markup(path):
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    consoles = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "Console"]
+    assert all(ast.unparse(call) == "Console(markup=False)" for call in consoles)
 
 
 def test_doctor_is_ready_where_the_tests_run(monkeypatch, capsys):

@@ -11,14 +11,17 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.connection import wait
 from pathlib import Path
 
 import numpy as np
 import point_world
 import pytest
 
+from simtoreal.data_collection import collect as collect_module
 from simtoreal.data_collection.collect import CollectionPlan, CollectionProgress, collect
 from simtoreal.data_collection.dataset import Dataset
+from simtoreal.data_collection.ledger import Ledger
 from simtoreal.data_collection.writer import require_dataset_folder
 from simtoreal.envs.errors import ConfigError, DatasetError, SimtorealError
 
@@ -162,6 +165,50 @@ def test_sigkill_and_resume_give_exactly_the_requested_episodes(tmp_path: Path, 
     assert_clean(output)
     lines = (output / "collection.jsonl").read_text().splitlines()
     assert len({json.loads(line)["seed"] for line in lines}) >= len(result.outcomes) - 2
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "last_seed"),
+    [
+        ({"episodes": 6}, {"episodes": 6}, 6),
+        ({"episodes": 6}, {"episodes": 4}, 4),
+        ({"episodes": None, "steps": 480}, {"episodes": None, "steps": 20}, 3),
+    ],
+)
+def test_a_collection_stopped_while_only_an_earlier_seed_was_missing_continues(
+    tmp_path: Path, before: dict, after: dict, last_seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown = []
+
+    def stop(progress: CollectionProgress) -> None:
+        shown.append(progress)
+        if progress.successes == 6:
+            raise KeyboardInterrupt
+
+    # All seeds run at once; seed 3 fails, and takes longer than the others.
+    plan = make_plan(tmp_path, workers=1, num_envs=8, **before)
+    with pytest.raises(KeyboardInterrupt):
+        collect(plan, setup=point_world.setup, on_progress=stop)
+    assert shown[-1].episodes == 3, "only what is committed counts"
+    assert shown[-1].steps == sum(episode.steps for episode in Dataset.open(tmp_path).episodes)
+
+    def wait_for_somebody(connections: list) -> list:
+        assert connections, "nobody is running the missing seed, so this would wait for ever"
+        return wait(connections)
+
+    monkeypatch.setattr(collect_module, "wait", wait_for_somebody)
+    result = collect(dataclasses.replace(plan, **after), setup=point_world.setup)
+    assert result.session == 1
+    assert [outcome.seed for outcome in result.outcomes] == list(range(last_seed + 1))
+    assert_clean(tmp_path)
+
+
+def test_idle_workers_get_a_seed_even_if_the_ledger_asks_for_none(
+    tmp_path: Path, reference: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ledger, "want", lambda ledger: 0)
+    collect(make_plan(tmp_path), setup=point_world.setup)
+    assert content_digest(tmp_path) == reference
 
 
 def test_log_torn_by_a_crash_is_repaired(tmp_path: Path, reference: str) -> None:
@@ -346,20 +393,21 @@ def test_recorded_states_reproduce_the_recorded_observations(tmp_path: Path) -> 
 def test_command_writes_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from simtoreal.commands.collect import Config, main
 
-    config = Config(task="reach", output=tmp_path / "d", episodes=3, image_size=16, workers=1, num_envs=3)
+    config = Config(task="reach", output=tmp_path / "d [old]", episodes=3, image_size=16, workers=1, num_envs=3)
     main(config)
-    results = json.loads((tmp_path / "d/results.json").read_text())
+    results = json.loads((tmp_path / "d [old]/results.json").read_text())
     collected = results["collect"]
     assert (collected["episodes"], collected["successes"]) == (3, 3)
     assert collected["tried"] == 3 + len(collected["failures"])
     assert collected["interval"][0] < collected["success_rate"] <= 1
     assert collected["episodes_per_s"] > 0
     assert results["provenance"]["seeds"][0] == 0
-    assert "95 % interval" in " ".join(capsys.readouterr().out.split())
+    printed = capsys.readouterr().out
+    assert "95 % interval" in printed
+    assert f"in {config.output}: expert success" in printed
     main(dataclasses.replace(config, episodes=2))
-    assert "already holds 3 successful episodes of reach: nothing left to do" in " ".join(
-        capsys.readouterr().out.split()
-    )
-    assert json.loads((tmp_path / "d/results.json").read_text()) == results
+    expected = f"{config.output} already holds 3 successful episodes of reach: nothing left to do"
+    assert expected in capsys.readouterr().out
+    assert json.loads((tmp_path / "d [old]/results.json").read_text()) == results
     with pytest.raises(ConfigError, match="Did you mean 'careful'"):
         main(dataclasses.replace(config, style="carefull"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 
@@ -18,7 +19,7 @@ from simtoreal.data_collection.compatibility import detection_auc
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.edit import merge
 from simtoreal.data_collection.episode import EpisodeInfo, embodiment_digest
-from simtoreal.data_collection.filters import read_filter
+from simtoreal.data_collection.filters import read_filter, write_filter
 from simtoreal.data_collection.writer import DatasetWriter
 from simtoreal.envs.errors import CheckpointError, ConfigError, DatasetError, EmbodimentMismatchError
 from simtoreal.policies.compatibility_coach import CompatibilityCoach
@@ -430,3 +431,30 @@ def test_new_data_filtered_first_and_merged_with_their_base_afterwards(tmp_path,
     merged = merge([other, new], tmp_path / "wrong")
     assert "do not have it and are not the base data" in merged.notes[0]
     assert "compatible" not in merged.dataset.masks
+
+
+def test_filters_of_one_base_are_merged_wherever_it_lies_and_whatever_the_modes(tmp_path, base, mixed):
+    motion = {"motion": {"u": 0.3}}
+    moving = plane_dataset(tmp_path / "moving", ["up_right"] * 4, seed=3, extra=motion)
+    both = merge([base.path, moving.path], tmp_path / "both").dataset
+    elsewhere = merge([both.path], tmp_path / "elsewhere").dataset
+    still = merge([mixed.path], tmp_path / "still").dataset
+    more = plane_dataset(tmp_path / "more", ["right_up"] * 2, seed=5, extra=motion)
+    scorers = [fit_scorer(data, make_features(data), SMALL) for data in (both, elsewhere)]
+    for data, scorer in zip((still, more), scorers, strict=True):
+        write_filter(data.path, filter_dataset(data, scorer, name="compatible"))
+    merged = merge([still.path, more.path, both.path], tmp_path / "all")
+    assert merged.notes == ()
+    before, after = read_filter(more.path, "compatible"), read_filter(merged.dataset.path, "compatible")
+    assert set(after.thresholds) == {"static", "move"}
+    assert after.thresholds["move"] == before.thresholds["move"]
+    assert [after.episodes[name] for name in merged.names[8:10]] == list(before.episodes.values())
+    # The second and the third disagree on a mode that the first does not have.
+    other = merge([moving.path], tmp_path / "other").dataset
+    write_filter(other.path, filter_dataset(other, scorers[0], name="compatible"))
+    path = other.path / "filters/compatible.json"
+    content = json.loads(path.read_text())
+    content["thresholds"]["move"]["likelihood"] += 1.0
+    path.write_text(json.dumps(content))
+    wrong = merge([still.path, more.path, other.path], tmp_path / "wrong")
+    assert "were made differently" in wrong.notes[0]

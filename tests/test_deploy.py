@@ -363,11 +363,12 @@ def test_questions_are_asked_without_the_progress_bar(monkeypatch: pytest.Monkey
         return next(answers)
 
     monkeypatch.setattr("builtins.input", type_in)
-    with EpisodeProgress(Console(file=terminal, force_terminal=True), "a policy", 3) as progress:
+    with EpisodeProgress(Console(file=terminal, force_terminal=True), "policy [old]", 3) as progress:
         assert sys.stdout is not terminal, "the bar draws itself below what others print"
         assert deploy._ask_for_success(progress, None)
         assert sys.stdout is not terminal
     assert terminal.getvalue().count("<Did the robot succeed? [y/n] >") == 2
+    assert "policy [old]" in terminal.getvalue()
 
 
 ASKING = """

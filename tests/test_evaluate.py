@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from simtoreal.envs.video import read_video
 from simtoreal.evaluation.compare import NOT_DISTINGUISHABLE, compare
 from simtoreal.evaluation.evaluate import check_settings, check_unseen, evaluate
 from simtoreal.evaluation.results import EvaluationError, load_evaluation, read_episodes
+from simtoreal.policies.checkpoint import MODEL
 
 SETTINGS = {"task": "reach", "label": "approach", "backend": "simulation"}
 SEEDS = range(100_000, 100_010)
@@ -226,10 +228,12 @@ def _save_policy(folder: Path, image_size: int) -> Path:
 
 
 def test_command_evaluates_a_checkpoint(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = command.Config(policy=checkpoint, output=tmp_path / "out", episodes=3, num_envs=2, videos=1)
+    config = command.Config(policy=checkpoint, output=tmp_path / "out [old]", episodes=3, num_envs=2, videos=1)
     command.main(config)
-    assert "Result: bc on reach: success" in capsys.readouterr().out
-    found = load_evaluation(tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert "Result: bc on reach: success" in printed
+    assert f"written to {tmp_path / 'out [old]'}\n" in printed
+    found = load_evaluation(tmp_path / "out [old]")
     assert found.seeds == (100_000, 100_001, 100_002)
     assert found.results["checkpoint"]
     assert found.results["horizon"] == max(episode.steps for episode in found.episodes)
@@ -239,6 +243,22 @@ def test_command_evaluates_a_checkpoint(checkpoint: Path, tmp_path: Path, capsys
         command.Config(output=tmp_path)
     with pytest.raises(ConfigError, match="--episodes is 0"):
         command.Config(policy=checkpoint, output=tmp_path, episodes=0)
+
+
+def test_an_evaluation_of_a_run_that_was_moved_continues(checkpoint: Path, tmp_path: Path) -> None:
+    def run(policy: Path, episodes: int) -> dict[str, object]:
+        command.main(command.Config(policy=policy, output=tmp_path / "out", episodes=episodes, num_envs=2, videos=0))
+        return load_evaluation(tmp_path / "out").results
+
+    shutil.copytree(checkpoint, tmp_path / "moved")
+    run(checkpoint, 2)
+    results = run(tmp_path / "moved", 3)
+    assert (results["n"], results["episodes_this_run"], results["policy"]) == (3, 1, str(tmp_path / "moved"))
+    weights = bytearray((tmp_path / "moved" / MODEL).read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "moved" / MODEL).write_bytes(weights)
+    with pytest.raises(EvaluationError, match=r"(?s)policy: .*checkpoint: "):
+        run(tmp_path / "moved", 4)
 
 
 def test_policy_for_other_cameras_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.expert import ScriptedExpert
 from simtoreal.data_collection.operator_style import OperatorStyle
 from simtoreal.data_collection.windows import WindowSampler
-from simtoreal.envs import load_task, make_vector_env
+from simtoreal.envs import load_task, make_vector_env, rotation
 from simtoreal.envs.camera_motion import displace_camera
 from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.rollout import Listener, Step, rollout
@@ -225,6 +225,21 @@ def test_moving_cameras_change_the_image_and_are_logged() -> None:
     assert np.ptp(azimuths, axis=0).min() > 0.5
     assert np.ptp(np.array(logged), axis=0).max(axis=0).min() > 1e-3
     assert all(not np.array_equal(a, b) for a, b in itertools.pairwise(images))
+
+
+def test_logged_offsets_and_poses_of_a_camera_are_those_of_the_picture_that_the_step_answered() -> None:
+    env = make_vector_env("pick_place", 2, image_size=32, motion="move_views")
+    env.reset(seed=3)
+    camera = next(camera for camera in env.embodiment.cameras if camera.name == "front")
+    nominal = np.array(camera.position_m), rotation.to_matrix(np.array(camera.quaternion_wxyz))
+    for _ in range(5):
+        drawn = env._mover.camera_offsets.copy()
+        log = env.step(DRIVEN[:2])[4]["scene_motion"]
+        offsets = np.stack([log[f"camera_{name}"] for name in ("azimuth_deg", "distance_m", "height_m")], axis=-1)
+        np.testing.assert_array_equal(offsets, drawn)
+        poses = np.stack([log[f"front_{letter}_m"] for letter in "xyz"], axis=-1)
+        np.testing.assert_allclose(poses, [displace_camera(*nominal, offset)[0] for offset in offsets], atol=1e-9)
+    assert not np.array_equal(env._mover.camera_offsets, drawn)
 
 
 def test_views_differ_between_episodes_and_rest_within_one() -> None:

@@ -103,6 +103,18 @@ def test_a_mask_of_nothing_but_held_out_episodes_is_refused(dataset):
         choose_episodes(dataset, "valid")
 
 
+@pytest.mark.parametrize("mask", ["train", "success"])
+def test_data_without_any_success_say_so(tmp_path: Path, mask: str):
+    good = plane_dataset(tmp_path / "good", ["up_right"] * 2)
+    with DatasetWriter(tmp_path / "failed", good.embodiment, good.tasks) as writer:
+        for info in good.episodes:
+            writer.add(good.read(info), dataclasses.replace(info, success=False))
+    failed = Dataset.open(tmp_path / "failed")
+    with pytest.raises(DatasetError, match=r"none of its 2 episodes succeeded.*--mask all"):
+        choose_episodes(failed, mask)
+    assert numbers(choose_episodes(failed, "all").train) == {0, 1}
+
+
 def test_a_dataset_without_held_out_episodes_trains_all_the_same(tmp_path: Path):
     single = plane_dataset(tmp_path / "single", ["up_right"])
     data = open_training_data(single.path, STATE_BC, mask="all")
@@ -129,13 +141,14 @@ def test_moving_episodes_that_do_not_say_how_things_moved_are_refused(dataset):
 
 def test_train_says_what_it_leaves_out(dataset, tmp_path, capsys):
     cli.run(
-        ["train", "--data", str(dataset.path), "--mask", "move", "--no-scene-frame", "--output", str(tmp_path / "run"),
-         "--policy", "bc", "--steps", "2", "--bc.image-keys", "--bc.hidden", "16", "--bc.layers", "1",
-         "--trainer.batch-size", "8", "--device", "cpu"]
+        ["train", "--data", str(dataset.path), "--mask", "move", "--no-scene-frame",
+         "--output", str(tmp_path / "run [old]"), "--policy", "bc", "--steps", "2", "--bc.image-keys", "--bc.hidden",
+         "16", "--bc.layers", "1", "--trainer.batch-size", "8", "--device", "cpu"]
     )  # fmt: skip
     printed = " ".join(capsys.readouterr().out.split())
     assert "1 failures of mask 'move' are left out" in printed
     assert "1 episodes of mask 'move' are held out" in printed
+    assert f"-> {tmp_path / 'run [old]'}" in printed
 
 
 def test_train_learns_from_held_out_episodes_only_if_told_to(dataset, tmp_path, capsys):

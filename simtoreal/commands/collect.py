@@ -63,7 +63,7 @@ def main(config: Config) -> None:
     from simtoreal.envs.scene_motion import load_motion
     from simtoreal.evaluation.statistics import format_rate
 
-    console = Console()
+    console = Console(markup=False)
     require_dataset_folder(config.output)
     if config.style not in STYLES:
         raise ConfigError(f"--style '{config.style}' does not exist. {closest(config.style, STYLES)}")
@@ -90,7 +90,7 @@ def main(config: Config) -> None:
         num_envs=config.num_envs,
     )
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         TextColumn("{task.completed:.0f}/{task.total:.0f}"),
         TextColumn("{task.fields[text]}"),

@@ -45,7 +45,7 @@ def main(config: Config) -> None:
         require_own_folder(config.output, "comparison")
     arms = load_arms(config.folders, config.labels)
     result = compare(arms, paired=not config.unpaired, alpha=config.alpha)
-    console = Console()
+    console = Console(markup=False)
 
     table = Table(title=f"{result['task']}: success rate with 95 % posterior interval", box=SIMPLE_HEAD)
     for name in ("policy", "world", "success", "n", "95 % interval", "median time", "letters"):

@@ -86,7 +86,7 @@ def main(config: Config) -> None:
 
     from simtoreal.evaluation.statistics import format_rate
 
-    console = Console()
+    console = Console(markup=False)
     results = _cotraining(config, console).run()
     for point in results["measurements"]:
         other = next((name for name in ("imagined", "simulation") if name in point), None)

@@ -70,18 +70,19 @@ def main(config: Config) -> None:
     import time
 
     from rich.console import Console
+    from rich.text import Text
 
     from simtoreal.demo_report import demo_results, write_demo_report
     from simtoreal.envs.files import write_json
     from simtoreal.pipeline import format_duration, run_stages
 
-    console = Console()
+    console = Console(markup=False)
     started = time.monotonic()
     name = "simtoreal demo --full" if config.full else "simtoreal demo"
-    console.print(f"[bold]{name}[/bold]: profile {config.profile}, everything goes to {config.folder}")
+    console.print(f"{name}: profile {config.profile}, everything goes to {config.folder}", style="bold", soft_wrap=True)
     require_machine()
     records = run_stages(stages_of(config), config.folder, console)
-    console.rule("[bold]Report", align="left")
+    console.rule(Text("Report", style="bold"), align="left")
     with console.status("drawing a demonstration and writing the page"):
         report = write_demo_report(config, sum(record.seconds for record in records))
     results = demo_results(config, records, report)

@@ -79,7 +79,7 @@ def main(config: Config) -> None:
 
     from simtoreal.robot.deployment import interruptible, join_graph
 
-    console = Console()
+    console = Console(markup=False)
     join_graph(config.robot)
     with interruptible():
         try:
@@ -97,7 +97,7 @@ def main(config: Config) -> None:
         soft_wrap=True,
     )
     for note in results["notes"]:
-        console.print(f"  note: {note}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  note: {note}", style="yellow", highlight=False, soft_wrap=True)
     for tag, count in results["failures"].items():
         console.print(f"  failed by {tag}: {count}", highlight=False, soft_wrap=True)
     where = f"the '{results['gap']}' twin" if results["backend"] == "twin" else "the robot"

@@ -356,7 +356,7 @@ def install_libraries(packages: tuple[str, ...], console: Console) -> bool:
         # A failing update (one unreachable repository) need not keep the packages from being there.
         result = subprocess.run([*prefix, "apt-get", *step], capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        console.print(f"apt-get failed:\n{result.stderr.strip()}", markup=False)
+        console.print(f"apt-get failed:\n{result.stderr.strip()}")
     return result.returncode == 0
 
 
@@ -374,14 +374,14 @@ def report(findings: list[Finding], console: Console) -> None:
     console.print(table)
     for finding in findings:
         if finding.fix:
-            console.print(f"\nfix {finding.name}:\n  {finding.fix}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"\nfix {finding.name}:\n  {finding.fix}", highlight=False, soft_wrap=True)
 
 
 def main(config: Config) -> None:
     """Check, fix what may be fixed, report; exit status 1 if something required is missing."""
     from rich.console import Console
 
-    console = Console()
+    console = Console(markup=False)
     findings = examine()
     packages = tuple(dict.fromkeys(package for finding in findings for package in finding.apt_packages))
     if config.install and packages and install_libraries(packages, console):
@@ -389,7 +389,7 @@ def main(config: Config) -> None:
     report(findings, console)
     missing = [finding.name for finding in findings if finding.state == MISSING]
     if missing:
-        console.print(f"\n[bold red]not ready[/]: {', '.join(missing)}")
+        console.print(f"\nnot ready: {', '.join(missing)}", style="bold red")
         raise SystemExit(1)
     warnings = sum(finding.state == WARNING for finding in findings)
-    console.print(f"\n[green]ready[/] ({warnings} optional gaps)" if warnings else "\n[green]ready[/]")
+    console.print(f"\nready ({warnings} optional gaps)" if warnings else "\nready", style="green")

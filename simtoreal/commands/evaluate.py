@@ -117,7 +117,7 @@ def main(config: Config) -> None:
     from simtoreal.evaluation.results import read_episodes
     from simtoreal.evaluation.statistics import format_rate
 
-    console = Console()
+    console = Console(markup=False)
     seeds = range(config.seed, config.seed + config.episodes)
     env, actor, settings, training_seeds = _prepare(config)
     foreign = isinstance(env, GymnasiumVectorEnv)
@@ -128,10 +128,10 @@ def main(config: Config) -> None:
         if config.policy is not None and not training_seeds:
             warning = "its demonstrations are not there any more, so they could not be checked for the same conditions"
         if warning:
-            console.print(f"[yellow]Warning:[/yellow] {warning}", soft_wrap=True)
+            console.print(f"Warning: {warning}", style="yellow", soft_wrap=True)
         notes = [warning] if warning else []
         for note in rate_note(env) if foreign else []:
-            console.print(f"[yellow]Note:[/yellow] {note}", soft_wrap=True)
+            console.print(f"Note: {note}", style="yellow", soft_wrap=True)
             notes.append(note)
         known = [result.success for result in read_episodes(config.output) if result.seed in seeds]
         with EpisodeProgress(console, f"evaluating {settings['label']}", config.episodes, known) as progress:
@@ -173,7 +173,7 @@ def _measure_diversity(config: Config) -> None:
     from simtoreal.evaluation.progress import EpisodeProgress
     from simtoreal.evaluation.statistics import format_rate
 
-    console = Console()
+    console = Console(markup=False)
     env, actor, settings, training_seeds = _prepare(dataclasses.replace(config, videos=0, episodes=config.num_envs))
     contexts, rollouts = pinned_counts(env.task.name, config.contexts, config.rollouts)
     seeds = range(config.seed, config.seed + contexts)

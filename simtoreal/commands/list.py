@@ -28,7 +28,7 @@ def main(config: Config) -> None:
         table.add_column(title, no_wrap=index == 0)
     for row in body:
         table.add_row(*row)
-    console = Console()
+    console = Console(markup=False)
     console.print(table)
     console.print(f"\n{len(body)} {config.kind}")
 

@@ -35,7 +35,7 @@ def main(config: Config) -> None:
     from simtoreal.evaluation.outside import has_drawable_success, write_demonstration
     from simtoreal.evaluation.report import ReportSources, label_folders, write_report
 
-    console = Console()
+    console = Console(markup=False)
     video = None
     # The page holds the video itself; a file of that name beside it may be the user's.
     with tempfile.TemporaryDirectory() as drawn:

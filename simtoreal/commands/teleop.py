@@ -120,7 +120,7 @@ def main(config: Config) -> None:
 
     from simtoreal.robot.deployment import deaf_to_signals, interruptible
 
-    console = Console()
+    console = Console(markup=False)
     with interruptible(), deaf_to_signals() as leaving, open_collection(config, leaving) as collection:
         console.print(
             f"Teleoperation of {config.task}: open\n  {collection.server.url}\nin a browser on this machine "
@@ -255,7 +255,7 @@ def _coaches(config: Config, embodiment: Embodiment, task: str) -> tuple[Any, di
     coaches: dict[bool, Any] = {}
     missing: dict[bool, str] = {}
     problem: DatasetError | None = None
-    with Console().status("training the coach, or reading it"):
+    with Console(markup=False).status("training the coach, or reading it"):
         for move, mode in ((False, STATIC), (True, MOVING)):
             try:
                 coaches[move] = CompatibilityCoach.open(config.coach, encoder=config.encoder, keys=keys, mode=mode)

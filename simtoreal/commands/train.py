@@ -110,7 +110,7 @@ def main(config: Config) -> None:
     from simtoreal.policies.weighting import Weighting, effective_share
 
     require_own_folder(config.output, "train")
-    console = Console()
+    console = Console(markup=False)
     first = os.environ.get("RANK", "0") == "0"
     asked, trainer = policy_config(config), trainer_config(config)
     policy = adapt_keys(asked, observation_shapes(Dataset.open(config.data)))
@@ -136,8 +136,9 @@ def main(config: Config) -> None:
         )
     if first:
         console.print(
-            f"training [bold]{policy.type}[/bold] on {len(data.train)} windows of {config.data} "
-            f"for {trainer.steps} steps of {trainer.batch_size}"
+            f"training {policy.type} on {len(data.train)} windows of {config.data} "
+            f"for {trainer.steps} steps of {trainer.batch_size}",
+            soft_wrap=True,
         )
     result = train(
         policy, trainer, data, config.output, encoder=config.encoder, resume=config.resume, device=config.device,
@@ -160,7 +161,8 @@ def main(config: Config) -> None:
     error = "" if result.validation_error is None else f", held-out action error {result.validation_error:.4f}"
     console.print(
         f"trained {policy.type}: {result.steps} steps, {result.parameters / 1e6:.2f} M parameters, "
-        f"{result.seconds:.0f} s{error} -> {result.run}"
+        f"{result.seconds:.0f} s{error} -> {result.run}",
+        soft_wrap=True,
     )
 
 

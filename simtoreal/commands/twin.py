@@ -49,7 +49,7 @@ def main(config: Config) -> None:
     from simtoreal.robot.topics import load_robot_config
     from simtoreal.robot.twin import Twin
 
-    console = Console()
+    console = Console(markup=False)
     task = load_task(Path(config.task) if config.task.endswith((".yaml", ".yml")) else config.task)
     embodiment = panda_embodiment(config.image_size, cameras=config.cameras)
     robot = load_robot_config(config.topics)

@@ -61,7 +61,7 @@ def main(config: Config) -> None:
                 what = f"initial conditions {config.seed} to {config.seed + PICTURE_CONDITIONS - 1} of {task.name}"
             else:
                 what = film(env, output, config.seed, config.camera)
-        Console().print(f"{what}: {output}", soft_wrap=True, highlight=False)
+        Console(markup=False).print(f"{what}: {output}", soft_wrap=True, highlight=False)
     finally:
         env.close()
 

@@ -66,7 +66,7 @@ def main(config: Config) -> None:
     from simtoreal.world_models.evaluate import evaluate_world_model
     from simtoreal.world_models.evaluate_page import number, write_page
 
-    console = Console()
+    console = Console(markup=False)
 
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
@@ -91,7 +91,7 @@ def main(config: Config) -> None:
         r = "not defined" if found["pearson_r"] is None else f"{found['pearson_r']:.2f}"
         say(f"  policies: Pearson r {r}, mean bias {100 * found['mean_bias']:+.1f} points, n = {found['n']} each")
     for text in results["warnings"]:
-        console.print(f"[yellow]Warning:[/yellow] {text}", highlight=False, soft_wrap=True)
+        console.print(f"Warning: {text}", style="yellow", highlight=False, soft_wrap=True)
     say(
         f"evaluated {config.model} on {results['episodes']['judged']} episodes: PSNR {number(results['psnr_db'])} dB, "
         f"{len(results['warnings'])} warnings -> {page}"

@@ -55,7 +55,7 @@ def main(config: Config) -> None:
     from simtoreal.world_models.side_by_side import write_side_by_side
     from simtoreal.world_models.video_data import open_video_data
 
-    console = Console()
+    console = Console(markup=False)
     loaded = load_world_model(config.model, choose_device(None if config.device == "auto" else config.device))
     data = open_video_data(config.data, embodiment=loaded.embodiment)
     fresh = fresh_episodes(loaded, data)

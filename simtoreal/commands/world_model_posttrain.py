@@ -59,7 +59,7 @@ def main(config: Config) -> None:
     from simtoreal.world_models.evaluate_page import number
     from simtoreal.world_models.posttrain_run import run_posttraining
 
-    console = Console()
+    console = Console(markup=False)
 
     def say(text: str) -> None:
         console.print(text, highlight=False, soft_wrap=True)
@@ -70,7 +70,7 @@ def main(config: Config) -> None:
         device=None if config.device == "auto" else config.device, progress=True, say=say,
     )  # fmt: skip
     for note in results["notes"]:
-        console.print(f"[yellow]Note:[/yellow] {note}", highlight=False, soft_wrap=True)
+        console.print(f"Note: {note}", style="yellow", highlight=False, soft_wrap=True)
     for name, row in results["measures"].items():
         millimetres = name.endswith("_error_m")
         scale, digits, unit = (1000, 1, "mm") if millimetres else (1, 3, "")

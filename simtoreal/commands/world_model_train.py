@@ -56,13 +56,13 @@ def main(config: Config) -> None:
     from simtoreal.world_models.video_data import open_video_data
 
     require_own_folder(config.output, "world_model")
-    console = Console()
+    console = Console(markup=False)
     trainer = config.trainer if config.seed is None else dataclasses.replace(config.trainer, seed=config.seed)
     data = open_video_data(config.data, moving=config.moving)
     for note in data.notes:
         console.print(note, soft_wrap=True)
     console.print(
-        f"training a [bold]{config.model.dynamics.kind}[/bold] world model on {len(data.ends)} episodes "
+        f"training a {config.model.dynamics.kind} world model on {len(data.ends)} episodes "
         f"({data.success.sum()} successful, {data.held_out.sum()} held out), {len(data)} frames of "
         f"{len(data.embodiment.cameras)} cameras",
         highlight=False, soft_wrap=True,

@@ -54,7 +54,7 @@ def main(config: Config) -> None:
     from simtoreal.world_models.action_following import read_actions
 
     require_own_folder(config.output, "inverse_dynamics")
-    console = Console()
+    console = Console(markup=False)
     trainer = config.trainer if config.seed is None else dataclasses.replace(config.trainer, seed=config.seed)
     data, model = open_frame_pairs(config.data, config.model)
     for note in data.notes:
