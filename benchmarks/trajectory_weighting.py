@@ -1,7 +1,7 @@
 """Does drawing good episodes more often help on data of mixed quality? Pushing, from the scene's state.
 
-    python benchmarks/trajectory_weighting.py                           # resumable; a quarter of an hour on one core
-    python benchmarks/trajectory_weighting.py --policies bc diffusion   # longer, with a result of its own
+    python benchmarks/trajectory_weighting.py                           # resumable; minutes on one core
+    python benchmarks/trajectory_weighting.py --policies bc diffusion   # half an hour, with a result of its own
 
 A tenth of the episodes is the scripted expert's. Half are of an operator who misjudges where things are, by an error
 drawn per episode, with noise on every action; the rest moves at random. Failures are kept. How far the block has to go
@@ -224,7 +224,7 @@ def main() -> None:
     """Run and store the measurement."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--policies", nargs="+", choices=STEPS, default=["bc"])
-    parser.add_argument("--seeds", type=int, default=10, help="training seeds")
+    parser.add_argument("--seeds", type=int, default=3, help="training seeds")
     parser.add_argument("--output", type=Path, default=Path("outputs/benchmark_trajectory_weighting"))
     options = parser.parse_args()
     torch.set_num_threads(1)
