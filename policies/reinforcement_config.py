@@ -115,7 +115,7 @@ class ReinforcementConfig:
     """Gradients are scaled down to this norm."""
     freeze_encoder: bool = True
     """Keep the image encoder as it is: images are encoded once, when the policy acts, and never in updates."""
-    anchor_weight: float = 0.2
+    anchor_weight: float = 0.05
     """Weight β of the imitation loss on demonstrations, where some are given (RL-Co), in the units of the
     log-probabilities that reinforcement changes; see :meth:`loss_scale`."""
     first_seed: int = 10_000_000
