@@ -308,7 +308,10 @@ const PILLS = { preparing: "Preparing", ready: "Ready", recording: "Recording", 
 function showStatus(next) {
   const before = status;
   status = next;
-  if (next.stage !== before.stage) stageSince = performance.now();
+  if (next.stage !== before.stage) {
+    stageSince = Infinity; // nobody has seen it yet
+    requestAnimationFrame(() => { if (status.stage === next.stage) stageSince = performance.now(); });
+  }
   const { state } = next;
   document.body.dataset.state = state;
   document.body.classList.toggle("active", next.active);
