@@ -67,11 +67,12 @@ def transfer_encoders(policy: Policy, source: str | Path) -> Path:
     return folder
 
 
-def describe_encoders(source: str | Path) -> dict[str, str]:
+def describe_encoders(source: str | Path) -> dict[str, Any]:
     """Return what identifies the image encoders of a run, for ``training.json``.
 
     Returns:
-        ``encoder``: its checkpoint folder, absolute; ``encoder_digest``: of the encoders' weights.
+        ``encoder``: its checkpoint folder, absolute; ``encoder_digest``: of the encoders' weights; ``encoder_seeds``:
+        initial conditions that they were trained on, as far as known, which are no longer unseen.
 
     Raises:
         CheckpointError: the source is missing or damaged.
@@ -82,7 +83,12 @@ def describe_encoders(source: str | Path) -> dict[str, str]:
         if name.startswith(PREFIX):
             digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
             digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return {"encoder": os.path.abspath(folder), "encoder_digest": digest.hexdigest()[:16]}
+    data = checkpoints.read_json(folder / checkpoints.TRAINING).get("data")
+    seeds = data.get("seeds") if isinstance(data, dict) else None
+    return {
+        "encoder": os.path.abspath(folder), "encoder_digest": digest.hexdigest()[:16],
+        "encoder_seeds": [int(seed) for seed in seeds or ()],
+    }  # fmt: skip
 
 
 def compare_encoders(training: dict[str, Any], source: str | Path | None) -> tuple[str | None, str | None]:

@@ -311,7 +311,7 @@ class Training:
             **self.encoder,
             "data": {
                 "source": self.data.source,
-                "seeds": list(self.data.seeds),
+                "seeds": sorted({*self.data.seeds, *self.encoder.get("encoder_seeds", ())}),
                 "fingerprint": self.fingerprint,
                 "windows": len(self.data.train),
                 "held_out_windows": len(self.data.valid) if self.data.valid is not None else 0,
@@ -338,7 +338,7 @@ class Training:
     def _restore(self, folder: Path, encoder: str | Path | None) -> None:
         training = checkpoints.read_json(folder / checkpoints.TRAINING)
         self._require_same_training(folder, training, encoder)
-        self.encoder = {key: training[key] for key in ("encoder", "encoder_digest") if key in training}
+        self.encoder = {key: value for key, value in training.items() if key.startswith("encoder")}
         weights = checkpoints.load_tensors(folder / checkpoints.MODEL)
         checkpoints.load_weights(self.policy, weights, folder)
         state = checkpoints.load_tensors(folder / checkpoints.STATE)

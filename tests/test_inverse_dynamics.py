@@ -18,6 +18,7 @@ from simtoreal.data_collection.writer import DatasetWriter
 from simtoreal.envs import make_vector_env, rollout
 from simtoreal.envs.errors import CheckpointError, ConfigError, DatasetError
 from simtoreal.evaluation.bootstrap import explained_variance
+from simtoreal.evaluation.policies import training_seeds
 from simtoreal.policies.checkpoint import load_policy
 from simtoreal.policies.config import AugmentationConfig, BCConfig, TrainerConfig, VisionConfig
 from simtoreal.policies.inverse_dynamics import (
@@ -169,6 +170,10 @@ def test_a_policy_that_began_with_encoders_is_continued_by_their_weights(folder,
     data = open_training_data(folder, config, mask="all")
     source = tmp_path / "source"
     shutil.copytree(run, source, symlinks=True)
+    seen = source / "checkpoints" / "last" / "training.json"
+    learned = json.loads(seen.read_text())
+    learned["data"]["seeds"] = [77_777]
+    seen.write_text(json.dumps(learned))
     begun = train(config, MOMENT, data, tmp_path / "policy", encoder=source, device="cpu").run
 
     def resume(encoder: Path) -> None:
@@ -177,6 +182,9 @@ def test_a_policy_that_began_with_encoders_is_continued_by_their_weights(folder,
         train(config, MOMENT, data, begun, encoder=encoder, resume=True, device="cpu")
         described = json.loads((begun / "checkpoints/000004/training.json").read_text())
         assert described["encoder"] == str(source / "checkpoints" / "last")
+        # What the encoders have seen is no longer unseen.
+        assert described["data"]["seeds"] == sorted({77_777, *data.seeds})
+        assert training_seeds(load_policy(begun)) == {77_777, *data.seeds}
 
     monkeypatch.chdir(tmp_path)
     resume(Path("source"))
