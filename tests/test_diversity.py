@@ -336,6 +336,22 @@ def test_passing_above_the_posts_is_a_failure():
     assert reward[0] == 0
 
 
+def test_coming_down_behind_the_first_row_is_a_failure():
+    env = make_vector_env("avoid", 1, observe="state")
+    observation, _ = env.reset(seed=0)
+    down = np.zeros((1, 7), np.float32)
+    down[0, 2], down[0, 6] = -1, -1
+    while observation["proprio"][0, 2] > 0.08:
+        assert observation["proprio"][0, 0] > 0.37, "home is beyond the first row"
+        observation, _, terminated, _, info = env.step(down)
+        assert not terminated[0]
+    for _ in range(3):
+        _, _, terminated, _, info = env.step(down)
+        if terminated[0]:
+            break
+    assert info["task_failed"][0]
+
+
 def test_a_start_that_has_failed_already_is_drawn_again():
     # Under randomisation the arm may begin low and far ahead, which would be a failure without having done anything.
     env = make_vector_env("avoid", 30, observe="state", randomization="training")
