@@ -305,14 +305,15 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
 
     def _complete_seeds(self, seed: int | Sequence[int | None] | None) -> list[int]:
         if isinstance(seed, int | np.integer):
-            self._np_random = np.random.default_rng(int(seed))
+            # With its seed: without one, asking for np_random_seed would put another generator in its place.
+            self._np_random, self._np_random_seed = np.random.default_rng(int(seed)), int(seed)
             return [int(seed) + index for index in range(self.num_envs)]
         given = [None] * self.num_envs if seed is None else list(seed)
         if len(given) != self.num_envs:
             raise ConfigError(f"got {len(given)} seeds for {self.num_envs} simulations")
         if None not in given:
             # Episodes that begin by themselves later follow from these seeds, too.
-            self._np_random = np.random.default_rng(given)
+            self._np_random, self._np_random_seed = np.random.default_rng(given), -1
         return [int(self.np_random.integers(2**31)) if value is None else int(value) for value in given]
 
     def _reset_slots(self, slots: np.ndarray, seeds: list[int]) -> None:

@@ -434,14 +434,16 @@ def test_a_control_period_is_a_whole_number_of_time_steps():
         assert env.model.opt.timestep <= 0.005
 
 
-def test_seeds_of_a_list_also_fix_the_episodes_that_follow():
-    def followers(seeds: list[int]) -> list[int]:
+@pytest.mark.parametrize(("seed", "other", "told"), [(5, 6, 5), ([5, 6], [5, 7], -1)])
+def test_seeds_also_fix_the_episodes_that_follow(seed, other, told):
+    def followers(seed: int | list[int], ask: bool = False) -> list[int]:
         env = make_vector_env("reach", 2, observe="state", autoreset_mode=AutoresetMode.NEXT_STEP)
-        env.reset(seed=seeds)
+        env.reset(seed=seed)
+        assert not ask or env.np_random_seed == told
         env._ended[:] = True
         return env.step(np.zeros((2, 7), np.float32))[4]["init_id"].tolist()
 
-    assert followers([5, 6]) == followers([5, 6]) != followers([5, 7])
+    assert followers(seed) == followers(seed) == followers(seed, ask=True) != followers(other)
 
 
 def test_an_episode_that_begins_in_the_last_state_of_another_runs():

@@ -108,6 +108,18 @@ def test_equal_seeds_equal_episodes_wherever_they_run(env):
     assert np.abs(observation["proprio"][0] - observation["proprio"][2]).max() > 1e-3
 
 
+def test_a_seed_also_fixes_the_episodes_that_follow(env):
+    def follow() -> int:
+        env.reset()
+        return env._generators[0].initial_seed()
+
+    env.reset(seed=5)
+    first = follow()
+    env.reset(seed=5)
+    assert env.np_random_seed == 5
+    assert follow() == first
+
+
 def test_the_control_loop_runs_on_it(env, data):
     results = rollout(env, Still(), range(5))
     assert [result.steps for result in results] == [env.task.horizon] * 5
