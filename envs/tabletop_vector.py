@@ -29,8 +29,8 @@ from simtoreal.envs.varied_models import VariedModels
 
 SUCCESS_HOLD_STEPS = 5
 HOME_NOISE_RAD = 0.02
-# Control steps in which an arm is driven to a start away from home, the last of them at rest.
-START_STEPS, START_SETTLE_STEPS = 26, 8
+# How long it takes to bring an arm to a start away from home, and how much of that its target moves; then it settles.
+START_S, START_DRIVE_S = 1.3, 0.9
 # Draws of an initial condition in which the goal must be false once.
 MAX_DRAWS = 100
 # Beyond any state the scenes can reach; MuJoCo itself only reacts at 1e10.
@@ -69,7 +69,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         ConfigError, TaskError: see :func:`load_task`, :func:`load_randomization`, :class:`SceneMover`.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "render_fps": 20}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
 
     def __init__(
         self,
@@ -103,7 +103,9 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         self.observe, self.autoreset_mode, self.record_state = observe, autoreset_mode, record_state
         self.randomization = load_randomization(randomization)
         self.num_envs = num_envs
-        self.metadata = {**type(self).metadata, "autoreset_mode": autoreset_mode}
+        self.metadata = {
+            **type(self).metadata, "autoreset_mode": autoreset_mode, "render_fps": self.embodiment.control_hz
+        }  # fmt: skip
         self.model = build_model(self.task, self.embodiment)
         self.objects = index_objects(self.model, self.task)
         self.substeps = round(self.embodiment.control_period_s / self.model.opt.timestep)
@@ -366,7 +368,10 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         goals = np.array([self._starts[slot][0] for slot in moving]) + [0.0, 0.0, tallest]
         begin = self._position[moving].copy()
         self._opening[moving] = [0.0 if self._starts[slot][1] else 1.0 for slot in moving]
-        for share in np.minimum(1.0, np.arange(1, START_STEPS + 1) / (START_STEPS - START_SETTLE_STEPS)):
+        # An arm takes as long at any control rate.
+        period_s = self.substeps * self.model.opt.timestep
+        steps, ramp = (max(1, round(seconds / period_s)) for seconds in (START_S, START_DRIVE_S))
+        for share in np.minimum(1.0, np.arange(1, steps + 1) / ramp):
             self._position[moving] = begin + share * (goals - begin)
             self.fields["ctrl"][moving] = pose_to_control(
                 self._position[moving], self._quaternion[moving], self._opening[moving]

@@ -519,6 +519,22 @@ def test_arms_may_start_anywhere_above_the_table():
     assert _same({key: value[5:6] for key, value in observation.items()}, alone.reset(seed=[5])[0])
 
 
+@pytest.mark.parametrize("rate", [10.0, 20.0, 100.0])
+def test_arms_that_start_anywhere_are_at_rest_at_any_control_rate(rate):
+    embodiment, start = dataclasses.replace(panda_embodiment(), control_hz=rate), Randomization(start_anywhere=1.0)
+    env = make_vector_env("insert", 16, observe="state", embodiment=embodiment, randomization=start)
+    observation, info = env.reset(seed=0)
+    assert np.abs(observation["proprio"][:, :3] - info["target"][:, :3]).max() < 0.01
+    assert np.abs(env.fields["qvel"][:, :7]).max() < 0.1
+
+
+def test_pictures_are_taken_at_the_control_rate():
+    slow = dataclasses.replace(panda_embodiment(), control_hz=10.0)
+    for env in (make_env("reach", embodiment=slow), make_vector_env("reach", 1, embodiment=slow)):
+        assert env.metadata["render_fps"] == 10
+    assert gym.make("simtoreal/Reach-v0", observe="state").metadata["render_fps"] == 20
+
+
 def test_batches_have_no_pictures_of_their_own():
     with pytest.raises(ConfigError, match="single environments"):
         gym.make_vec(gym_id("reach"), num_envs=2, render_mode="rgb_array")
