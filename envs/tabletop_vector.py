@@ -211,8 +211,8 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
             actions: ``(N, 7)`` in [-1, 1].
 
         Returns:
-            Observation, reward (1 on success), terminated (success, or the task's failure), truncated (horizon or
-            fault), info.
+            Observation, reward (1 once, on success), terminated (success, or the task's failure), truncated (horizon
+            or fault), info.
 
         Raises:
             ActionError: wrong shape or dtype, not finite, or out of range.
@@ -243,7 +243,9 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         drawn = np.flatnonzero((running & (self.images_wanted | self._ended)) | fresh)
         info = self._info(scene, success)
         info["task_failed"] = failed
-        return self._observe(measured, drawn), (success & ~fault).astype(np.float64), terminated, truncated, info
+        # An episode that has ended is paid no more.
+        reward = (success & running & ~fault).astype(np.float64)
+        return self._observe(measured, drawn), reward, terminated, truncated, info
 
     def close(self, **kwargs: Any) -> None:
         """Free the renderer."""

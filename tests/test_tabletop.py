@@ -142,6 +142,8 @@ def test_success_must_be_held():
     assert info["success"] is True
     assert flags[-SUCCESS_HOLD_STEPS:] == [True] * SUCCESS_HOLD_STEPS
     assert not flags[-SUCCESS_HOLD_STEPS - 1]
+    _, reward, terminated, _, info = env.step(action)
+    assert (reward, terminated, info["success"]) == (0.0, True, True), "an episode that has ended is paid once"
 
 
 @pytest.mark.parametrize("fault", ["nan", "huge"])

@@ -149,6 +149,7 @@ def test_success_needs_as_many_frames_in_a_row_as_in_the_simulation_and_pays_onc
         assert info["success"].tolist() == terminated.tolist()
     assert rewards == [0] * (2 * SUCCESS_HOLD_STEPS - 1) + [1]
     assert ended == [False] * (2 * SUCCESS_HOLD_STEPS - 1) + [True]
+    assert not env.step(action)[1].any(), "an episode that has ended is paid no more"
 
 
 def test_what_comes_close_to_success_is_rewarded_by_how_close(loaded, data, monkeypatch):

@@ -267,8 +267,8 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
             actions: ``(N, A)``, in [-1, 1] unless the action mode is ``env``.
 
         Returns:
-            Observation, reward (1 on success; see ``graded``), terminated (success), truncated (horizon or fault),
-            info.
+            Observation, reward (1 once, on success; see ``graded``), terminated (success), truncated (horizon or
+            fault), info.
 
         Raises:
             ActionError: wrong shape or dtype, not finite, or out of range.
@@ -291,7 +291,9 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
 
     def _reward(self, slots: np.ndarray, success: np.ndarray) -> np.ndarray:
         if not self.graded:
-            return success.astype(np.float64)
+            paid = np.zeros(self.num_envs)
+            paid[slots] = success[slots]
+            return paid
         close = np.zeros(self.num_envs)
         close[slots] = closeness(self._recent[slots].min(1), self.threshold)
         closer = np.maximum(close - self._closest, 0.0)
