@@ -226,6 +226,10 @@ class TaskSpec:
             for name, text in self.milestones.items()
         }
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Only the fields: what is compiled of them cannot be sent to another process, and is compiled again there."""
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
+
     def object(self, name: str) -> ObjectSpec:
         """Return the object called ``name``.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
 import yaml
 
 from simtoreal.data_collection.expert import ScriptedExpert
-from simtoreal.envs import panda_embodiment
+from simtoreal.envs import make_env, panda_embodiment
 from simtoreal.envs.errors import TaskError
 from simtoreal.envs.predicates import SceneView, parse_predicate
 from simtoreal.envs.task import ObjectSpec, sample_initial_condition
@@ -29,6 +30,18 @@ def test_shipped_tasks_survive_a_round_trip(name):
     assert parse_task(yaml.safe_load(yaml.safe_dump(task.to_dict(), sort_keys=False))) == task
     assert task.plan, "every shipped task has a scripted plan"
     assert task.instructions
+
+
+def test_a_task_can_be_sent_to_another_process():
+    task = load_task("avoid")
+    assert task.goal_predicate
+    sent = pickle.loads(pickle.dumps(task))
+    assert sent == task
+    assert sent.source == task.source
+    assert sent.behavior_predicates.keys() == task.behavior_predicates.keys()
+    assert copy.deepcopy(task) == task
+    env = make_env(task, observe="state")
+    assert pickle.loads(pickle.dumps(env)).task == task
 
 
 def test_unknown_task_names_the_closest():
