@@ -233,9 +233,9 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         failed = np.zeros(self.num_envs, bool)
         if self.task.failure_predicate is not None:
             failed = self.task.failure_predicate(scene)
-        success &= ~failed
         fault = self._faults != ""
-        terminated = (success | failed) & ~fault
+        success &= ~failed & ~fault
+        terminated = success | (failed & ~fault)
         truncated = ((self._steps >= self.task.horizon) & ~terminated) | fault
         self._ended = terminated | truncated
         fresh = np.isin(np.arange(self.num_envs), restarted)
@@ -244,7 +244,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         info = self._info(scene, success)
         info["task_failed"] = failed
         # An episode that has ended is paid no more.
-        reward = (success & running & ~fault).astype(np.float64)
+        reward = (success & running).astype(np.float64)
         return self._observe(measured, drawn), reward, terminated, truncated, info
 
     def close(self, **kwargs: Any) -> None:

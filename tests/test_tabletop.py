@@ -161,6 +161,24 @@ def test_divergence_is_never_silent(fault):
     assert np.isfinite(observation["object_state"]).all()
 
 
+def test_a_simulation_that_diverges_in_the_step_of_success_has_none(monkeypatch):
+    env = make_vector_env("pick_place", 2, observe="state")
+    env.reset(seed=0)
+    _reach_goal(env)
+    env.batch.forward()
+    env._hold[:] = SUCCESS_HOLD_STEPS - 1
+    physics = env._step_physics
+
+    def diverge(slots: np.ndarray | None) -> None:
+        physics(slots)
+        env._faults[0] = "simulation diverged"
+
+    monkeypatch.setattr(env, "_step_physics", diverge)
+    _, reward, terminated, truncated, info = env.step(np.zeros((2, 7), np.float32))
+    assert info["success"].tolist() == terminated.tolist() == [False, True]
+    assert (truncated.tolist(), reward.tolist()) == ([True, False], [0, 1])
+
+
 @pytest.mark.parametrize(
     ("action", "message"),
     [
