@@ -23,11 +23,10 @@ from simtoreal.envs.rendering import DRAWN_FIELDS, BatchRenderer
 from simtoreal.envs.scene import TABLE_LOOKS, build_model, index_objects
 from simtoreal.envs.scene_motion import SceneMotion, SceneMover, load_motion, put_planar
 from simtoreal.envs.scene_state import object_state, view_scene
-from simtoreal.envs.task import TaskSpec, sample_initial_condition
+from simtoreal.envs.task import SUCCESS_HOLD_STEPS, TaskSpec, sample_initial_condition
 from simtoreal.envs.task_file import load_task
 from simtoreal.envs.varied_models import VariedModels
 
-SUCCESS_HOLD_STEPS = 5
 HOME_NOISE_RAD = 0.02
 # How long it takes to bring an arm to a start away from home, and how much of that its target moves; then it settles.
 START_S, START_DRIVE_S = 1.3, 0.9
@@ -65,7 +64,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         record_state: put ``sim_state`` (the exact state, see :meth:`get_state`) into every info.
 
     Raises:
-        ConfigError: the embodiment's action mode is not ``ee_delta``.
+        ConfigError: no simulations, an embodiment whose action mode is not ``ee_delta``, or images without cameras.
         ConfigError, TaskError: see :func:`load_task`, :func:`load_randomization`, :class:`SceneMover`.
     """
 
@@ -89,6 +88,8 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
     ) -> None:
         if observe not in ("image", "state"):
             raise ConfigError(f"observe is '{observe}'; expected 'image' or 'state'")
+        if num_envs < 1:
+            raise ConfigError(f"num_envs is {num_envs}; expected at least 1")
         if autoreset_mode not in (AutoresetMode.DISABLED, AutoresetMode.NEXT_STEP):
             raise ConfigError(f"autoreset_mode {autoreset_mode} is not supported; use DISABLED or NEXT_STEP")
         self.task = load_task(task)
@@ -99,6 +100,11 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
                 "takes 'ee_delta' (absolute targets are for robots behind ROS 2)"
             )
         self.embodiment.require_simulated()
+        if observe == "image" and not self.embodiment.cameras:
+            raise ConfigError(
+                f"observe is 'image', and embodiment '{self.embodiment.name}' has no cameras; expected at least one, "
+                "or 'state' for no images"
+            )
         self.images_wanted = True
         self.observe, self.autoreset_mode, self.record_state = observe, autoreset_mode, record_state
         self.randomization = load_randomization(randomization)

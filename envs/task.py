@@ -30,6 +30,8 @@ COLORS = {
     "yellow": (0.95, 0.8, 0.1), "purple": (0.55, 0.2, 0.7), "orange": (0.95, 0.5, 0.1),
     "white": (0.92, 0.92, 0.92), "gray": (0.5, 0.5, 0.52), "brown": (0.55, 0.36, 0.2),
 }  # fmt: skip
+# Control steps in a row in which the goal holds before an episode ends in success.
+SUCCESS_HOLD_STEPS = 5
 # skill -> its arguments; those that end in _m are lengths, the others objects.
 SKILLS: dict[str, tuple[str, ...]] = {
     "reach": ("point",),

@@ -231,6 +231,8 @@ def test_environments_that_do_not_fit_are_refused() -> None:
         GymnasiumVectorEnv("CartPole-v1", 1, embodiment=describe(1), keys={"state": (4,)})
     with pytest.raises(ConfigError, match="--horizon"):
         GymnasiumVectorEnv("CorridorEndless-v0", 1, embodiment=describe(1), keys=keys)
+    with pytest.raises(ConfigError, match="num_envs is 0; expected at least 1"):
+        GymnasiumVectorEnv("Corridor-v0", 0, embodiment=describe(1), keys=keys)
     short = GymnasiumVectorEnv("CorridorEndless-v0", 1, embodiment=describe(1), keys=keys, horizon=3)
     assert rollout(short, Constant(0), [0])[0].steps == 3
     with pytest.raises(ConfigError, match="draws no pictures"):

@@ -17,7 +17,7 @@ from simtoreal.envs.embodiment import SIMULATED_ARMS, TARGET_NAMES, ActionSpec, 
 from simtoreal.envs.errors import ActionError, ConfigError, EmbodimentMismatchError, TaskError
 from simtoreal.envs.randomization import MAX_LATENCY_STEPS, Randomization
 from simtoreal.envs.scene_layout import DRAWER_SMALLEST_M, DRAWER_TRAVEL_M
-from simtoreal.envs.tabletop_vector import SUCCESS_HOLD_STEPS
+from simtoreal.envs.task import SUCCESS_HOLD_STEPS
 from simtoreal.envs.task_file import RESERVED_NAMES, parse_task, parse_task_text
 
 
@@ -346,6 +346,29 @@ def test_control_rates_are_positive_numbers(rate):
         dataclasses.replace(panda_embodiment(), control_hz=rate)
     with pytest.raises(EmbodimentMismatchError, match="control_hz"):
         Embodiment.from_dict({**panda_embodiment().to_dict(), "control_hz": rate})
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"workspace_low_m": (0.72, -0.32, 0.012), "workspace_high_m": (0.28, 0.32, 0.45)},
+        {"workspace_high_m": (0.72, 0.32, float("nan"))},
+        {"workspace_low_m": (-float("inf"), -0.32, 0.012)},
+    ],
+)
+def test_workspaces_are_boxes(changes):
+    with pytest.raises(ConfigError, match=r"workspace of embodiment 'panda' is .*; expected finite metres, low"):
+        dataclasses.replace(panda_embodiment(), **changes)
+    with pytest.raises(EmbodimentMismatchError, match="workspace"):
+        Embodiment.from_dict({**panda_embodiment().to_dict(), **changes})
+
+
+def test_nothing_to_simulate_and_nothing_to_draw_are_refused():
+    with pytest.raises(ConfigError, match="num_envs is 0; expected at least 1"):
+        gym.make_vec(gym_id("reach"), num_envs=0)
+    with pytest.raises(ConfigError, match="embodiment 'panda' has no cameras; expected at least one, or 'state'"):
+        make_env("reach", cameras=())
+    make_env("reach", cameras=(), observe="state").reset(seed=0)
 
 
 def test_pictures_are_taken_with_the_cameras_of_the_embodiment():

@@ -15,7 +15,7 @@ from simtoreal.envs.action import integrate_action
 from simtoreal.envs.contract import check_robot_env
 from simtoreal.envs.errors import ActionError, ConfigError, EmbodimentMismatchError
 from simtoreal.envs.panda import panda_embodiment
-from simtoreal.envs.tabletop_vector import SUCCESS_HOLD_STEPS
+from simtoreal.envs.task import SUCCESS_HOLD_STEPS
 from simtoreal.policies.chunk_rollout import Starts, collect_rollouts
 from simtoreal.policies.reinforcement_config import ExplorationConfig
 from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model

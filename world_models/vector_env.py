@@ -15,8 +15,7 @@ from gymnasium.vector.utils import batch_space
 from simtoreal.envs.action import check_action, integrate_action
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError
-from simtoreal.envs.tabletop_vector import SUCCESS_HOLD_STEPS
-from simtoreal.envs.task import TaskSpec
+from simtoreal.envs.task import SUCCESS_HOLD_STEPS, TaskSpec
 from simtoreal.envs.task_file import load_task, parse_task
 from simtoreal.policies.trainer import choose_precision
 from simtoreal.world_models.announced_steps import AnnouncedSteps
