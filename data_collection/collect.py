@@ -23,9 +23,10 @@ from simtoreal.data_collection.operator_style import OperatorStyle
 from simtoreal.data_collection.writer import DatasetWriter
 from simtoreal.envs import errors
 from simtoreal.envs.embodiment import Embodiment
-from simtoreal.envs.errors import ConfigError, DatasetError, SimtorealError
+from simtoreal.envs.errors import ConfigError, DatasetError, SimtorealError, TaskError
 from simtoreal.envs.rollout import Actor
 from simtoreal.envs.scene_motion import SceneMotion
+from simtoreal.envs.task_file import load_task
 
 # Give up on an expert that evidently cannot do the task: after this many tries, below this rate.
 _PATIENCE_TRIES, _HOPELESS_RATE = 64, 0.05
@@ -170,7 +171,8 @@ def collect(
 
     Raises:
         ConfigError: the folder holds a collection with other settings.
-        DatasetError: the folder is in use, the disk is full, or the expert hardly ever succeeds.
+        DatasetError: the folder is in use or holds episodes of another specification of the task, the disk is full, or
+            the expert hardly ever succeeds.
         SimtorealError: a worker failed or died; what is finished stays and the call can be repeated.
     """
     if (done := _finished(plan)) is not None:
@@ -237,10 +239,25 @@ def _finished(plan: CollectionPlan) -> CollectionResult | None:
         return None
     meta = read_meta(plan.output)
     _require_same(plan, meta.get("collection"))
-    with DatasetWriter(plan.output, Embodiment.from_dict(meta["embodiment"]), {}) as writer:
+    tasks = _present_task(plan)
+    if not tasks.keys() <= meta["tasks"].keys():
+        raise DatasetError(
+            f"{plan.output}: holds episodes of task '{', '.join(meta['tasks'])}', and {plan.task} is of task "
+            f"'{next(iter(tasks))}' now. Write to a new folder."
+        )
+    with DatasetWriter(plan.output, Embodiment.from_dict(meta["embodiment"]), tasks) as writer:
         ledger = Ledger(writer, plan.first_seed, plan.episodes, plan.steps)
         ledger.close()
     return CollectionResult(outcomes=ledger.decided(), session=0, seconds=0.0) if ledger.complete else None
+
+
+def _present_task(plan: CollectionPlan) -> dict[str, Any]:
+    """Name and specification of the task as its file says now; nothing if only the setup knows it, or it is gone."""
+    try:
+        task = load_task(plan.task)
+    except TaskError:
+        return {}
+    return {task.name: task.to_dict()}
 
 
 def _require_same(plan: CollectionPlan, earlier: dict[str, Any] | None) -> None:

@@ -68,8 +68,8 @@ class EpisodeInfo:
         task: name of the task.
         seed: seed of the reset, which is also the id of the initial condition.
         success: whether the goal was reached (on hardware: judged by the operator).
-        failure: empty on success; ``"timeout"``, ``"sim_fault"``, ``"aborted"`` (the writer ended), ``"unreviewed"``
-            (nobody accepted the take), ``"disk_full"``, ...
+        failure: empty on success; ``"timeout"``, ``"task_failed"``, ``"sim_fault"``, ``"aborted"`` (the writer ended),
+            ``"unreviewed"`` (nobody accepted the take), ``"disk_full"``, ...
         operator: who acted, e.g. ``"expert"`` or a person's name.
         source: ``expert``, ``teleop``, ``policy``, ``twin`` or ``robot``.
         instruction: language instruction at the end of the episode.

@@ -123,7 +123,7 @@ class Embodiment:
         render_profile: how simulated images are drawn; pixels differ between profiles.
 
     Raises:
-        ConfigError: the control rate is not a positive number.
+        ConfigError: the control rate is not a positive number, or the workspace is no box.
         ValueError: another field is wrong.
     """
 
@@ -152,6 +152,12 @@ class Embodiment:
         sizes = {len(self.workspace_low_m), len(self.workspace_high_m)}
         if sizes != {3} and (sizes != {0} or self.action.mode != "env"):
             raise ValueError("workspace_low_m and workspace_high_m must hold x, y, z (or nothing in the mode 'env')")
+        for low, high in zip(self.workspace_low_m, self.workspace_high_m, strict=True):
+            if not -math.inf < low <= high < math.inf:
+                raise ConfigError(
+                    f"workspace of embodiment '{self.name}' is {self.workspace_low_m} to {self.workspace_high_m}; "
+                    "expected finite metres, low <= high for each of x, y, z"
+                )
 
     @property
     def control_period_s(self) -> float:

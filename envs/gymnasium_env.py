@@ -63,8 +63,8 @@ class GymnasiumVectorEnv(VectorEnv):  # type: ignore[misc]
         drawn: how many copies can draw, for :meth:`picture`: a software renderer may take 400 MB per copy.
 
     Raises:
-        ConfigError: unknown id, no horizon, an action space that is not a vector of the right size, or an observation
-            key that cannot be found.
+        ConfigError: unknown id, no copies, no horizon, an action space that is not a vector of the right size, or an
+            observation key that cannot be found.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "autoreset_mode": AutoresetMode.DISABLED}
@@ -82,6 +82,8 @@ class GymnasiumVectorEnv(VectorEnv):  # type: ignore[misc]
         instruction: str = "",
         drawn: int = 0,
     ) -> None:
+        if num_envs < 1:
+            raise ConfigError(f"num_envs is {num_envs}; expected at least 1")
         spec = find_spec(env_id)
         horizon = horizon or spec.max_episode_steps
         if not horizon:

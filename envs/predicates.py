@@ -118,7 +118,10 @@ def _still(scene: SceneView, a: ObjectSpec) -> Array:
     return np.linalg.norm(scene.velocities[a.name], axis=-1) < 0.05
 
 
-# What an argument may be, besides a number (m) and an angle (degrees): the words for it, and which objects are it.
+# Arguments that are numbers, and their units; of them those that something has to fit into.
+NUMBERS = {"number": "metres", "radius": "metres", "angle": "degrees"}
+TOLERANCES = ("radius", "angle")
+# What another argument may be: the words for it, and which objects are it.
 KINDS: dict[str, tuple[str, Callable[[ObjectSpec], bool]]] = {
     "object": ("an object", lambda item: True),
     "place": ("an object or tcp", lambda item: True),
@@ -140,14 +143,14 @@ PREDICATES: dict[str, tuple[tuple[str, ...], Callable[..., Array]]] = {
     "still": (("free",), _still),
     "left_of": (("place", "object"), _left_of),
     "right_of": (("place", "object"), lambda scene, a, b: _left_of(scene, b, a)),
-    "at": (("place", "place", "number"), _at),
+    "at": (("place", "place", "radius"), _at),
     "above": (
-        ("place", "object", "number"),
+        ("place", "object", "radius"),
         lambda scene, a, b, radius_m: _horizontal_distance(scene, a.name, b.name) < radius_m,
     ),
     "past": (("place", "object"), _past),
     "below": (("place", "number"), _below),
-    "aligned": (("free", "object", "number", "angle"), _aligned),
+    "aligned": (("free", "object", "radius", "angle"), _aligned),
     "open": (("drawer",), lambda scene, d: scene.openings[d.name] > 0.10),
     "closed": (("drawer",), lambda scene, d: scene.openings[d.name] < 0.015),
 }
@@ -197,6 +200,31 @@ def parse_predicate(
     return _compile(tree.body, {item.name: item for item in objects}, where)
 
 
+def require_sense(text: str, where: str) -> None:
+    """Refuse predicate text that compiles and never changes: an object related to itself, a tolerance of 0.
+
+    Tasks that were stored with data may say so, hence this is no part of :func:`parse_predicate`.
+
+    Args:
+        text: what :func:`parse_predicate` accepts.
+        where: file and key, for messages.
+
+    Raises:
+        TaskError: names predicate and argument.
+    """
+    for node in ast.walk(ast.parse(text.strip(), mode="eval")):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        arguments = [*zip(PREDICATES[name][0], map(ast.unparse, node.args), strict=True)]
+        names = [given for kind, given in arguments if kind not in NUMBERS]
+        if len(set(names)) < len(names):
+            raise TaskError(f"{where}: {ast.unparse(node)} relates '{names[0]}' to itself; expected two objects")
+        for kind, given in arguments:
+            if kind in TOLERANCES and float(given) <= 0:
+                raise TaskError(f"{where}: {name} got '{given}' where it needs more than 0 {NUMBERS[kind]}")
+
+
 def _compile(node: ast.expr, objects: dict[str, Any], where: str) -> Predicate:
     if isinstance(node, ast.BoolOp):
         parts = [_compile(value, objects, where) for value in node.values]
@@ -222,12 +250,11 @@ def _compile_call(name: str, nodes: list[ast.expr], objects: dict[str, Any], whe
 
 def _argument(predicate: str, kind: str, node: ast.expr, objects: dict[str, Any], where: str) -> Any:
     text = ast.unparse(node)
-    if kind in ("number", "angle"):
+    if kind in NUMBERS:
         value = node.value if isinstance(node, ast.Constant) else None
         if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf:
             return float(value)
-        unit = "metres" if kind == "number" else "degrees"
-        raise TaskError(f"{where}: {predicate} expects a number in {unit}, got '{text}'")
+        raise TaskError(f"{where}: {predicate} expects a number in {NUMBERS[kind]}, got '{text}'")
     if kind == "place" and text == "tcp":
         return _Tcp()
     words, accepted = KINDS[kind]

@@ -75,8 +75,8 @@ class EpisodeResult:
         steps: control steps taken.
         duration_s: simulated or real time of those steps.
         milestones: name -> reached at any time.
-        failure: empty on success, otherwise ``"timeout"``, ``"task_failed"`` (the task's failure predicate held) or the
-            fault that the environment reports.
+        failure: empty on success, otherwise ``"timeout"``, ``"task_failed"`` (the task ended otherwise: its failure
+            predicate held, or a foreign environment terminated) or the fault that the environment reports.
     """
 
     episode: int
@@ -325,7 +325,7 @@ class _Rollout:
             listener.on_step(step)
         ended = np.flatnonzero((terminated | truncated) & self.running)
         for slot in ended:
-            self._finish(int(slot), info)
+            self._finish(int(slot), bool(terminated[slot]), info)
         if len(ended):
             self.refill(ended)
 
@@ -333,10 +333,9 @@ class _Rollout:
         if "instruction" in info:
             self.instructions[slot] = str(info["instruction"][slot])
 
-    def _finish(self, slot: int, info: dict[str, Any]) -> None:
+    def _finish(self, slot: int, terminated: bool, info: dict[str, Any]) -> None:
         success = bool(info["success"][slot])
         fault = str(info["sim_fault"][slot]) if "sim_fault" in info else ""
-        failed = "task_failed" in info and bool(info["task_failed"][slot])
         episode = int(self.episode[slot])
         result = EpisodeResult(
             episode=episode,
@@ -346,7 +345,7 @@ class _Rollout:
             duration_s=float(self.steps[slot] * self.env.embodiment.control_period_s),  # type: ignore[attr-defined]
             milestones=dict(self.milestones[slot]),
             instruction=self.instructions[slot],
-            failure="" if success else (fault or (TASK_FAILED if failed else "timeout")),
+            failure="" if success else (fault or (TASK_FAILED if terminated else "timeout")),
         )
         self.results[episode] = result
         for listener in self.listeners:

@@ -27,7 +27,7 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray], EzPickle):
         render_mode: ``"rgb_array"`` makes :meth:`render` return a 640x480 picture in the ``high`` profile.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 20}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
 
     def __init__(
         self,
@@ -56,6 +56,7 @@ class TabletopEnv(gym.Env[dict[str, np.ndarray], np.ndarray], EzPickle):
         )  # fmt: skip
         self.render_mode = render_mode
         self.task, self.embodiment, self.model = self.vector.task, self.vector.embodiment, self.vector.model
+        self.metadata = {**type(self).metadata, "render_fps": self.embodiment.control_hz}
         self.observation_space = self.vector.single_observation_space
         self.action_space = self.vector.single_action_space
         self._pictures: PictureRenderer | None = None

@@ -23,14 +23,13 @@ from simtoreal.envs.rendering import DRAWN_FIELDS, BatchRenderer
 from simtoreal.envs.scene import TABLE_LOOKS, build_model, index_objects
 from simtoreal.envs.scene_motion import SceneMotion, SceneMover, load_motion, put_planar
 from simtoreal.envs.scene_state import object_state, view_scene
-from simtoreal.envs.task import TaskSpec, sample_initial_condition
+from simtoreal.envs.task import SUCCESS_HOLD_STEPS, TaskSpec, sample_initial_condition
 from simtoreal.envs.task_file import load_task
 from simtoreal.envs.varied_models import VariedModels
 
-SUCCESS_HOLD_STEPS = 5
 HOME_NOISE_RAD = 0.02
-# Control steps in which an arm is driven to a start away from home, the last of them at rest.
-START_STEPS, START_SETTLE_STEPS = 26, 8
+# How long it takes to bring an arm to a start away from home, and how much of that its target moves; then it settles.
+START_S, START_DRIVE_S = 1.3, 0.9
 # Draws of an initial condition in which the goal must be false once.
 MAX_DRAWS = 100
 # Beyond any state the scenes can reach; MuJoCo itself only reacts at 1e10.
@@ -65,11 +64,11 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         record_state: put ``sim_state`` (the exact state, see :meth:`get_state`) into every info.
 
     Raises:
-        ConfigError: the embodiment's action mode is not ``ee_delta``.
+        ConfigError: no simulations, an embodiment whose action mode is not ``ee_delta``, or images without cameras.
         ConfigError, TaskError: see :func:`load_task`, :func:`load_randomization`, :class:`SceneMover`.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "render_fps": 20}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
 
     def __init__(
         self,
@@ -89,6 +88,8 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
     ) -> None:
         if observe not in ("image", "state"):
             raise ConfigError(f"observe is '{observe}'; expected 'image' or 'state'")
+        if num_envs < 1:
+            raise ConfigError(f"num_envs is {num_envs}; expected at least 1")
         if autoreset_mode not in (AutoresetMode.DISABLED, AutoresetMode.NEXT_STEP):
             raise ConfigError(f"autoreset_mode {autoreset_mode} is not supported; use DISABLED or NEXT_STEP")
         self.task = load_task(task)
@@ -99,11 +100,18 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
                 "takes 'ee_delta' (absolute targets are for robots behind ROS 2)"
             )
         self.embodiment.require_simulated()
+        if observe == "image" and not self.embodiment.cameras:
+            raise ConfigError(
+                f"observe is 'image', and embodiment '{self.embodiment.name}' has no cameras; expected at least one, "
+                "or 'state' for no images"
+            )
         self.images_wanted = True
         self.observe, self.autoreset_mode, self.record_state = observe, autoreset_mode, record_state
         self.randomization = load_randomization(randomization)
         self.num_envs = num_envs
-        self.metadata = {**type(self).metadata, "autoreset_mode": autoreset_mode}
+        self.metadata = {
+            **type(self).metadata, "autoreset_mode": autoreset_mode, "render_fps": self.embodiment.control_hz
+        }  # fmt: skip
         self.model = build_model(self.task, self.embodiment)
         self.objects = index_objects(self.model, self.task)
         self.substeps = round(self.embodiment.control_period_s / self.model.opt.timestep)
@@ -209,8 +217,8 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
             actions: ``(N, 7)`` in [-1, 1].
 
         Returns:
-            Observation, reward (1 on success), terminated (success, or the task's failure), truncated (horizon or
-            fault), info.
+            Observation, reward (1 once, on success), terminated (success, or the task's failure), truncated (horizon
+            or fault), info.
 
         Raises:
             ActionError: wrong shape or dtype, not finite, or out of range.
@@ -231,9 +239,9 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         failed = np.zeros(self.num_envs, bool)
         if self.task.failure_predicate is not None:
             failed = self.task.failure_predicate(scene)
-        success &= ~failed
         fault = self._faults != ""
-        terminated = (success | failed) & ~fault
+        success &= ~failed & ~fault
+        terminated = success | (failed & ~fault)
         truncated = ((self._steps >= self.task.horizon) & ~terminated) | fault
         self._ended = terminated | truncated
         fresh = np.isin(np.arange(self.num_envs), restarted)
@@ -241,7 +249,9 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         drawn = np.flatnonzero((running & (self.images_wanted | self._ended)) | fresh)
         info = self._info(scene, success)
         info["task_failed"] = failed
-        return self._observe(measured, drawn), (success & ~fault).astype(np.float64), terminated, truncated, info
+        # An episode that has ended is paid no more.
+        reward = (success & running).astype(np.float64)
+        return self._observe(measured, drawn), reward, terminated, truncated, info
 
     def close(self, **kwargs: Any) -> None:
         """Free the renderer."""
@@ -305,14 +315,15 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
 
     def _complete_seeds(self, seed: int | Sequence[int | None] | None) -> list[int]:
         if isinstance(seed, int | np.integer):
-            self._np_random = np.random.default_rng(int(seed))
+            # With its seed: without one, asking for np_random_seed would put another generator in its place.
+            self._np_random, self._np_random_seed = np.random.default_rng(int(seed)), int(seed)
             return [int(seed) + index for index in range(self.num_envs)]
         given = [None] * self.num_envs if seed is None else list(seed)
         if len(given) != self.num_envs:
             raise ConfigError(f"got {len(given)} seeds for {self.num_envs} simulations")
         if None not in given:
             # Episodes that begin by themselves later follow from these seeds, too.
-            self._np_random = np.random.default_rng(given)
+            self._np_random, self._np_random_seed = np.random.default_rng(given), -1
         return [int(self.np_random.integers(2**31)) if value is None else int(value) for value in given]
 
     def _reset_slots(self, slots: np.ndarray, seeds: list[int]) -> None:
@@ -365,7 +376,10 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         goals = np.array([self._starts[slot][0] for slot in moving]) + [0.0, 0.0, tallest]
         begin = self._position[moving].copy()
         self._opening[moving] = [0.0 if self._starts[slot][1] else 1.0 for slot in moving]
-        for share in np.minimum(1.0, np.arange(1, START_STEPS + 1) / (START_STEPS - START_SETTLE_STEPS)):
+        # An arm takes as long at any control rate.
+        period_s = self.substeps * self.model.opt.timestep
+        steps, ramp = (max(1, round(seconds / period_s)) for seconds in (START_S, START_DRIVE_S))
+        for share in np.minimum(1.0, np.arange(1, steps + 1) / ramp):
             self._position[moving] = begin + share * (goals - begin)
             self.fields["ctrl"][moving] = pose_to_control(
                 self._position[moving], self._quaternion[moving], self._opening[moving]

@@ -30,6 +30,8 @@ COLORS = {
     "yellow": (0.95, 0.8, 0.1), "purple": (0.55, 0.2, 0.7), "orange": (0.95, 0.5, 0.1),
     "white": (0.92, 0.92, 0.92), "gray": (0.5, 0.5, 0.52), "brown": (0.55, 0.36, 0.2),
 }  # fmt: skip
+# Control steps in a row in which the goal holds before an episode ends in success.
+SUCCESS_HOLD_STEPS = 5
 # skill -> its arguments; those that end in _m are lengths, the others objects.
 SKILLS: dict[str, tuple[str, ...]] = {
     "reach": ("point",),
@@ -225,6 +227,10 @@ class TaskSpec:
             name: parse_predicate(text, self.objects, where=f"{self.source}: milestones.{name}")
             for name, text in self.milestones.items()
         }
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Only the fields: what is compiled of them cannot be sent to another process, and is compiled again there."""
+        return {item.name: getattr(self, item.name) for item in dataclasses.fields(self)}
 
     def object(self, name: str) -> ObjectSpec:
         """Return the object called ``name``.

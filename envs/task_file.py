@@ -16,6 +16,7 @@ import yaml
 
 from simtoreal.envs.config import parse_yaml
 from simtoreal.envs.errors import TaskError, closest
+from simtoreal.envs.predicates import require_sense
 from simtoreal.envs.scene_layout import DRAWER_SMALLEST_M, DRAWER_TRAVEL_M, TABLE_CENTER_M, TABLE_HALF_M
 from simtoreal.envs.task import (
     CARRYING_SKILLS,
@@ -23,6 +24,7 @@ from simtoreal.envs.task import (
     SHAPE_DIMENSIONS,
     SKILL_SHAPES,
     SKILLS,
+    SUCCESS_HOLD_STEPS,
     InitialSpec,
     ObjectSpec,
     SkillStep,
@@ -336,6 +338,11 @@ def parse_task_text(text: str, source: str) -> TaskSpec:
     except yaml.YAMLError as error:
         raise TaskError(f"{source}: not valid yaml: {error}") from error
     task = parse_task(content, source)
+    for item in task.objects:
+        if item.fixed and "mass_kg" in content["objects"][item.name]:
+            raise TaskError(
+                f"{source}: key 'objects.{item.name}.mass_kg' is for what can be moved; leave it out for a {item.shape}"
+            )
     _require_possible(task)
     return task
 
@@ -372,8 +379,36 @@ def _require_possible(task: TaskSpec) -> None:
         lowest = item.half_height_m
         what = f" m, the origin of a {item.shape} of this size on the table or above it"
         within(f"initial.{item.name}.z_m", initial.z_m or (), lowest, HIGHEST_M, what)
+    if task.horizon < SUCCESS_HOLD_STEPS:
+        raise TaskError(
+            f"{task.source}: key 'horizon' is {task.horizon}; expected {SUCCESS_HOLD_STEPS} control steps or more, for "
+            "so long the goal has to hold"
+        )
+    if task.moving_object and task.moving_object == task.moving_target:
+        raise TaskError(
+            f"{task.source}: key 'moving' names '{task.moving_object}' twice; expected another target, or none"
+        )
+    for first, second, distance in task.min_distances:
+        if first == second:
+            raise TaskError(f"{task.source}: key 'min_distances' names '{first}' twice; expected two objects")
+        if distance < 0:
+            raise TaskError(
+                f"{task.source}: key 'min_distances' is {distance:g} m for '{first}' and '{second}'; expected 0 or more"
+            )
+    for key, text in _predicates(task):
+        require_sense(text, f"{task.source}: {key}")
     _require_apart(task)
     require_executable(task)
+
+
+def _predicates(task: TaskSpec) -> Iterable[tuple[str, str]]:
+    """Key and text of every predicate of the task."""
+    yield "goal", task.goal
+    if task.failure:
+        yield "failure", task.failure
+    yield from ((f"milestones.{name}", text) for name, text in task.milestones.items())
+    for choice, labels in task.behaviors.items():
+        yield from ((f"behaviors.{choice}.{label}", text) for label, text in labels.items())
 
 
 def require_executable(task: TaskSpec) -> None:

@@ -12,8 +12,8 @@ from simtoreal.envs.errors import ConfigError
 from simtoreal.envs.panda import FINGER_TRAVEL_M, pose_to_control
 from simtoreal.envs.scene_motion import SceneMotion
 from simtoreal.envs.scene_state import object_state
-from simtoreal.envs.tabletop_vector import SUCCESS_HOLD_STEPS, TabletopVectorEnv
-from simtoreal.envs.task import TaskSpec
+from simtoreal.envs.tabletop_vector import TabletopVectorEnv
+from simtoreal.envs.task import SUCCESS_HOLD_STEPS, TaskSpec
 from simtoreal.robot.gap import Latency, load_gap, sample_latency
 
 # Joint states are measured this often (100 Hz), and commands take effect with this resolution.

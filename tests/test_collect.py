@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import point_world
 import pytest
+import yaml
 
 from simtoreal.data_collection import collect as collect_module
 from simtoreal.data_collection.collect import CollectionPlan, CollectionProgress, collect
@@ -24,6 +25,7 @@ from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.ledger import Ledger
 from simtoreal.data_collection.writer import require_dataset_folder
 from simtoreal.envs.errors import ConfigError, DatasetError, SimtorealError
+from simtoreal.envs.task_file import load_task
 
 # The first 20 seeds of the range that the expert can solve.
 FIRST_20 = [seed for seed in range(100) if not point_world.fails(seed)][:20]
@@ -101,6 +103,25 @@ def test_other_settings_are_refused(tmp_path: Path) -> None:
         make_plan(tmp_path, image_size=100_000)
     with pytest.raises(ConfigError, match="episodes is 0"):
         make_plan(tmp_path, episodes=0)
+
+
+def test_a_task_that_was_edited_is_refused_although_nothing_is_left_to_do(tmp_path: Path) -> None:
+    file, content = tmp_path / "mine.yaml", load_task("reach").to_dict()
+    file.write_text(yaml.safe_dump(content))
+    plan = make_plan(tmp_path / "a", task=str(file), episodes=1, workers=1, num_envs=1)
+    collect(plan)
+    assert collect(plan).session == 0
+    for edit, message in (
+        ({"horizon": 61}, "holds episodes of another specification of task 'reach'. Write to a new folder"),
+        ({"goal": "at(tcp, goal, 0.02)"}, "holds episodes of another specification of task 'reach'"),
+        ({"name": "mine"}, "holds episodes of task 'reach', and .*mine.yaml is of task 'mine' now"),
+    ):
+        file.write_text(yaml.safe_dump({**content, **edit}))
+        with pytest.raises(DatasetError, match=message):
+            collect(plan)
+    file.unlink()
+    assert collect(plan).session == 0, "what is complete needs no file of its task"
+    assert Dataset.open(plan.output).task == content
 
 
 SLOW = """

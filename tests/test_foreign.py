@@ -23,7 +23,7 @@ from simtoreal.envs.errors import ActionError, ConfigError, EmbodimentMismatchEr
 from simtoreal.envs.gymnasium_env import GymnasiumVectorEnv
 from simtoreal.envs.panda import panda_embodiment
 from simtoreal.envs.registration import find_spec
-from simtoreal.envs.rollout import rollout
+from simtoreal.envs.rollout import TASK_FAILED, rollout
 from simtoreal.policies.config import BCConfig, DiffusionConfig
 from simtoreal.policies.observation_keys import adapt_keys
 
@@ -207,7 +207,7 @@ def test_success_comes_from_the_info_and_ends_the_episode() -> None:
     timeout = rollout(env, Constant(0.0), [1])
     assert (timeout[0].success, timeout[0].failure, timeout[0].steps) == (False, "timeout", 12)
     fell = rollout(env, Constant(-0.5), [1])
-    assert (fell[0].success, fell[0].steps) == (False, 5)
+    assert (fell[0].success, fell[0].failure, fell[0].steps) == (False, TASK_FAILED, 5)
 
 
 def test_success_under_another_name_or_as_termination() -> None:
@@ -231,6 +231,8 @@ def test_environments_that_do_not_fit_are_refused() -> None:
         GymnasiumVectorEnv("CartPole-v1", 1, embodiment=describe(1), keys={"state": (4,)})
     with pytest.raises(ConfigError, match="--horizon"):
         GymnasiumVectorEnv("CorridorEndless-v0", 1, embodiment=describe(1), keys=keys)
+    with pytest.raises(ConfigError, match="num_envs is 0; expected at least 1"):
+        GymnasiumVectorEnv("Corridor-v0", 0, embodiment=describe(1), keys=keys)
     short = GymnasiumVectorEnv("CorridorEndless-v0", 1, embodiment=describe(1), keys=keys, horizon=3)
     assert rollout(short, Constant(0), [0])[0].steps == 3
     with pytest.raises(ConfigError, match="draws no pictures"):

@@ -17,7 +17,7 @@ from simtoreal.envs.embodiment import SIMULATED_ARMS, TARGET_NAMES, ActionSpec, 
 from simtoreal.envs.errors import ActionError, ConfigError, EmbodimentMismatchError, TaskError
 from simtoreal.envs.randomization import MAX_LATENCY_STEPS, Randomization
 from simtoreal.envs.scene_layout import DRAWER_SMALLEST_M, DRAWER_TRAVEL_M
-from simtoreal.envs.tabletop_vector import SUCCESS_HOLD_STEPS
+from simtoreal.envs.task import SUCCESS_HOLD_STEPS
 from simtoreal.envs.task_file import RESERVED_NAMES, parse_task, parse_task_text
 
 
@@ -142,6 +142,8 @@ def test_success_must_be_held():
     assert info["success"] is True
     assert flags[-SUCCESS_HOLD_STEPS:] == [True] * SUCCESS_HOLD_STEPS
     assert not flags[-SUCCESS_HOLD_STEPS - 1]
+    _, reward, terminated, _, info = env.step(action)
+    assert (reward, terminated, info["success"]) == (0.0, True, True), "an episode that has ended is paid once"
 
 
 @pytest.mark.parametrize("fault", ["nan", "huge"])
@@ -157,6 +159,24 @@ def test_divergence_is_never_silent(fault):
     observation, info = env.reset(seed=[4, None], options={"reset_mask": np.array([True, False])})
     assert info["sim_fault"].tolist() == ["", ""]
     assert np.isfinite(observation["object_state"]).all()
+
+
+def test_a_simulation_that_diverges_in_the_step_of_success_has_none(monkeypatch):
+    env = make_vector_env("pick_place", 2, observe="state")
+    env.reset(seed=0)
+    _reach_goal(env)
+    env.batch.forward()
+    env._hold[:] = SUCCESS_HOLD_STEPS - 1
+    physics = env._step_physics
+
+    def diverge(slots: np.ndarray | None) -> None:
+        physics(slots)
+        env._faults[0] = "simulation diverged"
+
+    monkeypatch.setattr(env, "_step_physics", diverge)
+    _, reward, terminated, truncated, info = env.step(np.zeros((2, 7), np.float32))
+    assert info["success"].tolist() == terminated.tolist() == [False, True]
+    assert (truncated.tolist(), reward.tolist()) == ([True, False], [0, 1])
 
 
 @pytest.mark.parametrize(
@@ -328,6 +348,29 @@ def test_control_rates_are_positive_numbers(rate):
         Embodiment.from_dict({**panda_embodiment().to_dict(), "control_hz": rate})
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"workspace_low_m": (0.72, -0.32, 0.012), "workspace_high_m": (0.28, 0.32, 0.45)},
+        {"workspace_high_m": (0.72, 0.32, float("nan"))},
+        {"workspace_low_m": (-float("inf"), -0.32, 0.012)},
+    ],
+)
+def test_workspaces_are_boxes(changes):
+    with pytest.raises(ConfigError, match=r"workspace of embodiment 'panda' is .*; expected finite metres, low"):
+        dataclasses.replace(panda_embodiment(), **changes)
+    with pytest.raises(EmbodimentMismatchError, match="workspace"):
+        Embodiment.from_dict({**panda_embodiment().to_dict(), **changes})
+
+
+def test_nothing_to_simulate_and_nothing_to_draw_are_refused():
+    with pytest.raises(ConfigError, match="num_envs is 0; expected at least 1"):
+        gym.make_vec(gym_id("reach"), num_envs=0)
+    with pytest.raises(ConfigError, match="embodiment 'panda' has no cameras; expected at least one, or 'state'"):
+        make_env("reach", cameras=())
+    make_env("reach", cameras=(), observe="state").reset(seed=0)
+
+
 def test_pictures_are_taken_with_the_cameras_of_the_embodiment():
     panda = panda_embodiment(cameras=("front",))
     side = dataclasses.replace(panda.cameras[0], name="side", position_m=(0.9, 0.0, 0.6))
@@ -434,14 +477,16 @@ def test_a_control_period_is_a_whole_number_of_time_steps():
         assert env.model.opt.timestep <= 0.005
 
 
-def test_seeds_of_a_list_also_fix_the_episodes_that_follow():
-    def followers(seeds: list[int]) -> list[int]:
+@pytest.mark.parametrize(("seed", "other", "told"), [(5, 6, 5), ([5, 6], [5, 7], -1)])
+def test_seeds_also_fix_the_episodes_that_follow(seed, other, told):
+    def followers(seed: int | list[int], ask: bool = False) -> list[int]:
         env = make_vector_env("reach", 2, observe="state", autoreset_mode=AutoresetMode.NEXT_STEP)
-        env.reset(seed=seeds)
+        env.reset(seed=seed)
+        assert not ask or env.np_random_seed == told
         env._ended[:] = True
         return env.step(np.zeros((2, 7), np.float32))[4]["init_id"].tolist()
 
-    assert followers([5, 6]) == followers([5, 6]) != followers([5, 7])
+    assert followers(seed) == followers(seed) == followers(seed, ask=True) != followers(other)
 
 
 def test_an_episode_that_begins_in_the_last_state_of_another_runs():
@@ -515,6 +560,22 @@ def test_arms_may_start_anywhere_above_the_table():
     assert np.array_equal(info["target"][:, 9] > 0.5, opening > 0.5)
     alone = make_vector_env("insert", 1, observe="state", randomization=Randomization(start_anywhere=1.0))
     assert _same({key: value[5:6] for key, value in observation.items()}, alone.reset(seed=[5])[0])
+
+
+@pytest.mark.parametrize("rate", [10.0, 20.0, 100.0])
+def test_arms_that_start_anywhere_are_at_rest_at_any_control_rate(rate):
+    embodiment, start = dataclasses.replace(panda_embodiment(), control_hz=rate), Randomization(start_anywhere=1.0)
+    env = make_vector_env("insert", 16, observe="state", embodiment=embodiment, randomization=start)
+    observation, info = env.reset(seed=0)
+    assert np.abs(observation["proprio"][:, :3] - info["target"][:, :3]).max() < 0.01
+    assert np.abs(env.fields["qvel"][:, :7]).max() < 0.1
+
+
+def test_pictures_are_taken_at_the_control_rate():
+    slow = dataclasses.replace(panda_embodiment(), control_hz=10.0)
+    for env in (make_env("reach", embodiment=slow), make_vector_env("reach", 1, embodiment=slow)):
+        assert env.metadata["render_fps"] == 10
+    assert gym.make("simtoreal/Reach-v0", observe="state").metadata["render_fps"] == 20
 
 
 def test_batches_have_no_pictures_of_their_own():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import numpy as np
 import pytest
 import yaml
 
 from simtoreal.data_collection.expert import ScriptedExpert
-from simtoreal.envs import panda_embodiment
+from simtoreal.envs import make_env, panda_embodiment
 from simtoreal.envs.errors import TaskError
 from simtoreal.envs.predicates import SceneView, parse_predicate
 from simtoreal.envs.task import ObjectSpec, sample_initial_condition
@@ -29,6 +30,18 @@ def test_shipped_tasks_survive_a_round_trip(name):
     assert parse_task(yaml.safe_load(yaml.safe_dump(task.to_dict(), sort_keys=False))) == task
     assert task.plan, "every shipped task has a scripted plan"
     assert task.instructions
+
+
+def test_a_task_can_be_sent_to_another_process():
+    task = load_task("avoid")
+    assert task.goal_predicate
+    sent = pickle.loads(pickle.dumps(task))
+    assert sent == task
+    assert sent.source == task.source
+    assert sent.behavior_predicates.keys() == task.behavior_predicates.keys()
+    assert copy.deepcopy(task) == task
+    env = make_env(task, observe="state")
+    assert pickle.loads(pickle.dumps(env)).task == task
 
 
 def test_unknown_task_names_the_closest():
@@ -126,6 +139,19 @@ def test_files_that_are_not_text_are_named(tmp_path):
         (lambda c: (c["objects"].update(box=DRAWER | {"size_m": [0.1, 0.01, 0.04]}),
                     c["initial"].update(box={"x_m": [0.7, 0.7], "y_m": [0, 0]})),
          r"'objects\.box\.size_m' is 0\.01; expected 0\.03 to 0\.5 m for the half_width of a drawer"),
+        (lambda c: c["objects"]["plate"].update(mass_kg=3.0),
+         r"'objects\.plate\.mass_kg' is for what can be moved; leave it out for a plate"),
+        (lambda c: c.update(horizon=4), "key 'horizon' is 4; expected 5 control steps or more"),
+        (lambda c: c.update(moving={"object": "cube", "target": "cube"}), "key 'moving' names 'cube' twice"),
+        (lambda c: c.update(min_distances=[["cube", "plate", -1]]), "key 'min_distances' is -1 m for 'cube' and"),
+        (lambda c: c.update(min_distances=[["cube", "cube", 0.1]]), "key 'min_distances' names 'cube' twice"),
+        (lambda c: c.update(goal="released(cube) and stacked(cube, cube)"),
+         r"goal: stacked\(cube, cube\) relates 'cube' to itself; expected two objects"),
+        (lambda c: c.update(failure="at(tcp, tcp, 0.1)"), r"failure: at\(tcp, tcp, 0\.1\) relates 'tcp' to itself"),
+        (lambda c: c.update(goal="at(tcp, cube, 0)"), "goal: at got '0' where it needs more than 0 metres"),
+        (lambda c: c.update(milestones={"over": "not above(cube, plate, 0.0)"}), r"milestones\.over: above got '0\.0'"),
+        (lambda c: c.update(behaviors={"way": {"a": "aligned(cube, plate, 0.1, 0)", "b": "past(cube, plate)"}}),
+         r"behaviors\.way\.a: aligned got '0' where it needs more than 0 degrees"),
         (lambda c: c.update(name="../mine"), r"key 'name' is '\.\./mine'; expected letters"),
         (lambda c: c.update(goal="not " * 3000 + "lifted(cube, 0.1)"), "goal: a predicate of 12017 characters"),
     ],
@@ -134,6 +160,18 @@ def test_scenes_that_cannot_be_simulated_are_refused(content, edit, message):
     edit(content)
     with pytest.raises(TaskError, match=rf"mine\.yaml.*{message}"):
         parse_task_text(yaml.safe_dump(content), "mine.yaml")
+
+
+def test_tasks_that_were_stored_before_they_were_refused_are_read(content):
+    content["objects"]["plate"]["mass_kg"] = 3.0
+    content |= {"horizon": 1, "min_distances": [["cube", "plate", -1]], "moving": {"object": "cube", "target": "cube"}}
+    content["goal"] = "on(cube, plate) or above(cube, cube, 0)"
+    assert parse_task(content, "data/meta.json").horizon == 1
+
+
+def test_heights_may_be_0(content):
+    content["goal"] = "lifted(cube, 0) and not below(cube, 0)"
+    assert parse_task_text(yaml.safe_dump(content), "mine.yaml").goal == content["goal"]
 
 
 PICK = {"skill": "pick", "object": "cube"}

@@ -15,7 +15,7 @@ from simtoreal.envs.action import integrate_action
 from simtoreal.envs.contract import check_robot_env
 from simtoreal.envs.errors import ActionError, ConfigError, EmbodimentMismatchError
 from simtoreal.envs.panda import panda_embodiment
-from simtoreal.envs.tabletop_vector import SUCCESS_HOLD_STEPS
+from simtoreal.envs.task import SUCCESS_HOLD_STEPS
 from simtoreal.policies.chunk_rollout import Starts, collect_rollouts
 from simtoreal.policies.reinforcement_config import ExplorationConfig
 from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model
@@ -108,6 +108,18 @@ def test_equal_seeds_equal_episodes_wherever_they_run(env):
     assert np.abs(observation["proprio"][0] - observation["proprio"][2]).max() > 1e-3
 
 
+def test_a_seed_also_fixes_the_episodes_that_follow(env):
+    def follow() -> int:
+        env.reset()
+        return env._generators[0].initial_seed()
+
+    env.reset(seed=5)
+    first = follow()
+    env.reset(seed=5)
+    assert env.np_random_seed == 5
+    assert follow() == first
+
+
 def test_the_control_loop_runs_on_it(env, data):
     results = rollout(env, Still(), range(5))
     assert [result.steps for result in results] == [env.task.horizon] * 5
@@ -137,6 +149,7 @@ def test_success_needs_as_many_frames_in_a_row_as_in_the_simulation_and_pays_onc
         assert info["success"].tolist() == terminated.tolist()
     assert rewards == [0] * (2 * SUCCESS_HOLD_STEPS - 1) + [1]
     assert ended == [False] * (2 * SUCCESS_HOLD_STEPS - 1) + [True]
+    assert not env.step(action)[1].any(), "an episode that has ended is paid no more"
 
 
 def test_what_comes_close_to_success_is_rewarded_by_how_close(loaded, data, monkeypatch):

@@ -15,8 +15,7 @@ from gymnasium.vector.utils import batch_space
 from simtoreal.envs.action import check_action, integrate_action
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError
-from simtoreal.envs.tabletop_vector import SUCCESS_HOLD_STEPS
-from simtoreal.envs.task import TaskSpec
+from simtoreal.envs.task import SUCCESS_HOLD_STEPS, TaskSpec
 from simtoreal.envs.task_file import load_task, parse_task
 from simtoreal.policies.trainer import choose_precision
 from simtoreal.world_models.announced_steps import AnnouncedSteps
@@ -160,7 +159,8 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
 
     def _complete_seeds(self, seed: int | Sequence[int | None] | None) -> list[int]:
         if isinstance(seed, int | np.integer):
-            self._np_random = np.random.default_rng(int(seed))
+            # With its seed: without one, asking for np_random_seed would put another generator in its place.
+            self._np_random, self._np_random_seed = np.random.default_rng(int(seed)), int(seed)
             return [int(seed) + index for index in range(self.num_envs)]
         given = [None] * self.num_envs if seed is None else list(seed)
         if len(given) != self.num_envs:
@@ -266,8 +266,8 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
             actions: ``(N, A)``, in [-1, 1] unless the action mode is ``env``.
 
         Returns:
-            Observation, reward (1 on success; see ``graded``), terminated (success), truncated (horizon or fault),
-            info.
+            Observation, reward (1 once, on success; see ``graded``), terminated (success), truncated (horizon or
+            fault), info.
 
         Raises:
             ActionError: wrong shape or dtype, not finite, or out of range.
@@ -290,7 +290,9 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
 
     def _reward(self, slots: np.ndarray, success: np.ndarray) -> np.ndarray:
         if not self.graded:
-            return success.astype(np.float64)
+            paid = np.zeros(self.num_envs)
+            paid[slots] = success[slots]
+            return paid
         close = np.zeros(self.num_envs)
         close[slots] = closeness(self._recent[slots].min(1), self.threshold)
         closer = np.maximum(close - self._closest, 0.0)

@@ -16,7 +16,7 @@ from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.episode import EpisodeInfo
 from simtoreal.envs.embodiment import TARGET_NAMES, Embodiment
 from simtoreal.envs.errors import ConfigError, DatasetError
-from simtoreal.envs.tabletop_vector import SUCCESS_HOLD_STEPS
+from simtoreal.envs.task import SUCCESS_HOLD_STEPS
 from simtoreal.policies.available_memory import available_memory
 from simtoreal.world_models.config import STRIDE
 
