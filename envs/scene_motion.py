@@ -276,6 +276,8 @@ class SceneMover:
         spec = self.task.initial[item.name]
         low, high = np.array([spec.x_m[0], spec.y_m[0]]), np.array([spec.x_m[1], spec.y_m[1]])
         before = scene.positions[item.name][rows, :2]
+        # What was knocked out of its box finds back at its own speed, if it goes that way, and not in one jump.
+        low, high = np.minimum(low, before), np.maximum(high, before)
         proposed = before + (speed * period_s)[:, None] * self.directions[rows, which]
         outside = (proposed < low) | (proposed > high)
         self.directions[rows, which] *= np.where(outside, -1.0, 1.0)

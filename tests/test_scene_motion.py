@@ -112,6 +112,23 @@ def test_only_the_object_moves_before_the_grasp_and_only_the_target_after(demons
     assert moved_after > 30
 
 
+def test_what_was_knocked_out_of_its_box_does_not_jump_back() -> None:
+    env = make_vector_env("pick_place", 8, observe="state", motion=FAST)
+    env.reset(seed=0)
+    wall = load_task("pick_place").initial["cube"].y_m[1]
+    env.fields["qpos"][:, env.objects["cube"].qpos + 1] = wall + 0.1
+    positions = [np.full(8, wall + 0.1)]
+    for _ in range(40):
+        observation, *_, info = env.step(DRIVEN)
+        positions.append(observation["object_state"][:, 1])
+        caps = info["scene_motion"]["speed_factor_object"] * FAST.object_speed_m_s
+        assert (np.abs(info["scene_motion"]["cube_vy_m_s"]) <= caps + 1e-9).all()
+    steps, outside = np.diff(positions, axis=0), np.array(positions[:-1]) > wall
+    assert (np.abs(steps) <= caps * 0.05 + 2e-3).all()
+    assert steps[outside].max() < 2e-3, "none goes further out"
+    assert (positions[-1] < wall + 0.09).sum() > 5, "they come back"
+
+
 def test_motion_gives_no_impulse() -> None:
     """Kinematic motion ends at the contact margin: what is set down has no velocity, and nothing is kicked."""
     env = make_vector_env("pick_place", 20, observe="state", motion=FAST)
