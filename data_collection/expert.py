@@ -120,7 +120,7 @@ class ScriptedExpert:
         if item.name in memory.held:
             if not task.moving_target:
                 return ""
-            point, half_width, half_height = scene.poses[item.name][0], item.half_extent_m, item.half_height_m
+            point, half_width, half_height = scene.poses[item.name][0], item.outer_radius_m, item.half_height_m
             item = task.object(task.moving_target)
         gap = free_gap(point[None], half_width, half_height, scene.poses[item.name][0][None], item)[0]
         return item.name if gap > MARGIN_M else ""

@@ -10,3 +10,6 @@ DRAWER_TRAVEL_M = 0.16
 DRAWER_SMALLEST_M = (0.02, 0.03, 0.02)
 # Middle of the handle along the drawer's axis, measured from the cabinet's front towards the robot.
 DRAWER_HANDLE_X_M = -0.055
+DRAWER_HANDLE_HALF_M = (0.007, 0.03, 0.008)
+# Thickness of the tray's front, which sticks out of the cabinet.
+DRAWER_FRONT_M = 0.012

@@ -22,6 +22,7 @@ from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError, closest
 from simtoreal.envs.predicates import SceneView
 from simtoreal.envs.scene import ObjectIndex
+from simtoreal.envs.scene_layout import DRAWER_FRONT_M, DRAWER_HANDLE_HALF_M, DRAWER_HANDLE_X_M
 from simtoreal.envs.task import ObjectSpec, TaskSpec
 
 # Keeps the motion's random numbers apart from those of the initial condition, which stays the same with and without.
@@ -265,7 +266,7 @@ class SceneMover:
     def _move_target(self, scene: SceneView, rows: np.ndarray, period_s: float) -> PlanarMotion:
         (held, item), motion = self.moving, self.motion
         centre = scene.positions[held.name]
-        gap = free_gap(centre, held.half_extent_m, held.half_height_m, scene.positions[item.name], item)
+        gap = free_gap(centre, held.outer_radius_m, held.half_height_m, scene.positions[item.name], item)
         rows = rows[(self.moved_s[rows, 1] < motion.target_moves_s) & (gap[rows] > MARGIN_M)]
         positions = self._bounce(scene, rows, 1, motion.target_speed_m_s * self.factors[rows, 1], period_s)
         return PlanarMotion(item.name, rows, positions, np.zeros(len(rows)))
@@ -286,9 +287,10 @@ class SceneMover:
             if other.name == item.name or (which == 1 and other.name == self.moving[0].name):
                 continue
             # Not in the released generator, which has nothing to run into: turn back before another object.
-            apart = item.half_extent_m + other.half_extent_m + CLEARANCE_M
-            near = np.linalg.norm(proposed - scene.positions[other.name][rows, :2], axis=-1)
-            was = np.linalg.norm(before - scene.positions[other.name][rows, :2], axis=-1)
+            middle, radius = footprint(scene, other)
+            apart = item.outer_radius_m + radius[rows] + CLEARANCE_M
+            near = np.linalg.norm(proposed - middle[rows], axis=-1)
+            was = np.linalg.norm(before - middle[rows], axis=-1)
             blocked = (near < apart) & (near < was)
             self.directions[rows[blocked], which] *= -1.0
             proposed[blocked] = before[blocked]
@@ -370,13 +372,27 @@ def put_planar(fields: Mapping[str, np.ndarray], where: ObjectIndex, moved: Plan
     qvel[moved.rows, where.qvel : where.qvel + 6] = 0.0
 
 
+def footprint(scene: SceneView, item: ObjectSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Middle ``(N, 2)`` and radius ``(N,)`` (m, base frame) of the circle on the table that holds all of an object."""
+    middle = scene.positions[item.name][:, :2]
+    if not item.articulated:
+        return middle, np.full(len(middle), item.outer_radius_m)
+    # The origin of a drawer is the middle of its front, out of which comes the tray with the handle.
+    depth, width, _ = item.size_m
+    ahead = rotation.to_matrix(scene.quaternions[item.name])[:, :2, 0]
+    front = depth + scene.openings[item.name]
+    tray = np.hypot(front + DRAWER_FRONT_M, width)
+    handle = np.hypot(front - DRAWER_HANDLE_X_M + DRAWER_HANDLE_HALF_M[0], DRAWER_HANDLE_HALF_M[1])
+    return middle + depth * ahead, np.maximum(tray, handle)
+
+
 def free_gap(
     point: np.ndarray, half_width_m: float, half_height_m: float, position: np.ndarray, item: ObjectSpec
 ) -> np.ndarray:
-    """Free distance ``(N,)`` between a box around ``point`` and an object: the larger of across and up.
+    """Free distance ``(N,)`` between a cylinder around ``point`` and an object: the larger of across and up.
 
     A point in the air cannot be touched: it is infinitely far, and may move on until it is reached.
     """
-    across = np.linalg.norm((point - position)[:, :2], axis=-1) - half_width_m - item.half_extent_m
+    across = np.linalg.norm((point - position)[:, :2], axis=-1) - half_width_m - item.outer_radius_m
     up = point[:, 2] - half_height_m - (position[:, 2] + item.top_m)
     return np.full(len(across), np.inf) if item.shape == "point" else np.maximum(across, up)
