@@ -18,7 +18,13 @@ from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError, TaskError
 from simtoreal.envs.panda import FINGER_TRAVEL_M, panda_embodiment, pose_to_control
 from simtoreal.envs.predicates import SceneView
-from simtoreal.envs.randomization import MAX_LATENCY_STEPS, Randomization, load_randomization, sample_variation
+from simtoreal.envs.randomization import (
+    MAX_LATENCY_STEPS,
+    START_HEIGHT_M,
+    Randomization,
+    load_randomization,
+    sample_variation,
+)
 from simtoreal.envs.rendering import DRAWN_FIELDS, BatchRenderer
 from simtoreal.envs.scene import TABLE_LOOKS, build_model, index_objects
 from simtoreal.envs.scene_motion import SceneMotion, SceneMover, load_motion, put_planar
@@ -67,6 +73,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
     Raises:
         ConfigError: the embodiment's action mode is not ``ee_delta``.
         ConfigError, TaskError: see :func:`load_task`, :func:`load_randomization`, :class:`SceneMover`.
+        TaskError: an arm is to start anywhere above an object that reaches to the end of its workspace.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": [], "render_fps": 20}
@@ -102,6 +109,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         self.images_wanted = True
         self.observe, self.autoreset_mode, self.record_state = observe, autoreset_mode, record_state
         self.randomization = load_randomization(randomization)
+        self._require_room_to_start()
         self.num_envs = num_envs
         self.metadata = {**type(self).metadata, "autoreset_mode": autoreset_mode}
         self.model = build_model(self.task, self.embodiment)
@@ -117,6 +125,17 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         self.set_motion(motion)
 
     # Construction -----------------------------------------------------------------------------------------
+
+    def _require_room_to_start(self) -> None:
+        tallest, top = max(self.task.objects, key=lambda item: item.height_m), self.embodiment.workspace_high_m[2]
+        highest = top - START_HEIGHT_M[0]
+        if self.randomization.start_anywhere and tallest.height_m > highest:
+            raise TaskError(
+                f"{self.task.source or self.task.name}: '{tallest.name}' is {tallest.height_m:g} m high. An arm that "
+                f"starts anywhere (randomization 'start_anywhere') begins {START_HEIGHT_M[0]:g} m or more above it, "
+                f"and its workspace ends at {top:g} m: make it at most {highest:g} m high, or use a randomization with "
+                "start_anywhere 0, such as 'standard'"
+            )
 
     def _define_spaces(self) -> None:
         box = gym.spaces.Box
@@ -363,6 +382,8 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
             return
         tallest = max(item.height_m for item in self.task.objects)
         goals = np.array([self._starts[slot][0] for slot in moving]) + [0.0, 0.0, tallest]
+        # The first action would move a target outside of the workspace back into it, further than an action may.
+        goals = np.clip(goals, self.embodiment.workspace_low_m, self.embodiment.workspace_high_m)
         begin = self._position[moving].copy()
         self._opening[moving] = [0.0 if self._starts[slot][1] else 1.0 for slot in moving]
         for share in np.minimum(1.0, np.arange(1, START_STEPS + 1) / (START_STEPS - START_SETTLE_STEPS)):
