@@ -123,6 +123,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         if self.randomization != Randomization():
             self._varied = VariedModels(self.batch, self.task, self.objects)
         self.set_motion(motion)
+        self.motion, self._mover = self._next_motion
 
     # Construction -----------------------------------------------------------------------------------------
 
@@ -307,14 +308,15 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         self.batch.state[slots] = parts[0]
 
     def set_motion(self, motion: str | SceneMotion | None) -> None:
-        """Choose how the scene moves in episodes that begin from now on.
+        """Choose how the scene moves from the next reset of all simulations on; until then it goes on as it began.
 
         Raises:
-            ConfigError: unknown motion, or the task marks nothing that may move.
+            ConfigError: unknown motion, or it would move nothing of this task.
         """
-        self.motion = load_motion(motion)
-        used = self.motion.active or self.motion.places_cameras
-        self._mover = SceneMover(self.motion, self.task, self.embodiment, self.num_envs) if used else None
+        chosen = load_motion(motion)
+        used = chosen.active or chosen.places_cameras
+        mover = SceneMover(chosen, self.task, self.embodiment, self.num_envs) if used else None
+        self._next_motion = chosen, mover
 
     def set_instruction(self, text: str, mask: np.ndarray | None = None) -> None:
         """Change the language instruction of the simulations where ``mask`` is true (default: all)."""
@@ -336,6 +338,8 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
 
     def _reset_slots(self, slots: np.ndarray, seeds: list[int]) -> None:
         """Begin new episodes; a draw that is over before it begins is followed by another from the same seed."""
+        if len(slots) == self.num_envs:
+            self.motion, self._mover = self._next_motion
         self._seeds[slots] = [seeds[slot] for slot in slots]
         generators = {int(slot): np.random.default_rng(seeds[slot]) for slot in slots}
         for _ in range(MAX_DRAWS):

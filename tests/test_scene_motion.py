@@ -316,6 +316,30 @@ def test_logged_offsets_and_poses_of_a_camera_are_those_of_the_picture_that_the_
     assert not np.array_equal(env._mover.camera_offsets, drawn)
 
 
+def test_another_motion_begins_with_the_next_reset_of_all() -> None:
+    env, same = (make_vector_env("pick_place", 4, observe="state", motion=FAST) for _ in range(2))
+    env.reset(seed=0)
+    same.reset(seed=0)
+    for step in range(10):
+        if step == 4:
+            env.set_motion(None)
+        if step == 6:
+            one = {"seed": [None, 9, None, None], "options": {"reset_mask": np.arange(4) == 1}}
+            env.reset(**one)
+            same.reset(**one)
+        (observation, *_, info), (expected, *_, log) = env.step(DRIVEN[:4]), same.step(DRIVEN[:4])
+        np.testing.assert_array_equal(observation["object_state"], expected["object_state"])
+        assert info["scene_motion"].keys() == log["scene_motion"].keys()
+    assert env.motion == FAST
+    before = env.reset(seed=0)[0]["object_state"]
+    observation, *_, info = env.step(DRIVEN[:4])
+    assert env.motion == SCENE_MOTIONS["none"]
+    assert "scene_motion" not in info
+    np.testing.assert_allclose(observation["object_state"], before, atol=1e-4)
+    with pytest.raises(ConfigError, match="unknown scene motion"):
+        env.set_motion("mve")
+
+
 def test_views_differ_between_episodes_and_rest_within_one() -> None:
     env = make_vector_env("pick_place", 4, image_size=32, motion="views")
     env.reset(seed=0)
@@ -395,6 +419,10 @@ def test_twin_moves_its_scene_the_same_way_once_the_arm_is_driven() -> None:
     assert np.linalg.norm(moved[:2] - np.array(before)[:2]) > 0.005
     assert np.allclose(np.array(world.truth()["object_state"])[:2], moved[:2], atol=2e-3)
     assert world.truth()["scene_motion"]["speed_factor_object"] > 0
+    world.set_motion(None)
+    assert world.truth()["scene_motion"], "the running episode goes on"
+    world.begin(7)
+    assert world.truth()["scene_motion"] == {}
 
 
 @pytest.mark.parametrize("task", ["pick_place", "stack", "insert", "lift", "push", "reach"])
