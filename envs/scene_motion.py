@@ -182,7 +182,7 @@ class SceneMover:
         count: number of simulations.
 
     Raises:
-        ConfigError: objects should move but the task marks none.
+        ConfigError: objects should move but the task marks none, or only cameras should and none is fixed to the world.
     """
 
     def __init__(self, motion: SceneMotion, task: TaskSpec, embodiment: Embodiment, count: int) -> None:
@@ -193,6 +193,12 @@ class SceneMover:
             raise ConfigError(
                 f"task '{task.name}' marks nothing that may move. Add 'moving: {{object: NAME, target: NAME}}' to "
                 f"{task.source or 'its yaml file'}, or collect it without scene motion."
+            )
+        if not motion.moves_objects and not self.cameras:
+            given = ", ".join(camera.name for camera in embodiment.cameras) or "none"
+            raise ConfigError(
+                f"the scene motion moves cameras that are fixed to the world, and there is none (cameras: {given}). "
+                "Use one, such as 'front', a motion that moves objects, or 'none'."
             )
         for camera in self.cameras:
             position = np.array(camera.position_m)
@@ -300,7 +306,7 @@ class SceneMover:
 
     def _move_cameras(self, rows: np.ndarray, period_s: float) -> None:
         motion = self.motion
-        if not motion.places_cameras:
+        if not motion.places_cameras or not self.cameras:
             return
         caps = np.array([motion.camera_turn_deg_s, motion.camera_slide_m_s, motion.camera_slide_m_s])
         low, high = np.transpose(motion._camera_ranges)
@@ -318,7 +324,7 @@ class SceneMover:
             camera_ids: camera name -> index in these arrays.
             slots: simulations to draw.
         """
-        if not self.motion.places_cameras:
+        if not self.motion.places_cameras or not self.cameras:
             return {}
         self.drawn_offsets[slots] = self.camera_offsets[slots]
         positions, matrices = fields["cam_xpos"].copy(), fields["cam_xmat"].copy()
@@ -337,16 +343,16 @@ class SceneMover:
         """Parameters and speeds of the last step by name, each ``(N,)`` float64; see ``info["scene_motion"]``.
 
         Offsets and poses of cameras are those of the pictures before the step, which its action answered; without
-        pictures the offsets are those at the beginning of the episode.
+        pictures the offsets are those at the beginning of the episode. Without cameras in the world there are none.
         """
-        names = ("object", "target", "camera")
+        names = ("object", "target", "camera") if self.cameras else ("object", "target")
         entries = {f"speed_factor_{name}": self.factors[:, index].copy() for index, name in enumerate(names)}
         for which, item in enumerate(self.moving):
             for axis, letter in enumerate("xy"):
                 entries[f"{item.name}_v{letter}_m_s"] = self.velocities[:, which, axis].copy()
         if self.moving:
             entries[f"{self.moving[0].name}_turn_rad_s"] = self.turn_rates.copy()
-        for index, name in enumerate(("azimuth_deg", "distance_m", "height_m")):
+        for index, name in enumerate(("azimuth_deg", "distance_m", "height_m") if self.cameras else ()):
             entries[f"camera_{name}"] = self.drawn_offsets[:, index].copy()
         for index, camera in enumerate(self.cameras if self.motion.places_cameras else ()):
             for axis, letter in enumerate("xyz"):

@@ -348,6 +348,24 @@ def test_views_differ_between_episodes_and_rest_within_one() -> None:
     assert len(np.unique(logs[0])) == 4
 
 
+@pytest.mark.parametrize(("cameras", "observe"), [((), "state"), (("wrist",), "image")])
+def test_without_a_camera_in_the_world_none_is_said_to_move(cameras: tuple[str, ...], observe: str) -> None:
+    options = {"observe": observe, "image_size": 16, "cameras": cameras}
+    for motion, other in (("move_views", "move"), ("move", None)):
+        env, same = (make_vector_env("pick_place", 2, motion=name, **options) for name in (motion, other))
+        env.reset(seed=3)
+        same.reset(seed=3)
+        for _ in range(5):
+            (observation, *_, info), (expected, *_) = env.step(DRIVEN[:2]), same.step(DRIVEN[:2])
+        assert {name for name in info["scene_motion"] if "camera" in name or "front" in name} == set()
+        assert np.abs(info["scene_motion"]["cube_vx_m_s"]).min() > 0
+        assert other is None or np.array_equal(observation["object_state"], expected["object_state"])
+    turning = SceneMotion(camera_azimuth_deg=(-10.0, 10.0), camera_turn_deg_s=30.0)
+    for motion in ("views", turning):
+        with pytest.raises(ConfigError, match=rf"and there is none \(cameras: {cameras[0] if cameras else 'none'}\)"):
+            make_vector_env("pick_place", 2, motion=motion, **options)
+
+
 def test_bad_settings_name_what_is_wrong() -> None:
     with pytest.raises(ConfigError, match="marks nothing that may move"):
         make_vector_env("drawer_open", 1, observe="state", motion="move")
