@@ -8,6 +8,7 @@ nothing is pushed. What differs from the released generator is said where it doe
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from simtoreal.envs import rotation
 from simtoreal.envs.camera_motion import displace_camera, look_at_point
-from simtoreal.envs.config import load_config
+from simtoreal.envs.config import load_fields
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError, closest
 from simtoreal.envs.predicates import SceneView
@@ -34,6 +35,19 @@ CLEARANCE_M = 0.02
 MARGIN_M = 0.03
 # Cameras keep this distance from the axis they turn about, and from the table.
 NEAREST_M = 0.1
+# Smallest and largest value of each field. Nobody follows what is faster (the arm itself does 0.4 m/s and 115 deg/s),
+# and cameras have to see the table.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "object_speed_m_s": (0.0, 1.0), "object_turn_deg_s": (0.0, 180.0), "target_speed_m_s": (0.0, 1.0),
+    "camera_turn_deg_s": (0.0, 180.0), "camera_slide_m_s": (0.0, 1.0),
+    "object_moves_s": (0.0, 3600.0), "target_moves_s": (0.0, 3600.0),
+    "camera_azimuth_deg": (-180.0, 180.0), "camera_distance_m": (-2.0, 2.0), "camera_height_m": (-2.0, 2.0),
+    "turn_limit_deg": (0.0, 3600.0), "speed_beta": (0.01, 100.0),
+}  # fmt: skip
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +72,9 @@ class SceneMotion:
         speed_beta: parameters of the Beta distribution of u.
         correlated: one u and directions of any length for all channels, as released; otherwise every channel draws
             its own u and directions have length 1.
+
+    Raises:
+        ConfigError: a value is of another kind, or beyond what can be followed, or seen.
     """
 
     object_speed_m_s: float = 0.0
@@ -75,21 +92,18 @@ class SceneMotion:
     correlated: bool = True
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool):
-                continue
-            numbers = value if isinstance(value, tuple) else (value,)
-            if not all(np.isfinite(number) for number in numbers):
-                raise ConfigError(f"scene motion '{field.name}' is {value}; expected finite numbers")
-            if field.name.startswith("camera_") and isinstance(value, tuple):
-                if len(value) != 2 or value[0] > value[1]:
-                    raise ConfigError(f"scene motion '{field.name}' is {value}; expected (low, high), low <= high")
-            elif field.name == "speed_beta":
-                if len(value) != 2 or min(value) <= 0:
-                    raise ConfigError(f"scene motion 'speed_beta' is {value}; expected two positive numbers")
-            elif value < 0:
-                raise ConfigError(f"scene motion '{field.name}' is {value}; expected a number >= 0")
+        if not isinstance(self.correlated, bool):
+            raise ConfigError(f"scene motion 'correlated' is {self.correlated!r}; expected true or false")
+        for name, (low, high) in _BOUNDS.items():
+            value, two = getattr(self, name), isinstance(getattr(type(self), name), tuple)
+            given = value if two and isinstance(value, tuple) else (value,)
+            usable = len(given) == 1 + two and all(map(_is_real, given))
+            # Written so that NaN, of which every comparison is false, is refused too.
+            if not (usable and all(low <= number <= high for number in given)):
+                what = "two numbers" if two else "a number"
+                raise ConfigError(f"scene motion '{name}' is {value!r}; expected {what} from {low:g} to {high:g}")
+            if two and name != "speed_beta" and value[0] > value[1]:
+                raise ConfigError(f"scene motion '{name}' is {value}; expected (low, high), low <= high")
 
     @property
     def moves_objects(self) -> bool:
@@ -137,7 +151,7 @@ def load_motion(value: str | SceneMotion | Mapping[str, Any] | None) -> SceneMot
     """Return a scene motion by name, from a yaml file, or from its fields; None is ``none``.
 
     Raises:
-        ConfigError: unknown name or field, or an unreadable file.
+        ConfigError: unknown name or field, an unreadable file, or a value that :class:`SceneMotion` refuses.
     """
     if isinstance(value, SceneMotion):
         return value
@@ -149,7 +163,11 @@ def load_motion(value: str | SceneMotion | Mapping[str, Any] | None) -> SceneMot
         return SceneMotion(**{key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
     name = value or "none"
     if name.endswith((".yaml", ".yml")):
-        return load_config(SceneMotion, Path(name))
+        fields = load_fields(SceneMotion, Path(name))
+        try:
+            return SceneMotion(**fields)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
     if name not in SCENE_MOTIONS:
         raise ConfigError(f"unknown scene motion '{name}'. {closest(name, SCENE_MOTIONS)}")
     return SCENE_MOTIONS[name]
