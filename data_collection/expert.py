@@ -120,7 +120,7 @@ class ScriptedExpert:
         if item.name in memory.held:
             if not task.moving_target:
                 return ""
-            point, half_width, half_height = scene.poses[item.name][0], item.half_extent_m, item.half_height_m
+            point, half_width, half_height = scene.poses[item.name][0], item.outer_radius_m, item.half_height_m
             item = task.object(task.moving_target)
         gap = free_gap(point[None], half_width, half_height, scene.poses[item.name][0][None], item)[0]
         return item.name if gap > MARGIN_M else ""
@@ -197,6 +197,14 @@ class ScriptedExpert:
         position[2] += max(0.0, item.half_height_m - 0.025)
         return position
 
+    def _grasp_yaw(self, scene: Scene, item: ObjectSpec) -> float:
+        """The nearest yaw at which the fingers, left and right of the gripper's x axis, close across two faces."""
+        yaw, period = scene.poses[item.name][1], math.pi / 2
+        if item.shape == "box" and 2 * max(item.size_m[:2]) > self.embodiment.gripper_max_opening_m:
+            # It fits one way only: the gripper's x axis along its longer side.
+            yaw, period = (yaw if item.size_m[0] > item.size_m[1] else wrap(yaw + math.pi / 2)), math.pi
+        return nearest(yaw, scene.tcp_yaw, period)
+
     def _holds(self, scene: Scene, item: ObjectSpec) -> bool:
         width = 2 * item.half_extent_m
         wide_enough = scene.opening * self.embodiment.gripper_max_opening_m > width - 0.008
@@ -204,7 +212,7 @@ class ScriptedExpert:
 
     def _pick(self, scene: Scene, memory: Memory, object: ObjectSpec) -> Goal | None:
         point = self._grasp_point(scene, object)
-        yaw = nearest(scene.poses[object.name][1], scene.tcp_yaw, math.pi / 2)
+        yaw = self._grasp_yaw(scene, object)
         error = float(np.hypot(*(scene.tcp - point)[:2]))
         if memory.closing:
             memory.closing += 1

@@ -12,6 +12,7 @@ import mujoco
 import numpy as np
 
 from simtoreal.envs.embodiment import ActionSpec, CameraSpec, Embodiment, ProprioSpec
+from simtoreal.envs.scene_layout import GRIPPER_OPENING_M
 
 ARM_JOINTS = tuple(f"panda_joint{i}" for i in range(1, 8))
 FINGER_JOINT = "panda_finger_joint1"
@@ -20,7 +21,7 @@ JOINT_HIGH_RAD = (2.8973, 1.7628, 2.8973, -0.0698, 2.8973, 3.7525, 2.8973)
 JOINT_VELOCITY_LIMIT_RAD_S = (2.1750, 2.1750, 2.1750, 2.1750, 2.6100, 2.6100, 2.6100)
 # Gripper down with the TCP at (0.45, 0, 0.25) m: in reach of the whole table and in view of the front camera.
 HOME_RAD = (0.0, -0.1848, 0.0, -2.4967, 0.0, 2.3119, 0.7854)
-FINGER_TRAVEL_M = 0.04
+FINGER_TRAVEL_M = GRIPPER_OPENING_M / 2
 
 # Bits of the collision masks: the robot does not collide with itself.
 ROBOT_BIT, OBJECT_BIT = 1, 2

@@ -9,7 +9,14 @@ import mujoco
 
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.panda import OBJECT_BIT, ROBOT_BIT, add_panda
-from simtoreal.envs.scene_layout import DRAWER_HANDLE_X_M, DRAWER_TRAVEL_M, TABLE_CENTER_M, TABLE_HALF_M
+from simtoreal.envs.scene_layout import (
+    DRAWER_FRONT_M,
+    DRAWER_HANDLE_HALF_M,
+    DRAWER_HANDLE_X_M,
+    DRAWER_TRAVEL_M,
+    TABLE_CENTER_M,
+    TABLE_HALF_M,
+)
 from simtoreal.envs.task import COLORS, ObjectSpec, TaskSpec
 
 TIMESTEP_S = 0.005
@@ -213,11 +220,12 @@ def _add_drawer(body: mujoco.MjsBody, item: ObjectSpec, solid: dict[str, object]
         damping=[4.0, 0, 0], frictionloss=0.6, armature=0.05,
     )  # fmt: skip
     inner = width - 2 * wall - 0.004
-    tray.add_geom(type=box, pos=[-0.006, 0, height], size=[0.006, width, height - 0.004], mass=0.15, **solid)
+    front = DRAWER_FRONT_M / 2
+    tray.add_geom(type=box, pos=[-front, 0, height], size=[front, width, height - 0.004], mass=0.15, **solid)
     ghost = {**solid, "contype": 0, "conaffinity": 0}
     tray.add_geom(type=box, pos=[depth, 0, 0.012], size=[depth - 0.01, inner, 0.006], mass=0.15, **ghost)
     grey = {**solid, "rgba": [0.25, 0.25, 0.28, 1.0], "friction": [1.5, 0.02, 0.001]}
-    tray.add_geom(type=box, pos=[DRAWER_HANDLE_X_M, 0, height], size=[0.007, 0.03, 0.008], mass=0.03, **grey)
+    tray.add_geom(type=box, pos=[DRAWER_HANDLE_X_M, 0, height], size=DRAWER_HANDLE_HALF_M, mass=0.03, **grey)
     for side in (-1, 1):
         tray.add_geom(
             type=box, pos=[-0.03, side * 0.024, height], size=[0.02, 0.005, 0.006], mass=0.01, **{**grey, **_NO_CONTACT}

@@ -8,6 +8,7 @@ nothing is pushed. What differs from the released generator is said where it doe
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +18,12 @@ import numpy as np
 
 from simtoreal.envs import rotation
 from simtoreal.envs.camera_motion import displace_camera, look_at_point
-from simtoreal.envs.config import load_config
+from simtoreal.envs.config import load_fields
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError, closest
 from simtoreal.envs.predicates import SceneView
 from simtoreal.envs.scene import ObjectIndex
+from simtoreal.envs.scene_layout import DRAWER_FRONT_M, DRAWER_HANDLE_HALF_M, DRAWER_HANDLE_X_M
 from simtoreal.envs.task import ObjectSpec, TaskSpec
 
 # Keeps the motion's random numbers apart from those of the initial condition, which stays the same with and without.
@@ -33,6 +35,19 @@ CLEARANCE_M = 0.02
 MARGIN_M = 0.03
 # Cameras keep this distance from the axis they turn about, and from the table.
 NEAREST_M = 0.1
+# Smallest and largest value of each field. Nobody follows what is faster (the arm itself does 0.4 m/s and 115 deg/s),
+# and cameras have to see the table.
+_BOUNDS: dict[str, tuple[float, float]] = {
+    "object_speed_m_s": (0.0, 1.0), "object_turn_deg_s": (0.0, 180.0), "target_speed_m_s": (0.0, 1.0),
+    "camera_turn_deg_s": (0.0, 180.0), "camera_slide_m_s": (0.0, 1.0),
+    "object_moves_s": (0.0, 3600.0), "target_moves_s": (0.0, 3600.0),
+    "camera_azimuth_deg": (-180.0, 180.0), "camera_distance_m": (-2.0, 2.0), "camera_height_m": (-2.0, 2.0),
+    "turn_limit_deg": (0.0, 3600.0), "speed_beta": (0.01, 100.0),
+}  # fmt: skip
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +72,9 @@ class SceneMotion:
         speed_beta: parameters of the Beta distribution of u.
         correlated: one u and directions of any length for all channels, as released; otherwise every channel draws
             its own u and directions have length 1.
+
+    Raises:
+        ConfigError: a value is of another kind, or beyond what can be followed, or seen.
     """
 
     object_speed_m_s: float = 0.0
@@ -74,21 +92,18 @@ class SceneMotion:
     correlated: bool = True
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool):
-                continue
-            numbers = value if isinstance(value, tuple) else (value,)
-            if not all(np.isfinite(number) for number in numbers):
-                raise ConfigError(f"scene motion '{field.name}' is {value}; expected finite numbers")
-            if field.name.startswith("camera_") and isinstance(value, tuple):
-                if len(value) != 2 or value[0] > value[1]:
-                    raise ConfigError(f"scene motion '{field.name}' is {value}; expected (low, high), low <= high")
-            elif field.name == "speed_beta":
-                if len(value) != 2 or min(value) <= 0:
-                    raise ConfigError(f"scene motion 'speed_beta' is {value}; expected two positive numbers")
-            elif value < 0:
-                raise ConfigError(f"scene motion '{field.name}' is {value}; expected a number >= 0")
+        if not isinstance(self.correlated, bool):
+            raise ConfigError(f"scene motion 'correlated' is {self.correlated!r}; expected true or false")
+        for name, (low, high) in _BOUNDS.items():
+            value, two = getattr(self, name), isinstance(getattr(type(self), name), tuple)
+            given = value if two and isinstance(value, tuple) else (value,)
+            usable = len(given) == 1 + two and all(map(_is_real, given))
+            # Written so that NaN, of which every comparison is false, is refused too.
+            if not (usable and all(low <= number <= high for number in given)):
+                what = "two numbers" if two else "a number"
+                raise ConfigError(f"scene motion '{name}' is {value!r}; expected {what} from {low:g} to {high:g}")
+            if two and name != "speed_beta" and value[0] > value[1]:
+                raise ConfigError(f"scene motion '{name}' is {value}; expected (low, high), low <= high")
 
     @property
     def moves_objects(self) -> bool:
@@ -136,7 +151,7 @@ def load_motion(value: str | SceneMotion | Mapping[str, Any] | None) -> SceneMot
     """Return a scene motion by name, from a yaml file, or from its fields; None is ``none``.
 
     Raises:
-        ConfigError: unknown name or field, or an unreadable file.
+        ConfigError: unknown name or field, an unreadable file, or a value that :class:`SceneMotion` refuses.
     """
     if isinstance(value, SceneMotion):
         return value
@@ -148,7 +163,11 @@ def load_motion(value: str | SceneMotion | Mapping[str, Any] | None) -> SceneMot
         return SceneMotion(**{key: tuple(v) if isinstance(v, list) else v for key, v in value.items()})
     name = value or "none"
     if name.endswith((".yaml", ".yml")):
-        return load_config(SceneMotion, Path(name))
+        fields = load_fields(SceneMotion, Path(name))
+        try:
+            return SceneMotion(**fields)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
     if name not in SCENE_MOTIONS:
         raise ConfigError(f"unknown scene motion '{name}'. {closest(name, SCENE_MOTIONS)}")
     return SCENE_MOTIONS[name]
@@ -181,7 +200,7 @@ class SceneMover:
         count: number of simulations.
 
     Raises:
-        ConfigError: objects should move but the task marks none.
+        ConfigError: objects should move but the task marks none, or only cameras should and none is fixed to the world.
     """
 
     def __init__(self, motion: SceneMotion, task: TaskSpec, embodiment: Embodiment, count: int) -> None:
@@ -192,6 +211,12 @@ class SceneMover:
             raise ConfigError(
                 f"task '{task.name}' marks nothing that may move. Add 'moving: {{object: NAME, target: NAME}}' to "
                 f"{task.source or 'its yaml file'}, or collect it without scene motion."
+            )
+        if not motion.moves_objects and not self.cameras:
+            given = ", ".join(camera.name for camera in embodiment.cameras) or "none"
+            raise ConfigError(
+                f"the scene motion moves cameras that are fixed to the world, and there is none (cameras: {given}). "
+                "Use one, such as 'front', a motion that moves objects, or 'none'."
             )
         for camera in self.cameras:
             position = np.array(camera.position_m)
@@ -265,7 +290,7 @@ class SceneMover:
     def _move_target(self, scene: SceneView, rows: np.ndarray, period_s: float) -> PlanarMotion:
         (held, item), motion = self.moving, self.motion
         centre = scene.positions[held.name]
-        gap = free_gap(centre, held.half_extent_m, held.half_height_m, scene.positions[item.name], item)
+        gap = free_gap(centre, held.outer_radius_m, held.half_height_m, scene.positions[item.name], item)
         rows = rows[(self.moved_s[rows, 1] < motion.target_moves_s) & (gap[rows] > MARGIN_M)]
         positions = self._bounce(scene, rows, 1, motion.target_speed_m_s * self.factors[rows, 1], period_s)
         return PlanarMotion(item.name, rows, positions, np.zeros(len(rows)))
@@ -276,6 +301,8 @@ class SceneMover:
         spec = self.task.initial[item.name]
         low, high = np.array([spec.x_m[0], spec.y_m[0]]), np.array([spec.x_m[1], spec.y_m[1]])
         before = scene.positions[item.name][rows, :2]
+        # What was knocked out of its box finds back at its own speed, if it goes that way, and not in one jump.
+        low, high = np.minimum(low, before), np.maximum(high, before)
         proposed = before + (speed * period_s)[:, None] * self.directions[rows, which]
         outside = (proposed < low) | (proposed > high)
         self.directions[rows, which] *= np.where(outside, -1.0, 1.0)
@@ -284,9 +311,10 @@ class SceneMover:
             if other.name == item.name or (which == 1 and other.name == self.moving[0].name):
                 continue
             # Not in the released generator, which has nothing to run into: turn back before another object.
-            apart = item.half_extent_m + other.half_extent_m + CLEARANCE_M
-            near = np.linalg.norm(proposed - scene.positions[other.name][rows, :2], axis=-1)
-            was = np.linalg.norm(before - scene.positions[other.name][rows, :2], axis=-1)
+            middle, radius = footprint(scene, other)
+            apart = item.outer_radius_m + radius[rows] + CLEARANCE_M
+            near = np.linalg.norm(proposed - middle[rows], axis=-1)
+            was = np.linalg.norm(before - middle[rows], axis=-1)
             blocked = (near < apart) & (near < was)
             self.directions[rows[blocked], which] *= -1.0
             proposed[blocked] = before[blocked]
@@ -296,7 +324,7 @@ class SceneMover:
 
     def _move_cameras(self, rows: np.ndarray, period_s: float) -> None:
         motion = self.motion
-        if not motion.places_cameras:
+        if not motion.places_cameras or not self.cameras:
             return
         caps = np.array([motion.camera_turn_deg_s, motion.camera_slide_m_s, motion.camera_slide_m_s])
         low, high = np.transpose(motion._camera_ranges)
@@ -314,7 +342,7 @@ class SceneMover:
             camera_ids: camera name -> index in these arrays.
             slots: simulations to draw.
         """
-        if not self.motion.places_cameras:
+        if not self.motion.places_cameras or not self.cameras:
             return {}
         self.drawn_offsets[slots] = self.camera_offsets[slots]
         positions, matrices = fields["cam_xpos"].copy(), fields["cam_xmat"].copy()
@@ -333,16 +361,16 @@ class SceneMover:
         """Parameters and speeds of the last step by name, each ``(N,)`` float64; see ``info["scene_motion"]``.
 
         Offsets and poses of cameras are those of the pictures before the step, which its action answered; without
-        pictures the offsets are those at the beginning of the episode.
+        pictures the offsets are those at the beginning of the episode. Without cameras in the world there are none.
         """
-        names = ("object", "target", "camera")
+        names = ("object", "target", "camera") if self.cameras else ("object", "target")
         entries = {f"speed_factor_{name}": self.factors[:, index].copy() for index, name in enumerate(names)}
         for which, item in enumerate(self.moving):
             for axis, letter in enumerate("xy"):
                 entries[f"{item.name}_v{letter}_m_s"] = self.velocities[:, which, axis].copy()
         if self.moving:
             entries[f"{self.moving[0].name}_turn_rad_s"] = self.turn_rates.copy()
-        for index, name in enumerate(("azimuth_deg", "distance_m", "height_m")):
+        for index, name in enumerate(("azimuth_deg", "distance_m", "height_m") if self.cameras else ()):
             entries[f"camera_{name}"] = self.drawn_offsets[:, index].copy()
         for index, camera in enumerate(self.cameras if self.motion.places_cameras else ()):
             for axis, letter in enumerate("xyz"):
@@ -368,13 +396,27 @@ def put_planar(fields: Mapping[str, np.ndarray], where: ObjectIndex, moved: Plan
     qvel[moved.rows, where.qvel : where.qvel + 6] = 0.0
 
 
+def footprint(scene: SceneView, item: ObjectSpec) -> tuple[np.ndarray, np.ndarray]:
+    """Middle ``(N, 2)`` and radius ``(N,)`` (m, base frame) of the circle on the table that holds all of an object."""
+    middle = scene.positions[item.name][:, :2]
+    if not item.articulated:
+        return middle, np.full(len(middle), item.outer_radius_m)
+    # The origin of a drawer is the middle of its front, out of which comes the tray with the handle.
+    depth, width, _ = item.size_m
+    ahead = rotation.to_matrix(scene.quaternions[item.name])[:, :2, 0]
+    front = depth + scene.openings[item.name]
+    tray = np.hypot(front + DRAWER_FRONT_M, width)
+    handle = np.hypot(front - DRAWER_HANDLE_X_M + DRAWER_HANDLE_HALF_M[0], DRAWER_HANDLE_HALF_M[1])
+    return middle + depth * ahead, np.maximum(tray, handle)
+
+
 def free_gap(
     point: np.ndarray, half_width_m: float, half_height_m: float, position: np.ndarray, item: ObjectSpec
 ) -> np.ndarray:
-    """Free distance ``(N,)`` between a box around ``point`` and an object: the larger of across and up.
+    """Free distance ``(N,)`` between a cylinder around ``point`` and an object: the larger of across and up.
 
     A point in the air cannot be touched: it is infinitely far, and may move on until it is reached.
     """
-    across = np.linalg.norm((point - position)[:, :2], axis=-1) - half_width_m - item.half_extent_m
+    across = np.linalg.norm((point - position)[:, :2], axis=-1) - half_width_m - item.outer_radius_m
     up = point[:, 2] - half_height_m - (position[:, 2] + item.top_m)
     return np.full(len(across), np.inf) if item.shape == "point" else np.maximum(across, up)

@@ -18,7 +18,13 @@ from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError, TaskError
 from simtoreal.envs.panda import FINGER_TRAVEL_M, panda_embodiment, pose_to_control
 from simtoreal.envs.predicates import SceneView
-from simtoreal.envs.randomization import MAX_LATENCY_STEPS, Randomization, load_randomization, sample_variation
+from simtoreal.envs.randomization import (
+    MAX_LATENCY_STEPS,
+    START_HEIGHT_M,
+    Randomization,
+    load_randomization,
+    sample_variation,
+)
 from simtoreal.envs.rendering import DRAWN_FIELDS, BatchRenderer
 from simtoreal.envs.scene import TABLE_LOOKS, build_model, index_objects
 from simtoreal.envs.scene_motion import SceneMotion, SceneMover, load_motion, put_planar
@@ -66,6 +72,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
     Raises:
         ConfigError: no simulations, an embodiment whose action mode is not ``ee_delta``, or images without cameras.
         ConfigError, TaskError: see :func:`load_task`, :func:`load_randomization`, :class:`SceneMover`.
+        TaskError: an arm is to start anywhere above an object that reaches to the end of its workspace.
     """
 
     metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
@@ -108,6 +115,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         self.images_wanted = True
         self.observe, self.autoreset_mode, self.record_state = observe, autoreset_mode, record_state
         self.randomization = load_randomization(randomization)
+        self._require_room_to_start()
         self.num_envs = num_envs
         self.metadata = {
             **type(self).metadata, "autoreset_mode": autoreset_mode, "render_fps": self.embodiment.control_hz
@@ -123,8 +131,20 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         if self.randomization != Randomization():
             self._varied = VariedModels(self.batch, self.task, self.objects)
         self.set_motion(motion)
+        self.motion, self._mover = self._next_motion
 
     # Construction -----------------------------------------------------------------------------------------
+
+    def _require_room_to_start(self) -> None:
+        tallest, top = max(self.task.objects, key=lambda item: item.height_m), self.embodiment.workspace_high_m[2]
+        highest = top - START_HEIGHT_M[0]
+        if self.randomization.start_anywhere and tallest.height_m > highest:
+            raise TaskError(
+                f"{self.task.source or self.task.name}: '{tallest.name}' is {tallest.height_m:g} m high. An arm that "
+                f"starts anywhere (randomization 'start_anywhere') begins {START_HEIGHT_M[0]:g} m or more above it, "
+                f"and its workspace ends at {top:g} m: make it at most {highest:g} m high, or use a randomization with "
+                "start_anywhere 0, such as 'standard'"
+            )
 
     def _define_spaces(self) -> None:
         box = gym.spaces.Box
@@ -298,14 +318,15 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         self.batch.state[slots] = parts[0]
 
     def set_motion(self, motion: str | SceneMotion | None) -> None:
-        """Choose how the scene moves in episodes that begin from now on.
+        """Choose how the scene moves from the next reset of all simulations on; until then it goes on as it began.
 
         Raises:
-            ConfigError: unknown motion, or the task marks nothing that may move.
+            ConfigError: unknown motion, or it would move nothing of this task.
         """
-        self.motion = load_motion(motion)
-        used = self.motion.active or self.motion.places_cameras
-        self._mover = SceneMover(self.motion, self.task, self.embodiment, self.num_envs) if used else None
+        chosen = load_motion(motion)
+        used = chosen.active or chosen.places_cameras
+        mover = SceneMover(chosen, self.task, self.embodiment, self.num_envs) if used else None
+        self._next_motion = chosen, mover
 
     def set_instruction(self, text: str, mask: np.ndarray | None = None) -> None:
         """Change the language instruction of the simulations where ``mask`` is true (default: all)."""
@@ -328,6 +349,8 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
 
     def _reset_slots(self, slots: np.ndarray, seeds: list[int]) -> None:
         """Begin new episodes; a draw that is over before it begins is followed by another from the same seed."""
+        if len(slots) == self.num_envs:
+            self.motion, self._mover = self._next_motion
         self._seeds[slots] = [seeds[slot] for slot in slots]
         generators = {int(slot): np.random.default_rng(seeds[slot]) for slot in slots}
         for _ in range(MAX_DRAWS):
@@ -374,6 +397,8 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
             return
         tallest = max(item.height_m for item in self.task.objects)
         goals = np.array([self._starts[slot][0] for slot in moving]) + [0.0, 0.0, tallest]
+        # The first action would move a target outside of the workspace back into it, further than an action may.
+        goals = np.clip(goals, self.embodiment.workspace_low_m, self.embodiment.workspace_high_m)
         begin = self._position[moving].copy()
         self._opening[moving] = [0.0 if self._starts[slot][1] else 1.0 for slot in moving]
         # An arm takes as long at any control rate.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,8 +118,21 @@ class ObjectSpec:
 
     @property
     def half_extent_m(self) -> float:
-        """Horizontal half extent of the supporting surface."""
+        """Horizontal half extent of the supporting surface; of a socket or a frame, of its hole."""
         return min(self.size_m[:2]) if self.shape == "box" else self.size_m[0]
+
+    @property
+    def outer_radius_m(self) -> float:
+        """How far it reaches from its middle on the table, for clearances; of a drawer, its cabinet.
+
+        A box counts half its longer side, with which MOVE was measured: the corners of two cubes of up to 4.5 cm stick
+        out by less than what moving things keep free.
+        """
+        if self.shape in ("socket", "frame"):
+            return math.sqrt(2) * (self.size_m[0] + 2 * self.size_m[1])
+        if self.shape == "drawer":
+            return math.hypot(*self.size_m[:2])
+        return max(self.size_m[:2]) if self.shape == "box" else self.size_m[0]
 
 
 @dataclass(frozen=True, kw_only=True)

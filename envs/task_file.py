@@ -17,7 +17,13 @@ import yaml
 from simtoreal.envs.config import parse_yaml
 from simtoreal.envs.errors import TaskError, closest
 from simtoreal.envs.predicates import require_sense
-from simtoreal.envs.scene_layout import DRAWER_SMALLEST_M, DRAWER_TRAVEL_M, TABLE_CENTER_M, TABLE_HALF_M
+from simtoreal.envs.scene_layout import (
+    DRAWER_SMALLEST_M,
+    DRAWER_TRAVEL_M,
+    GRIPPER_OPENING_M,
+    TABLE_CENTER_M,
+    TABLE_HALF_M,
+)
 from simtoreal.envs.task import (
     CARRYING_SKILLS,
     COLORS,
@@ -415,7 +421,8 @@ def require_executable(task: TaskSpec) -> None:
     """Refuse a plan that the scripted expert cannot follow.
 
     Raises:
-        TaskError: a skill is given an object of a shape that it cannot deal with, or that no step before it picks.
+        TaskError: a skill is given an object of a shape or width that it cannot deal with, or that no step before it
+            picks.
     """
     picked: set[str] = set()
     for index, step in enumerate(task.plan):
@@ -435,6 +442,14 @@ def require_executable(task: TaskSpec) -> None:
         if step.skill == "weave" and not any(item.shape == "plate" for item in task.objects):
             raise TaskError(f"{where}' weaves through rows of plates, and the task has none; add one, or use 'reach'")
         if step.skill == "pick":
+            # The narrower side of a box; the diameter of what is round.
+            name = named["object"]
+            width = 2 * task.object(name).half_extent_m
+            if width >= GRIPPER_OPENING_M:
+                raise TaskError(
+                    f"{where}.object' names '{name}', which is {width:g} m wide at its narrowest; the gripper opens "
+                    f"{GRIPPER_OPENING_M:g} m. Make 'objects.{name}.size_m' smaller, or use 'push'"
+                )
             picked.add(named["object"])
         elif step.skill in CARRYING_SKILLS and named["object"] not in picked:
             raise TaskError(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
 from simtoreal.data_collection.expert import ScriptedExpert
+from simtoreal.data_collection.expert_scene import Scene, nearest
 from simtoreal.data_collection.operator_style import STYLES, OperatorStyle
-from simtoreal.envs import Listener, list_tasks, make_vector_env, rollout
+from simtoreal.envs import Listener, list_tasks, load_task, make_vector_env, panda_embodiment, rollout
 from simtoreal.envs.errors import ConfigError
+from simtoreal.envs.task_file import parse_task
 
 
 def _success(task: str, episodes: int, style: str = "expert", **options) -> list[bool]:
@@ -21,6 +25,33 @@ def _success(task: str, episodes: int, style: str = "expert", **options) -> list
 def test_expert_solves(task):
     successes = _success(task, 40)
     assert sum(successes) >= 38, f"{sum(successes)}/40"
+
+
+@pytest.mark.parametrize("size", [[0.015, 0.045, 0.02], [0.045, 0.015, 0.02]])
+def test_a_box_is_held_across_the_side_that_fits_between_the_fingers(size):
+    content = load_task("lift").to_dict()
+    content["objects"]["cube"]["size_m"] = size
+    env = make_vector_env(parse_task(content), 20, observe="state")
+    results = rollout(env, ScriptedExpert(env.task, env.embodiment), range(20))
+    assert sum(result.success for result in results) >= 19
+
+
+def test_a_box_that_fits_both_ways_is_held_the_nearer_way():
+    content = load_task("lift").to_dict()
+    for size, narrow_only in (([0.02, 0.02, 0.02], False), ([0.015, 0.039, 0.02], False), ([0.015, 0.045, 0.02], True)):
+        content["objects"]["cube"]["size_m"] = size
+        task = parse_task(content)
+        expert = ScriptedExpert(task, panda_embodiment())
+        for yaw in np.linspace(-3.1, 3.1, 40):
+            for hand in np.linspace(-1.5, 1.5, 7):
+                scene = Scene(np.zeros(3), hand, np.zeros(3), 1.0, {"cube": (np.zeros(3), yaw)}, {})
+                found = expert._grasp_yaw(scene, task.object("cube"))
+                if narrow_only:
+                    # The fingers close along the gripper's y axis, which has to be the box's x axis.
+                    assert abs(math.sin(found - yaw)) == pytest.approx(1.0)
+                    assert abs(found - hand) <= math.pi / 2 + 1e-9
+                else:
+                    assert found == nearest(yaw, hand, math.pi / 2)
 
 
 @pytest.mark.parametrize("style", sorted(STYLES))

@@ -15,7 +15,7 @@ from gymnasium.vector import AutoresetMode
 from simtoreal.envs import gym_id, list_tasks, load_task, make_env, make_vector_env, panda_embodiment
 from simtoreal.envs.embodiment import SIMULATED_ARMS, TARGET_NAMES, ActionSpec, Embodiment
 from simtoreal.envs.errors import ActionError, ConfigError, EmbodimentMismatchError, TaskError
-from simtoreal.envs.randomization import MAX_LATENCY_STEPS, Randomization
+from simtoreal.envs.randomization import MAX_LATENCY_STEPS, START_HEIGHT_M, Randomization
 from simtoreal.envs.scene_layout import DRAWER_SMALLEST_M, DRAWER_TRAVEL_M
 from simtoreal.envs.task import SUCCESS_HOLD_STEPS
 from simtoreal.envs.task_file import RESERVED_NAMES, parse_task, parse_task_text
@@ -576,6 +576,25 @@ def test_pictures_are_taken_at_the_control_rate():
     for env in (make_env("reach", embodiment=slow), make_vector_env("reach", 1, embodiment=slow)):
         assert env.metadata["render_fps"] == 10
     assert gym.make("simtoreal/Reach-v0", observe="state").metadata["render_fps"] == 20
+
+
+def test_starts_anywhere_are_inside_the_workspace():
+    def task(half_height: float):
+        content = load_task("drawer_open").to_dict()
+        content["objects"]["drawer"]["size_m"] = [0.05, 0.09, half_height]
+        content["initial"]["drawer"]["y_m"] = [0.0, 0.0]
+        return parse_task(content, "shelf.yaml")
+
+    env = make_vector_env(task(0.15), 32, observe="state", randomization=Randomization(start_anywhere=1.0))
+    before = env.reset(seed=0)[1]["target"]
+    assert before[:, 2].max() <= env.embodiment.workspace_high_m[2] + 1e-9
+    assert before[:, 2].min() >= 0.3 + START_HEIGHT_M[0] - 0.01
+    after = env.step(np.zeros((32, 7), np.float32))[4]["target"]
+    assert np.allclose(after[:, :3], before[:, :3], rtol=0, atol=1e-9), "an action of zero moves no target"
+    message = r"shelf\.yaml: 'drawer' is 0\.43 m high.* make it at most 0\.42 m high, or use a randomization"
+    with pytest.raises(TaskError, match=message):
+        make_vector_env(task(0.215), 1, observe="state", randomization="training")
+    make_vector_env(task(0.215), 1, observe="state", randomization="standard")
 
 
 def test_batches_have_no_pictures_of_their_own():

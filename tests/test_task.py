@@ -202,6 +202,20 @@ def test_plans_that_the_expert_cannot_follow_are_refused(content, plan, message)
         ScriptedExpert(parse_task(content, "mine.yaml"), panda_embodiment())
 
 
+@pytest.mark.parametrize(
+    ("shape", "size"), [("box", [0.05, 0.05, 0.02]), ("cylinder", [0.04, 0.03]), ("sphere", [0.05])]
+)
+def test_what_the_gripper_cannot_span_cannot_be_picked(content, shape, size):
+    content["objects"]["cube"].update(shape=shape, size_m=size)
+    width = f"{2 * size[0]:g}"
+    with pytest.raises(
+        TaskError, match=rf"mine\.yaml: key 'plan\[0\]\.object' names 'cube', .* {width} m wide .* opens 0\.08 m\. Make"
+    ):
+        parse_task_text(yaml.safe_dump(content), "mine.yaml")
+    content["objects"]["cube"].update(shape="box", size_m=[0.05, 0.02, 0.02])
+    parse_task_text(yaml.safe_dump(content), "mine.yaml")
+
+
 def test_a_plan_that_weaves_needs_posts(content):
     content["objects"].pop("plate")
     content |= {"goal": "lifted(cube, 0.1)", "milestones": {}, "min_distances": [], "moving": {}}
