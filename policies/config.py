@@ -145,6 +145,9 @@ class DiffusionConfig(PolicyConfig):
     """Denoising steps per prediction."""
     noise_samples: int = 4
     """Noise levels trained per encoded observation: the encoder costs far more than the denoiser."""
+    loss: Literal["l2", "l1"] = "l2"
+    """What the denoiser learns by: with ``l2`` the mean of the clean chunks that a noisy one may have been, as sampling
+    assumes, with ``l1`` their median, which one odd demonstration moves less."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -275,6 +275,42 @@ def test_masked_actions_do_not_enter_the_loss(kind, toy_data):
     assert len(reached) == len(list(policy.parameters()))
 
 
+class Zeros(torch.nn.Module):
+    """A denoiser that always says 0."""
+
+    def forward(self, noisy, time, condition):
+        return torch.zeros_like(noisy)
+
+
+@pytest.mark.parametrize("scheduler", ["flow", "ddim"])
+@pytest.mark.parametrize(("loss", "expected"), [("l2", 0.625), ("l1", 0.75)])
+def test_loss_of_the_denoiser_is_the_mean_error_of_what_is_no_padding(loss, expected, scheduler, toy_data):
+    policy = make("unet", toy_data, loss=loss, scheduler=scheduler)
+    policy.denoiser = Zeros()
+    batch = to_tensors(toy_data.train.batch(np.array([0, 1])), torch.device("cpu"))
+    clean = torch.tensor([0.5, -1.0]).repeat(4)[None, :, None].expand(2, 8, 7)
+    batch["actions"] = policy.normalizer.denormalize(ACTIONS, clean)
+    batch["actions"][1, 2:] = 9.0
+    batch["action_mask"] = torch.arange(8) < torch.tensor([[8], [2]])
+    assert policy.loss(batch)["loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_diffusion_learns_by_the_squared_error_unless_told_otherwise(toy_data):
+    """To the last bit what it was before there was a choice."""
+    policy = make("unet", toy_data).eval()
+    batch = to_tensors(toy_data.train.batch(np.array([9, 11, 13])), torch.device("cpu"))
+    torch.manual_seed(1)
+    loss = policy.loss(batch)["loss"]
+    torch.manual_seed(1)
+    samples = policy.config.noise_samples
+    clean = policy.normalizer.normalize(ACTIONS, batch["actions"]).repeat_interleave(samples, dim=0)
+    noise = torch.randn_like(clean)
+    noisy, time = policy.process.corrupt(clean, noise, spread_times(3, samples, torch.device("cpu")).flatten())
+    condition = policy.encoder(batch["observation"]).repeat_interleave(samples, dim=0)
+    error = (policy.denoiser(noisy, time, condition) - clean).square()
+    assert torch.equal(loss, masked_mean(error, batch["action_mask"].repeat_interleave(samples, dim=0)))
+
+
 def test_masked_mean_averages_over_valid_steps_only():
     error = torch.tensor([[[1.0, 3.0], [100.0, 100.0]]])
     assert masked_mean(error, torch.tensor([[True, False]])) == 2.0
