@@ -349,6 +349,41 @@ def test_a_perfect_denoiser_regenerates_the_clean_chunk(process):
     torch.testing.assert_close(generated, clean, atol=2e-2, rtol=0)
 
 
+@pytest.mark.parametrize(
+    ("kind", "steps"), [("ddim", 29), ("ddim", 57), ("ddim", 60), ("ddim", 97), ("ddpm", 29), ("dpm", 29)]
+)
+def test_many_steps_draw_from_what_was_learned_also_where_they_do_not_divide_the_levels(kind, steps):
+    """The best denoiser of a normal distribution is known, and so is what comes out."""
+    mean, deviation = 0.3, 0.25
+    process = Diffusion(kind, 100, steps)
+
+    def best(noisy, time):
+        kept = process.scheduler.alphas_cumprod[(time * 100).round().long()][:, None, None]
+        precision = 1 / deviation**2 + kept / (1 - kept)
+        return (mean / deviation**2 + kept.sqrt() * noisy / (1 - kept)) / precision
+
+    generator = torch.Generator().manual_seed(0)
+    drawn = process.generate(best, torch.randn(4000, 4, 2, generator=generator), generator)
+    assert drawn.mean().item() == pytest.approx(mean, abs=0.01)
+    assert drawn.std().item() == pytest.approx(deviation, rel=0.2)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10, 50, 100])
+def test_ddim_is_diffusers_to_the_last_bit_where_its_steps_fit(steps):
+    process = Diffusion("ddim", 100, steps)
+    noise = torch.randn(5, 8, 7, generator=torch.Generator().manual_seed(0))
+
+    def denoiser(noisy, time):
+        return torch.sin(3 * noisy + time[:, None, None]) * 1.7
+
+    expected, scheduler = noise, process.scheduler
+    scheduler.set_timesteps(steps)
+    for timestep in scheduler.timesteps:
+        clean = denoiser(expected, expected.new_full((5,), float(timestep) / 100))
+        expected = scheduler.step(clean, timestep, expected).prev_sample
+    assert torch.equal(process.generate(denoiser, noise, None), expected)
+
+
 @pytest.mark.parametrize("process", [Flow(6), Diffusion("ddim", 50, 10)], ids=["flow", "diffusion"])
 def test_corruption_runs_from_the_clean_chunk_to_noise(process):
     clean, noise = torch.ones(2, 4, 3), torch.randn(2, 4, 3)
