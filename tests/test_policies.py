@@ -88,6 +88,25 @@ def test_a_glitch_does_not_decide_the_scale_and_is_reported():
     assert statistics.notes == ()
 
 
+@pytest.mark.parametrize(("scale", "known"), [(1, True), (1, False), (1000, False)])
+def test_commanded_actions_that_are_cut_are_noted(scale, known):
+    values = np.random.default_rng(0).uniform(-0.3, 0.3, (10_000, 2)).astype(np.float32)
+    assert fit_statistics(scale * values, key="actions", known_units=known).notes == ()
+    values[:190, 1] = 1.0
+    values *= scale
+    statistics = fit_statistics(values, ["dx", "dz"], "actions", known_units=known)
+    other = fit_statistics(values, key="velocity", known_units=known)
+    np.testing.assert_array_equal([statistics.low, statistics.high], [other.low, other.high])
+    assert other.notes == ()
+    scaled = torch.from_numpy(values)
+    normalizer = Normalizer({ACTIONS: statistics})
+    learned = normalizer.denormalize(ACTIONS, normalizer.normalize(ACTIONS, scaled))
+    (note,) = statistics.notes
+    assert note.startswith("'actions' far outside of what is usual are cut: dimension 1 (dz) to -")
+    assert "in 1.9 % of the frames, " in note
+    assert note.endswith(f"by up to {(scaled - learned).abs().max().item():.2g})")
+
+
 def test_a_motion_that_hardly_ever_happens_keeps_its_range_beside_a_constant():
     gripper = np.ones((4000, 1), dtype=np.float32)
     gripper[:2] = -1.0
