@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,9 @@ class PolicyConfig:
     """Camera observations that the policy reads."""
     state_keys: tuple[str, ...] = ("proprio",)
     """Vector observations that the policy reads; ``object_state`` exists in simulation only."""
+
+    OLDER: ClassVar[Mapping[str, Any]] = {}
+    """What settings were that a checkpoint does not name because it is older, where that is not their default."""
 
     def __post_init__(self) -> None:
         if self.observation_steps < 1:

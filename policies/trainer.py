@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simtoreal.envs.config import build_config, read_yaml
+from simtoreal.envs.config import read_yaml
 from simtoreal.envs.errors import CheckpointError, ConfigError, SimtorealError
 from simtoreal.envs.provenance import provenance
 from simtoreal.policies import checkpoint as checkpoints
@@ -367,8 +367,7 @@ class Training:
         data, own = training.get("data") or {}, self.policy.config
         policy = read_yaml(folder / checkpoints.CONFIG)
         if policy.get("type") == own.type:
-            # A setting that is newer than the checkpoint had the meaning of its default.
-            policy = checkpoints.plain_config(build_config(type(own), policy, source=str(folder / checkpoints.CONFIG)))
+            policy = checkpoints.plain_config(checkpoints.stored_config(type(own), policy, folder))
         stored_encoder, encoder_now = compare_encoders(training, encoder)
         stored = {
             "policy": policy,
