@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors
 import safetensors.torch
@@ -37,6 +37,8 @@ MODEL, CONFIG, EMBODIMENT, STATISTICS, TRAINING, STATE = (
 )  # fmt: skip
 CHECKPOINTS, LAST = "checkpoints", "last"
 KEPT = 2
+
+C = TypeVar("C", bound=PolicyConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +276,7 @@ def load_policy(
             raise CheckpointError(
                 f"{folder} holds a '{name}', and a '{wanted}' is needed here; give the run of another"
             )
-        config = build_config(policy_type.config_type, content, source=str(folder / CONFIG))
+        config = stored_config(policy_type.config_type, content, folder)
         embodiment = Embodiment.from_dict(read_json(folder / EMBODIMENT))
         training = read_json(folder / TRAINING)
         policy = policy_type(config, embodiment, load_statistics(folder / STATISTICS))
@@ -286,6 +288,20 @@ def load_policy(
         policy=policy, embodiment=embodiment, task=training.get("task") or {}, config=config, training=training,
         folder=folder,
     )  # fmt: skip
+
+
+def stored_config(kind: type[C], content: dict[str, Any], folder: Path) -> C:
+    """Return the settings of a checkpoint; those that are newer than it are what they were before they had a name.
+
+    Args:
+        kind: which settings.
+        content: of its ``config.yaml``.
+        folder: of the checkpoint, for messages.
+
+    Raises:
+        ConfigError: a value does not fit.
+    """
+    return build_config(kind, {**kind.OLDER, **content}, source=str(folder / CONFIG))
 
 
 def _type_name(kind: type[Policy]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,9 @@ class PolicyConfig:
     state_keys: tuple[str, ...] = ("proprio",)
     """Vector observations that the policy reads; ``object_state`` exists in simulation only."""
 
+    OLDER: ClassVar[Mapping[str, Any]] = {}
+    """What settings were that a checkpoint does not name because it is older, where that is not their default."""
+
     def __post_init__(self) -> None:
         if self.observation_steps < 1:
             raise ValueError(f"observation_steps is {self.observation_steps}; expected at least 1")
@@ -36,6 +40,16 @@ class PolicyConfig:
             )
         if not self.keys:
             raise ValueError("image_keys and state_keys are both empty; the policy would see nothing")
+        for name in ("image_keys", "state_keys"):
+            keys = getattr(self, name)
+            if len(set(keys)) < len(keys):
+                raise ValueError(f"{name} is {', '.join(keys)}; expected every key once")
+        vision = getattr(self, "vision", None)
+        if vision is not None and vision.image_steps > self.observation_steps:
+            raise ValueError(
+                f"vision.image_steps is {vision.image_steps}; expected at most observation_steps "
+                f"({self.observation_steps}), the policy is not given more images"
+            )
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -145,6 +159,9 @@ class DiffusionConfig(PolicyConfig):
     """Denoising steps per prediction."""
     noise_samples: int = 4
     """Noise levels trained per encoded observation: the encoder costs far more than the denoiser."""
+    loss: Literal["l2", "l1"] = "l2"
+    """What the denoiser learns by: with ``l2`` the mean of the clean chunks that a noisy one may have been, as sampling
+    assumes, with ``l1`` their median, which one odd demonstration moves less."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -159,6 +176,8 @@ class DiffusionConfig(PolicyConfig):
             raise ValueError(f"transformer_width is {self.transformer_width}; expected a multiple of 64")
         if self.transformer_layers < 1 or self.condition_width < 1 or self.noise_samples < 1:
             raise ValueError("transformer_layers, condition_width and noise_samples must be at least 1")
+        if self.train_timesteps < 1:
+            raise ValueError(f"train_timesteps is {self.train_timesteps}; expected at least 1")
         if self.inference_steps < 1 or (self.scheduler != "flow" and self.inference_steps > self.train_timesteps):
             raise ValueError(
                 f"inference_steps is {self.inference_steps}; expected 1 to train_timesteps ({self.train_timesteps})"

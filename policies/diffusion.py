@@ -40,7 +40,7 @@ class DiffusionPolicy(DenoisingPolicy):
         self.process = noise_process(config)
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Mean squared error of the denoiser over ``noise_samples`` noise levels per observation."""
+        """Mean squared (or absolute) error of the denoiser over ``noise_samples`` noise levels per observation."""
         samples = self.config.noise_samples
         condition = self.encoder(batch["observation"]).repeat_interleave(samples, dim=0)
         clean = self.normalizer.normalize(ACTIONS, batch["actions"])
@@ -51,7 +51,8 @@ class DiffusionPolicy(DenoisingPolicy):
         noisy, time = self.process.corrupt(clean, noise, time)
         predicted = self.denoiser(noisy, time, condition).float()
         mask = batch["action_mask"].repeat_interleave(samples, dim=0)
-        return {"loss": masked_mean((predicted - clean).square(), mask)}
+        error = predicted - clean
+        return {"loss": masked_mean(error.abs() if self.config.loss == "l1" else error.square(), mask)}
 
     def predict(self, observation: dict[str, Tensor], instruction: Sequence[str], generator: Generators) -> Tensor:
         """Return chunks ``(B, horizon, A)``; see :meth:`Policy.predict`."""

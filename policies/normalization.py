@@ -1,8 +1,8 @@
 """Scaling vectors and actions to [-1, 1] by percentiles, inside the policy.
 
 Per-dimension 2nd and 98th percentile, clipped at 1.5 (LBM, Barreiros et al. 2025, §normalisation): a few outliers
-decide neither the scale nor the loss. Rotation-matrix entries are left as they are, and what happens rarely but on
-purpose keeps its range.
+decide neither the scale nor the loss. Rotation-matrix entries are left as they are, and a rare motion that is much
+larger than all others keeps its range. Between the two, commanded actions can be cut: a note says so.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ MINIMUM_HALF_RANGE = 0.01
 # that closes in 1 % of the frames, a late rotation), and the full range is used ...
 RARE_MOTION_FRACTION = 0.1
 # ... unless there is a range to work in and fewer frames than these lie that far out: a glitch of a sensor. Actions
-# have none, however rare: they were commanded.
+# keep theirs, however rare: they were commanded.
 RARE_MOTION_FRAMES = 0.001
+# Commanded actions that are cut by more than this part of their range are noted: of -1 to 1 or, where units are not
+# known, of what was commanded.
+NOTED_CUT = 0.05
 # A range of this many float32 steps is rounding.
 ROUNDING_STEPS = 8
 # The largest magnitude whose float32 bounds can still be added and subtracted.
@@ -109,7 +112,24 @@ def fit_statistics(
         least = np.where(moving, least, min(MINIMUM_HALF_RANGE, half[moving].min(initial=np.inf)))
     half = np.maximum(half, np.maximum(least, rounding))
     centre, half = np.where(rotation, 0.0, centre), np.where(rotation, 1.0, half)
+    if key == ACTIONS:
+        full = np.full_like(half, 2.0) if known_units else largest.astype(np.float64) - smallest
+        notes += _cut_notes(values, centre - CLIP * half, centre + CLIP * half, NOTED_CUT * full, names)
     return Statistics(low=(centre - half).astype(np.float32), high=(centre + half).astype(np.float32), notes=notes)
+
+
+def _cut_notes(
+    values: np.ndarray, lowest: np.ndarray, highest: np.ndarray, allowed: np.ndarray, names: Sequence[str] | None
+) -> tuple[str, ...]:
+    """Return a line about the dimensions of actions ``values`` in which ``lowest`` … ``highest`` cuts too much."""
+    cut = np.maximum(values - highest, lowest - values)
+    found = [
+        f"dimension {_name(names, index)} to {lowest[index]:.3g} … {highest[index]:.3g} (by more than "
+        f"{allowed[index]:.2g} in {100 * (cut[:, index] > allowed[index]).mean():.2g} % of the frames, by up to "
+        f"{cut[:, index].max():.2g})"
+        for index in np.flatnonzero((cut > allowed).any(axis=0))
+    ]
+    return (f"'{ACTIONS}' far outside of what is usual are cut: {', '.join(found)}",) if found else ()
 
 
 def _name(names: Sequence[str] | None, dimension: int) -> str:

@@ -30,7 +30,9 @@ def adapt_keys(config: C, shapes: Mapping[str, tuple[int, ...]]) -> C:
     """Return ``config`` with keys that the data have, where it holds defaults that they lack.
 
     Keys that were chosen are never changed: a wrong one stays an error. Defaults that the data lack are replaced by
-    all images, or all vectors, of the data.
+    all images, or all vectors, of the data. Where there are no images instead of the default ones, the default vectors
+    are replaced by all vectors, too: without them the policy would not see the objects. Choosing no images
+    (``--diffusion.image-keys`` with nothing behind it) keeps the default vectors.
 
     Args:
         config: of any policy type.
@@ -46,4 +48,6 @@ def adapt_keys(config: C, shapes: Mapping[str, tuple[int, ...]]) -> C:
         for name, keys in found.items()
         if getattr(config, name) == defaults[name] and not set(getattr(config, name)) <= set(keys)
     }
+    if changes.get("image_keys") == () and config.state_keys == defaults["state_keys"]:
+        changes["state_keys"] = found["state_keys"]
     return dataclasses.replace(config, **changes) if changes and any(found.values()) else config

@@ -127,7 +127,8 @@ class ReinforcementConfig:
         """What a mean squared error is multiplied by to be the (negative) log-probability of executed actions, in nats.
 
         The log-density of a chunk is a sum over denoising steps, executed actions and their dimensions, each of which
-        divides a squared error by 2 σ². As a mean, imitation was a thousandth of the gradient of reinforcement.
+        divides a squared error by 2 σ². As a mean, imitation was a thousandth of the gradient of reinforcement. The
+        absolute error of a policy with ``loss`` l1 is multiplied alike, and β then means something else.
 
         Args:
             actions: executed per chunk.

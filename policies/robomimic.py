@@ -24,7 +24,7 @@ from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError, MissingDependencyError
 from simtoreal.policies.base import Generators, Policy
 from simtoreal.policies.config import PolicyConfig
-from simtoreal.policies.normalization import ACTIONS, Statistics
+from simtoreal.policies.normalization import ACTIONS, CLIP, Statistics
 
 INSTALL = "pip install --no-deps -r requirements/robomimic.txt"
 
@@ -52,6 +52,11 @@ class RobomimicConfig(PolicyConfig):
     """Width of the LSTM (its two layers)."""
     layers: tuple[int, ...] = (1024, 1024)
     """Widths of the perceptron between features and action."""
+    action_reach: float = CLIP
+    """Normalised action at which robomimic's tanh ends: that of our own policies, so that none learns cut targets that
+    the other does not. Checkpoints that do not name it were trained with 1."""
+
+    OLDER: ClassVar[Mapping[str, Any]] = {"action_reach": 1.0}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,6 +66,8 @@ class RobomimicConfig(PolicyConfig):
             raise ValueError(f"horizon is {self.horizon}; {self.type} predicts 1 action (set execute_steps to 1 too)")
         if self.hidden < 1 or any(width < 1 for width in self.layers):
             raise ValueError("hidden and layers must be positive")
+        if not 0 < self.action_reach <= CLIP:
+            raise ValueError(f"action_reach is {self.action_reach}; expected more than 0 and at most {CLIP}")
 
     @property
     def recurrent(self) -> bool:
@@ -136,7 +143,8 @@ class RobomimicPolicy(Policy):
 
     def loss(self, batch: dict[str, Any]) -> dict[str, Tensor]:
         """See :meth:`Policy.loss`."""
-        actions = self.normalizer.normalize(ACTIONS, batch["actions"]).clamp(-1, 1)
+        reach = self.config.action_reach
+        actions = self.normalizer.normalize(ACTIONS, batch["actions"], clip=reach) / reach
         prepared = self._prepare(batch["observation"], actions)
         predictions = self._algo._forward_training(prepared)
         if self.config.recurrent:
@@ -151,7 +159,7 @@ class RobomimicPolicy(Policy):
         rows = next(iter(observation.values())).shape[0]
         placeholder = torch.zeros(rows, self.config.horizon, self._algo.ac_dim, device=self.device)
         inputs = self._prepare(observation, placeholder)["obs"]
-        chunk: Tensor = self.nets["policy"](obs_dict=inputs)
+        chunk: Tensor = self.nets["policy"](obs_dict=inputs) * self.config.action_reach
         return self.actions_from_normalized(chunk.reshape(rows, self.config.horizon, -1))
 
     def _prepare(self, observation: Mapping[str, Tensor], actions: Tensor) -> dict[str, Any]:

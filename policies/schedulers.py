@@ -6,6 +6,7 @@ few denoising steps, and chunks, unlike images, are so low-dimensional that the 
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -132,13 +133,35 @@ class Diffusion(NoiseProcess):
         return self.scheduler.add_noise(clean, noise, level), level / self.train_levels
 
     def generate(self, denoiser: Denoiser, noise: Tensor, generator: Generators) -> Tensor:
-        self.scheduler.set_timesteps(self.steps, device=noise.device)
-        # DPM-Solver++ is deterministic and DDIM is used so; only DDPM draws noise while sampling.
+        if self.kind == "ddim":
+            return self._follow_levels(denoiser, noise)
+        # DPM-Solver++ is deterministic; only DDPM draws noise while sampling.
         extra = {} if generator is None else {"generator": generator}
         sample = noise
-        for timestep in self.scheduler.timesteps:
+        for timestep in self._set_timesteps(noise.device):
             time = sample.new_full((len(sample),), float(timestep) / self.train_levels)
             sample = self.scheduler.step(denoiser(sample, time).float(), timestep, sample, **extra).prev_sample
+        return sample
+
+    def _set_timesteps(self, device: torch.device | None = None) -> Tensor:
+        """Set and return the timesteps. Rounding gives some numbers of them (29 of 100) one more, to -1, which the
+        schedulers take for pure noise."""
+        self.scheduler.set_timesteps(self.steps, device=device)
+        timesteps: Tensor = self.scheduler.timesteps[: self.steps]
+        if len(self.scheduler.timesteps) > self.steps and self.kind != "ddim":
+            self.scheduler.set_timesteps(timesteps=timesteps.tolist(), device=device)
+        return timesteps
+
+    def _follow_levels(self, denoiser: Denoiser, sample: Tensor) -> Tensor:
+        """Go from each level to the next one: DDIM without noise (Song et al. 2021, eq. 12 with σ = 0).
+
+        The scheduler's own step is one of ``train_timesteps // steps``, as long as the distance to its next timestep
+        only where that is a whole number.
+        """
+        for now, after in itertools.pairwise(self.levels()):
+            clean = denoiser(sample, sample.new_full((len(sample),), now.time)).float()
+            noise = (sample - now.signal * clean) / now.noise
+            sample = after.signal * clean.clamp(-CLIP, CLIP) + after.noise * noise
         return sample
 
     def levels(self) -> list[Level]:
@@ -147,17 +170,12 @@ class Diffusion(NoiseProcess):
                 f"scheduler '{self.kind}' has no deterministic one-step transitions, which reinforcement learning "
                 "makes stochastic. Set scheduler to 'ddim': the same weights run with it. Or train with 'flow'."
             )
-        if self.train_levels % self.steps:
-            raise ConfigError(
-                f"inference_steps is {self.steps}; with scheduler 'ddim' reinforcement learning needs a divisor of "
-                f"train_timesteps ({self.train_levels})"
-            )
-        self.scheduler.set_timesteps(self.steps)
-        timesteps = self.scheduler.timesteps
+        timesteps = self._set_timesteps()
         kept = self.scheduler.alphas_cumprod[timesteps]
         return [
             *(
-                Level(float(timestep) / self.train_levels, float(part) ** 0.5, (1 - float(part)) ** 0.5)
+                # In float32, as the scheduler computes.
+                Level(float(timestep) / self.train_levels, float(part**0.5), float((1 - part) ** 0.5))
                 for timestep, part in zip(timesteps, kept, strict=True)
             ),
             CLEAN,

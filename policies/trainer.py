@@ -364,17 +364,20 @@ class Training:
         def decisive(trainer: dict[str, Any] | None) -> dict[str, Any]:
             return {key: value for key, value in (trainer or {}).items() if key not in HARMLESS}
 
-        data = training.get("data") or {}
+        data, own = training.get("data") or {}, self.policy.config
+        policy = read_yaml(folder / checkpoints.CONFIG)
+        if policy.get("type") == own.type:
+            policy = checkpoints.plain_config(checkpoints.stored_config(type(own), policy, folder))
         stored_encoder, encoder_now = compare_encoders(training, encoder)
         stored = {
-            "policy": read_yaml(folder / checkpoints.CONFIG),
+            "policy": policy,
             "trainer": decisive(training.get("trainer")),
             "data": {key: data.get(key) for key in ("windows", "fingerprint")},
             "processes": training.get("processes"),
             "encoder": stored_encoder,
         }
         now = {
-            "policy": checkpoints.plain_config(self.policy.config),
+            "policy": checkpoints.plain_config(own),
             "trainer": decisive(checkpoints.plain_config(self.config)),
             "data": {"windows": len(self.data.train), "fingerprint": self.fingerprint},
             "processes": self.processes.world,

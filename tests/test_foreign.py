@@ -166,8 +166,34 @@ def test_keys_default_to_what_the_data_have() -> None:
     assert adapt_keys(chosen, shapes) == dataclasses.replace(chosen)
     ours = {"front_image": (64, 64, 3), "wrist_image": (64, 64, 3), "proprio": (20,), "object_state": (14,)}
     assert adapt_keys(BCConfig(), ours) == BCConfig()
-    one = {"front_image": (64, 64, 3), "proprio": (20,)}
-    assert adapt_keys(BCConfig(), one).image_keys == ("front_image",)
+    one = {"front_image": (64, 64, 3), "proprio": (20,), "object_state": (14,)}
+    assert adapt_keys(BCConfig(), one).keys == ("front_image", "proprio")
+    blind = {"proprio": (2,), "environment_state": (16,), "count": ()}
+    assert adapt_keys(BCConfig(), blind).keys == ("proprio", "environment_state")
+    assert adapt_keys(BCConfig(image_keys=()), blind).keys == ("proprio",)
+    assert adapt_keys(BCConfig(state_keys=("environment_state",)), blind).keys == ("environment_state",)
+
+
+def test_training_says_what_the_policy_reads_and_what_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from toy_dataset import TASKS, make_episode
+
+    from simtoreal.data_collection.episode import embodiment_digest
+    from simtoreal.data_collection.writer import DatasetWriter
+
+    embodiment = describe(7, proprio=(20,), environment_state=(16,))
+    with DatasetWriter(tmp_path / "data", embodiment, TASKS) as writer:
+        for seed in range(3):
+            arrays, info = make_episode(seed)
+            arrays = {name: array for name, array in arrays.items() if not name.endswith("_image")}
+            arrays["obs/environment_state"] = np.random.default_rng(seed).random((20, 16), np.float32)
+            arrays["obs/count"] = np.arange(20, dtype=np.float32)
+            writer.add(arrays, dataclasses.replace(info, embodiment=embodiment_digest(embodiment)))
+    small = ["--policy", "bc", "--bc.hidden", "16", "--steps", "2", "--trainer.batch-size", "8"]
+    cli.run(["train", "--data", str(tmp_path / "data"), "--output", str(tmp_path / "run"), *small])
+    assert (
+        "the data lack front_image, wrist_image; the policy reads environment_state, proprio, and not count"
+        in " ".join(capsys.readouterr().out.split())
+    )
 
 
 # -- environments ------------------------------------------------------------------------------------------------

@@ -88,6 +88,25 @@ def test_a_glitch_does_not_decide_the_scale_and_is_reported():
     assert statistics.notes == ()
 
 
+@pytest.mark.parametrize(("scale", "known"), [(1, True), (1, False), (1000, False)])
+def test_commanded_actions_that_are_cut_are_noted(scale, known):
+    values = np.random.default_rng(0).uniform(-0.3, 0.3, (10_000, 2)).astype(np.float32)
+    assert fit_statistics(scale * values, key="actions", known_units=known).notes == ()
+    values[:190, 1] = 1.0
+    values *= scale
+    statistics = fit_statistics(values, ["dx", "dz"], "actions", known_units=known)
+    other = fit_statistics(values, key="velocity", known_units=known)
+    np.testing.assert_array_equal([statistics.low, statistics.high], [other.low, other.high])
+    assert other.notes == ()
+    scaled = torch.from_numpy(values)
+    normalizer = Normalizer({ACTIONS: statistics})
+    learned = normalizer.denormalize(ACTIONS, normalizer.normalize(ACTIONS, scaled))
+    (note,) = statistics.notes
+    assert note.startswith("'actions' far outside of what is usual are cut: dimension 1 (dz) to -")
+    assert "in 1.9 % of the frames, " in note
+    assert note.endswith(f"by up to {(scaled - learned).abs().max().item():.2g})")
+
+
 def test_a_motion_that_hardly_ever_happens_keeps_its_range_beside_a_constant():
     gripper = np.ones((4000, 1), dtype=np.float32)
     gripper[:2] = -1.0
@@ -275,6 +294,42 @@ def test_masked_actions_do_not_enter_the_loss(kind, toy_data):
     assert len(reached) == len(list(policy.parameters()))
 
 
+class Zeros(torch.nn.Module):
+    """A denoiser that always says 0."""
+
+    def forward(self, noisy, time, condition):
+        return torch.zeros_like(noisy)
+
+
+@pytest.mark.parametrize("scheduler", ["flow", "ddim"])
+@pytest.mark.parametrize(("loss", "expected"), [("l2", 0.625), ("l1", 0.75)])
+def test_loss_of_the_denoiser_is_the_mean_error_of_what_is_no_padding(loss, expected, scheduler, toy_data):
+    policy = make("unet", toy_data, loss=loss, scheduler=scheduler)
+    policy.denoiser = Zeros()
+    batch = to_tensors(toy_data.train.batch(np.array([0, 1])), torch.device("cpu"))
+    clean = torch.tensor([0.5, -1.0]).repeat(4)[None, :, None].expand(2, 8, 7)
+    batch["actions"] = policy.normalizer.denormalize(ACTIONS, clean)
+    batch["actions"][1, 2:] = 9.0
+    batch["action_mask"] = torch.arange(8) < torch.tensor([[8], [2]])
+    assert policy.loss(batch)["loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_diffusion_learns_by_the_squared_error_unless_told_otherwise(toy_data):
+    """To the last bit what it was before there was a choice."""
+    policy = make("unet", toy_data).eval()
+    batch = to_tensors(toy_data.train.batch(np.array([9, 11, 13])), torch.device("cpu"))
+    torch.manual_seed(1)
+    loss = policy.loss(batch)["loss"]
+    torch.manual_seed(1)
+    samples = policy.config.noise_samples
+    clean = policy.normalizer.normalize(ACTIONS, batch["actions"]).repeat_interleave(samples, dim=0)
+    noise = torch.randn_like(clean)
+    noisy, time = policy.process.corrupt(clean, noise, spread_times(3, samples, torch.device("cpu")).flatten())
+    condition = policy.encoder(batch["observation"]).repeat_interleave(samples, dim=0)
+    error = (policy.denoiser(noisy, time, condition) - clean).square()
+    assert torch.equal(loss, masked_mean(error, batch["action_mask"].repeat_interleave(samples, dim=0)))
+
+
 def test_masked_mean_averages_over_valid_steps_only():
     error = torch.tensor([[[1.0, 3.0], [100.0, 100.0]]])
     assert masked_mean(error, torch.tensor([[True, False]])) == 2.0
@@ -311,6 +366,41 @@ def test_a_perfect_denoiser_regenerates_the_clean_chunk(process):
     clean = torch.rand(3, 8, 7) * 1.6 - 0.8
     generated = process.generate(lambda noisy, time: clean, torch.randn_like(clean), torch.Generator().manual_seed(0))
     torch.testing.assert_close(generated, clean, atol=2e-2, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps"), [("ddim", 29), ("ddim", 57), ("ddim", 60), ("ddim", 97), ("ddpm", 29), ("dpm", 29)]
+)
+def test_many_steps_draw_from_what_was_learned_also_where_they_do_not_divide_the_levels(kind, steps):
+    """The best denoiser of a normal distribution is known, and so is what comes out."""
+    mean, deviation = 0.3, 0.25
+    process = Diffusion(kind, 100, steps)
+
+    def best(noisy, time):
+        kept = process.scheduler.alphas_cumprod[(time * 100).round().long()][:, None, None]
+        precision = 1 / deviation**2 + kept / (1 - kept)
+        return (mean / deviation**2 + kept.sqrt() * noisy / (1 - kept)) / precision
+
+    generator = torch.Generator().manual_seed(0)
+    drawn = process.generate(best, torch.randn(4000, 4, 2, generator=generator), generator)
+    assert drawn.mean().item() == pytest.approx(mean, abs=0.01)
+    assert drawn.std().item() == pytest.approx(deviation, rel=0.2)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10, 50, 100])
+def test_ddim_is_diffusers_to_the_last_bit_where_its_steps_fit(steps):
+    process = Diffusion("ddim", 100, steps)
+    noise = torch.randn(5, 8, 7, generator=torch.Generator().manual_seed(0))
+
+    def denoiser(noisy, time):
+        return torch.sin(3 * noisy + time[:, None, None]) * 1.7
+
+    expected, scheduler = noise, process.scheduler
+    scheduler.set_timesteps(steps)
+    for timestep in scheduler.timesteps:
+        clean = denoiser(expected, expected.new_full((5,), float(timestep) / 100))
+        expected = scheduler.step(clean, timestep, expected).prev_sample
+    assert torch.equal(process.generate(denoiser, noise, None), expected)
 
 
 @pytest.mark.parametrize("process", [Flow(6), Diffusion("ddim", 50, 10)], ids=["flow", "diffusion"])
@@ -375,7 +465,11 @@ def test_third_parties_register_through_an_entry_point(tmp_path, monkeypatch):
         (lambda: DiffusionConfig(execute_steps=17), "execute_steps is 17"),
         (lambda: DiffusionConfig(horizon=15, execute_steps=8), "multiple of 2"),
         (lambda: DiffusionConfig(scheduler="ddim", inference_steps=200), "inference_steps is 200"),
+        (lambda: DiffusionConfig(train_timesteps=0), "train_timesteps is 0; expected at least 1"),
         (lambda: BCConfig(image_keys=(), state_keys=()), "would see nothing"),
+        (lambda: BCConfig(image_keys=("a_image",) * 2), "image_keys is a_image, a_image; expected every key once"),
+        (lambda: BCConfig(state_keys=("proprio",) * 2), "state_keys is proprio, proprio; expected every key once"),
+        (lambda: BCConfig(vision=VisionConfig(image_steps=3)), r"image_steps is 3; expected at most obs.*_steps \(2\)"),
         (lambda: VisionConfig(widths=(8, 12)), "multiples of 8"),
         (lambda: VisionConfig(output_stride=3), "power of two"),
         (lambda: AugmentationConfig(shift_px=-1), "negative"),

@@ -20,6 +20,7 @@ from simtoreal.envs.rollout import rollout
 from simtoreal.policies.actor import PolicyActor
 from simtoreal.policies.checkpoint import load_policy
 from simtoreal.policies.config import TrainerConfig
+from simtoreal.policies.normalization import ACTIONS, CLIP
 from simtoreal.policies.robomimic import RobomimicBCConfig, RobomimicConfig, RobomimicPolicy
 from simtoreal.policies.trainer import train
 from simtoreal.policies.training_data import TrainingData, open_training_data, to_tensors
@@ -116,11 +117,52 @@ def test_padded_actions_do_not_count(dataset: Path) -> None:
     torch.testing.assert_close(policy.loss(changed)["loss"], policy.loss(batch)["loss"])
 
 
+def test_targets_and_actions_reach_as_far_as_those_of_our_own_policies(dataset: Path, monkeypatch) -> None:
+    config = make_config("bc_rnn")
+    data = open_training_data(dataset, config)
+    policy = make_policy(config, data)
+    batch = to_tensors(data.train.batch(np.arange(6)), torch.device("cpu"))
+    far = torch.full_like(batch["actions"], 1.4)
+    prepare, targets = policy._prepare, []
+
+    def watch(observation, actions):
+        targets.append(actions)
+        return prepare(observation, actions)
+
+    monkeypatch.setattr(policy, "_prepare", watch)
+    policy.loss({**batch, "actions": policy.normalizer.denormalize(ACTIONS, far)})
+    torch.testing.assert_close(targets[0] * CLIP, far)
+
+    class Furthest(torch.nn.Linear):
+        def forward(self, obs_dict):
+            return torch.ones(6, config.horizon, 7)
+
+    policy.nets["policy"] = Furthest(1, 1)
+    chunk = policy.predict(batch["observation"], batch["instruction"], None)
+    torch.testing.assert_close(chunk, policy.actions_from_normalized(torch.full_like(far, CLIP)))
+
+
+def test_a_run_that_does_not_name_its_reach_had_that_of_the_percentiles(dataset: Path, tmp_path: Path) -> None:
+    config = make_config("bc", action_reach=1.0)
+    data = open_training_data(dataset, config)
+    trainer = TrainerConfig(steps=1, batch_size=8)
+    train(config, trainer, data, tmp_path, device="cpu")
+    stored = tmp_path / "checkpoints/last/config.yaml"
+    stored.write_text(stored.read_text().replace("action_reach: 1.0\n", ""))
+    assert "action_reach" not in stored.read_text()
+    assert load_policy(tmp_path).config == config
+    train(config, trainer, data, tmp_path, device="cpu", resume=True)
+    with pytest.raises(ConfigError, match=r"policy.action_reach: 1.0 \(checkpoint\) != 1.5 \(now\)"):
+        train(make_config("bc"), trainer, data, tmp_path, device="cpu", resume=True)
+
+
 def test_settings_that_robomimic_cannot_do_are_refused() -> None:
     with pytest.raises(ValueError, match="observation_steps is 2"):
         make_config("bc_rnn", observation_steps=2)
     with pytest.raises(ValueError, match="horizon is 8"):
         make_config("bc", horizon=8)
+    with pytest.raises(ValueError, match="action_reach is 2"):
+        make_config("bc", action_reach=2)
 
 
 def test_both_types_have_settings_that_fit_them() -> None:

@@ -184,6 +184,19 @@ def test_a_finished_run_resumes_to_itself(tmp_path):
     assert again == first
 
 
+def test_a_run_that_is_older_than_a_setting_had_its_default(tmp_path):
+    config = toy.small_diffusion()
+    data = toy.data(config, episodes=6)
+    first = train(config, toy.small_trainer(), data, tmp_path)
+    stored = tmp_path / "checkpoints/last/config.yaml"
+    stored.write_text(stored.read_text().replace("loss: l2\n", ""))
+    assert "loss" not in stored.read_text()
+    assert load_policy(tmp_path).config == config
+    assert train(config, toy.small_trainer(), data, tmp_path, resume=True) == first
+    with pytest.raises(ConfigError, match=r"policy.loss: l2 \(checkpoint\) != l1 \(now\)"):
+        train(toy.small_diffusion(loss="l1"), toy.small_trainer(), data, tmp_path, resume=True)
+
+
 def test_a_run_is_neither_overwritten_nor_continued_with_other_settings_or_data(tmp_path):
     config = toy.small_diffusion()
     data = toy.data(config, episodes=6)

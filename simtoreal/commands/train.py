@@ -113,10 +113,13 @@ def main(config: Config) -> None:
     console = Console(markup=False)
     first = os.environ.get("RANK", "0") == "0"
     asked, trainer = policy_config(config), trainer_config(config)
-    policy = adapt_keys(asked, observation_shapes(Dataset.open(config.data)))
+    shapes = observation_shapes(Dataset.open(config.data))
+    policy = adapt_keys(asked, shapes)
     if policy != asked and first:
         lacking = ", ".join(sorted(set(asked.keys) - set(policy.keys)))
-        console.print(f"the data lack {lacking}; the policy reads {', '.join(policy.keys)}", soft_wrap=True)
+        unread = ", ".join(sorted(set(shapes) - set(policy.keys)))
+        line = f"the data lack {lacking}; the policy reads {', '.join(policy.keys)}"
+        console.print(line + (f", and not {unread}" if unread else ""), soft_wrap=True)
     if not config.hold_out and config.mask == "train":
         raise ConfigError(
             "--no-hold-out changes nothing with --mask train, which is what 'valid' leaves. Add --mask success to "
