@@ -43,7 +43,8 @@ def success_plot(arms: Sequence[Mapping[str, Any]]) -> Figure:
     ax.set_yticks([-row for row in range(len(arms))], [str(arm["label"]) for arm in arms])
     ax.set_ylim(-len(arms) + 0.6, 0.8)
     ax.set_xlim(0, 100)
-    ax.set_xlabel(
+    # Of the figure: below axes that long labels have made narrow, it would reach beyond the edge.
+    figure.supxlabel(
         "success rate [%]: measured (dot), 95 % interval (bar), posterior (shape)", fontsize=9, color=TEXT_COLOR
     )
     ax.grid(axis="y", visible=False)
