@@ -161,7 +161,8 @@ class DiffusionConfig(PolicyConfig):
     """Noise levels trained per encoded observation: the encoder costs far more than the denoiser."""
     loss: Literal["l2", "l1"] = "l2"
     """What the denoiser learns by: with ``l2`` the mean of the clean chunks that a noisy one may have been, as sampling
-    assumes, with ``l1`` their median, which one odd demonstration moves less."""
+    assumes, with ``l1`` their median. Where demonstrations go one way, ``l1`` is more exact; where they go several,
+    it loses some of them (docs/diversity.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
