@@ -20,7 +20,7 @@ class Config:
 
     profile: Literal["smoke", "cpu", "gpu"] = "cpu"
     """smoke: about 2 minutes (--full: 4), learns nothing; cpu: about 15 minutes on two cores with bfloat16
-    instructions (--full: about 45 with AMX), several times that without; gpu: more data and steps."""
+    instructions (--full: 45 to 60 with AMX), several times that without; gpu: more data and steps."""
     full: bool = False
     """The whole chain: demonstrations of two operators in a moving scene (MOVE), a filter of what contradicts, the
     policy, a world model of its rollouts, reinforcement inside it (WoVR), and the robot before and after."""
