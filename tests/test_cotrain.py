@@ -465,6 +465,22 @@ def test_what_succeeded_really_is_demonstrated_too(finished, data, policy, tmp_p
     assert not all(torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.parametrize(
+    ("steps", "batch", "expected"), [(29, 16, (30, 16)), (10, 48, (10, 48)), (100, 16, (100, 16)), (100, 4, (30, 16))]
+)
+def test_imitation_learns_from_no_fewer_samples_than_the_base_policy_did(
+    data, policy, tmp_path, steps, batch, expected
+):
+    imitation = dataclasses.replace(IMITATION, steps=steps, batch_size=batch, seed=3)
+    told: list[str] = []
+    config = dataclasses.replace(WOVR, imitation_rollouts=8, imitation=imitation)
+    arm = wovr(tmp_path / "arm", data, policy, config=config, seed=4, notify=told.append)
+    trainer = arm._imitation_trainer()
+    assert trainer == dataclasses.replace(imitation, steps=expected[0], batch_size=expected[1], seed=7)
+    longer = f"imitation takes 30 steps of 16, as the training of the base policy did, instead of {steps} of {batch}"
+    assert told == ([] if trainer.steps == steps else [longer])
+
+
 # --- what does not fit -----------------------------------------------------------------------------------------------
 
 

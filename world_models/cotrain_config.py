@@ -53,7 +53,8 @@ class WovrConfig:
     reinforcement a policy is trained anew on all demonstrations (filtered behaviour cloning). WoVR has no such stage; 0
     leaves it out."""
     imitation: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=2400, batch_size=32))
-    """That training."""
+    """That training. Where the base policy learned from more samples, its steps and batch size are taken instead, so
+    that what takes its place has not learned less."""
     imitation_filter: str | None = None
     """Imitate only the steps that this filter keeps (simtoreal data filter), in the folders of demonstrations that have
     it."""

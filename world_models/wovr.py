@@ -28,6 +28,7 @@ from simtoreal.evaluation.evaluate import task_digest
 from simtoreal.evaluation.policies import checkpoint_digest
 from simtoreal.policies.actor import PolicyActor
 from simtoreal.policies.checkpoint import LoadedPolicy, find_checkpoint, load_policy, plain_config
+from simtoreal.policies.config import TrainerConfig
 from simtoreal.policies.exploring_actor import ExploringActor, require_denoising
 from simtoreal.policies.mixed_windows import find_filter, open_mixed_data
 from simtoreal.policies.reinforcement_config import ReinforcementConfig
@@ -206,13 +207,30 @@ class Wovr:
             folders = [*self.demonstrations, rollouts] if succeeded else self.demonstrations
             policy, kept = self.loaded.config, config.imitation_filter
             data = open_mixed_data(folders, (), policy, real_share=1.0, filter=kept)
-            trainer = dataclasses.replace(config.imitation, seed=config.imitation.seed + self.seed)
+            trainer = self._imitation_trainer()
             result = train(policy, trainer, data, run, resume=True, device=self.device, progress=self.progress)
-            return {"training_seconds": result.seconds, "validation_error": result.validation_error}
+            return {
+                "training_seconds": result.seconds, "validation_error": result.validation_error,
+                "steps": trainer.steps, "batch_size": trainer.batch_size,
+            }  # fmt: skip
 
         self.stages.run(IMITATION, "imitating the demonstrations and the real successes", work, IMITATION)
         self._measure_real(IMITATION, run, 0)
         return run
+
+    def _imitation_trainer(self) -> TrainerConfig:
+        """The training ``imitation``, or one as long as the base policy's if that learned from more samples: what takes
+        its place should not have learned less."""
+        trainer = dataclasses.replace(self.config.imitation, seed=self.config.imitation.seed + self.seed)
+        own = self.loaded.training.get("trainer") or {}
+        steps, batch = (own.get(name, 0) for name in ("steps", "batch_size"))
+        if steps * batch <= trainer.steps * trainer.batch_size:
+            return trainer
+        self.notify(
+            f"imitation takes {steps} steps of {batch}, as the training of the base policy did, instead of "
+            f"{trainer.steps} of {trainer.batch_size}"
+        )
+        return dataclasses.replace(trainer, steps=steps, batch_size=batch)
 
     def _collect_turn(self, turn: int, policy: Path) -> None:
         config = self.config
