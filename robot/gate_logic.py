@@ -335,9 +335,9 @@ class GateLogic:
             return
         kind, problem = self._late_input(now_ns)
         if problem and self.state == "armed":
-            self.faults[kind] += 1
             self.state, self._hold_since_ns = "hold", now_ns
         if problem and kind != self.late_input:
+            self.faults[kind] += 1
             self.reason = problem
         self.late_input = kind
         if problem:

@@ -337,6 +337,16 @@ def test_the_arm_does_not_rush_after_a_hold_that_the_runtime_was_told_of(step_m:
     assert (rig.logic.state, rig.logic.status().late_input) == ("hold", "command_silent")
 
 
+def test_every_input_that_is_late_is_counted_also_one_that_becomes_so_during_a_hold() -> None:
+    rig = Rig()
+    rig.move()
+    rig.tick(20)
+    assert (rig.logic.state, rig.logic.faults) == ("hold", {"command_silent": 1})
+    rig.silent = True
+    rig.tick(20)
+    assert (rig.logic.state, rig.logic.faults) == ("hold", {"command_silent": 1, "joint_states_stale": 1})
+
+
 def test_a_target_that_goes_on_while_the_arm_is_held_stops_it() -> None:
     rig = Rig()
     rig.move()
