@@ -394,21 +394,23 @@ class Ros2Env(gym.Env[Observation, np.ndarray]):
         """Drive a real arm home through the gate."""
         path = path_home(arm.joint_positions_rad, self._kinematics, self.embodiment, self.config.limits)
         self.clock.restart()
-        step, seen_ns = 0, time.monotonic_ns()
+        step, silent_since_ns = 0, 0
         while step < len(path):
             self._check_operator()
             try:
                 self._inputs.read_arm()
             except StaleObservationError:
-                # As in an episode: hold for a while, then give up.
-                if (time.monotonic_ns() - seen_ns) * 1e-9 > self.config.staleness.stop_s:
+                # As in an episode: hold for a while, then give up. Counted from when it was noticed: a machine that
+                # stalls finds every input old when it goes on.
+                silent_since_ns = silent_since_ns or time.monotonic_ns()
+                if (time.monotonic_ns() - silent_since_ns) * 1e-9 > self.config.staleness.stop_s:
                     raise
                 self.clock.wait()
                 continue
+            silent_since_ns = 0
             self._gate.send_target(path[step], time.monotonic_ns(), self._episode)
             # While the gate holds it has the same target again; it gives up by itself.
             step += not self._gate.holding()
-            seen_ns = time.monotonic_ns()
             self.clock.wait()
 
 

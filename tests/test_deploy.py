@@ -280,9 +280,9 @@ def test_a_robot_on_the_graph_needs_an_emergency_stop_and_a_judge(
     description = read_description(recording)
     assert description is not None
     import_recording(recording, tmp_path / "data", description)
-    # What the person thought about is in no episode: that would be ten steps more.
+    # What the person thought about is in no episode: that would be ten steps more. A busy machine's pauses are.
     for imported, run in zip(Dataset.open(tmp_path / "data").episodes, episodes, strict=True):
-        assert abs(imported.steps - run.steps) <= 5
+        assert -5 <= imported.steps - run.steps <= 5 + results["missed_periods"]
 
 
 @pytest.mark.realtime

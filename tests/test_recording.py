@@ -698,11 +698,14 @@ def test_run_on_the_twin_becomes_its_dataset(tmp_path):
     dataset = Dataset.open(tmp_path / "data")
     episode = dataset.episodes[0]
     assert (episode.seed, episode.success, episode.instruction) == (3, result.success, result.instruction)
-    assert abs(episode.steps - result.steps) <= 1
+    # Time goes on in a recording while a busy machine misses periods.
+    missed = env.clock.missed
+    assert -1 <= episode.steps - result.steps <= 1 + missed
     arrays = dataset.read(episode)
     wished, stored = np.stack(targets)[:, :3], arrays["step/target"][:, :3]
     # Ticks of the recording are its own, so that a busy machine may put a target into the tick beside its own one.
-    near = [np.abs(stored - wished[np.clip(np.arange(len(stored)) + k, 0, len(wished) - 1)]) for k in (-1, 0, 1)]
+    shifts = range(-1 - missed, 2)
+    near = [np.abs(stored - wished[np.clip(np.arange(len(stored)) + k, 0, len(wished) - 1)]) for k in shifts]
     difference = np.min([one.max(axis=-1) for one in near], axis=0)
     # The gate limits acceleration, so the pose that reached the robot trails the wish by millimetres at first.
     assert difference.mean() < 2e-3
