@@ -132,7 +132,7 @@ class Drive:
 
     def moves_after_a_press(self) -> None:
         seen = len(self.log.moving())
-        for _ in range(10):
+        for _ in range(40):  # a busy machine may be too late for the dead-man, again and again
             self.press()
             with contextlib.suppress(AssertionError):
                 wait_for(lambda: len(self.log.moving()) > seen + 2, "motion", 1.0)
