@@ -119,7 +119,8 @@ def test_a_policy_runs_beside_the_control_loop(tmp_path: Path, checkpoint: Path)
     assert results["inference_count"] >= results["steps"] // 8
     assert results["waiting_steps"] >= 1  # nothing can be known at the first step
     assert results["inference_p99_ms"] > 0
-    assert results["gate"]["fault_counts"].keys() <= {"command_silent", "camera_stale", "joint_states_stale"}
+    late = {"command_silent", "camera_stale", "joint_states_stale", "stale_target"}  # as on any busy machine
+    assert results["gate"]["fault_counts"].keys() <= late
 
 
 def test_a_policy_that_returns_nan_ends_the_deployment(tmp_path: Path) -> None:

@@ -58,8 +58,9 @@ gate.begin_episode(1)
 target, clock, direction = home_target(), PeriodicClock(0.05), 1.0
 print(gate.pid, inference.pid if inference else 0, flush=True)
 while True:
-    direction = -direction if abs(target[1] + 0.02 * direction) > 0.1 else direction
-    target[1] += 0.02 * direction
+    if not gate.holding():  # as every runtime: what goes on while the arm is held stops it for good
+        direction = -direction if abs(target[1] + 0.02 * direction) > 0.1 else direction
+        target[1] += 0.02 * direction
     with contextlib.suppress(SafetyError):
         gate.send_target(target, time.monotonic_ns(), 1)
     clock.wait()
@@ -464,7 +465,7 @@ def test_the_arm_rests_within_100_ms_of_the_death_of_the_policy(arm: ArmNode, tm
     finally:
         runtime.kill()
         runtime.wait()
-    wait_for(lambda: not os.path.exists(f"/proc/{gate_pid}"))  # it must not publish into the next test
+        wait_for(lambda: not os.path.exists(f"/proc/{gate_pid}"))  # it must not publish into the next test
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGSTOP])
@@ -478,5 +479,5 @@ def test_the_arm_rests_within_100_ms_of_the_end_of_the_runtime(arm: ArmNode, kin
     finally:
         runtime.kill()
         runtime.wait()
-    # Without its runtime the gate ends by itself.
-    wait_for(lambda: not os.path.exists(f"/proc/{gate_pid}"))
+        # Without its runtime the gate ends by itself.
+        wait_for(lambda: not os.path.exists(f"/proc/{gate_pid}"))
