@@ -17,6 +17,7 @@ from simtoreal import cli
 from simtoreal.commands import world_model_train
 from simtoreal.data_collection.dataset import Dataset
 from simtoreal.data_collection.writer import DatasetWriter
+from simtoreal.envs.action import integrate_action
 from simtoreal.envs.config import load_fields
 from simtoreal.envs.errors import CheckpointError, ConfigError, DatasetError, EmbodimentMismatchError
 from simtoreal.envs.panda import panda_embodiment
@@ -25,6 +26,7 @@ from simtoreal.policies.training_log import read_metrics
 from simtoreal.world_models import video_data, world_model
 from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model
 from simtoreal.world_models.classifier import SuccessClassifier, calibrate_threshold, shows_success
+from simtoreal.world_models.clips import imagine_clips, reconstruct
 from simtoreal.world_models.config import (
     ClassifierConfig,
     DynamicsConfig,
@@ -32,10 +34,11 @@ from simtoreal.world_models.config import (
     TokenizerConfig,
     WorldModelConfig,
 )
+from simtoreal.world_models.contexts import actions_at_rest
 from simtoreal.world_models.latent_video import Window
 from simtoreal.world_models.learned_episodes import describe_episodes, fresh_episodes, learned_seeds, unseen
 from simtoreal.world_models.pixel_weights import PixelWeights
-from simtoreal.world_models.stages import evenly_chosen
+from simtoreal.world_models.stages import DynamicsStage, EncodedData, evenly_chosen
 from simtoreal.world_models.state import Imagination
 from simtoreal.world_models.trainer import train_world_model
 from simtoreal.world_models.video_data import POSITIVE_FRAMES, VideoData, _held_out, open_video_data
@@ -117,6 +120,59 @@ def test_imagined_episodes_come_from_all_of_the_data():
         if count > 1:
             assert (chosen[0], chosen[-1]) == (5, count + 4)
             assert np.diff(chosen).max() <= np.ceil(count / 160) + 1
+
+
+def test_actions_at_rest_leave_every_target_where_it_is(data):
+    actions, targets = actions_at_rest(data, np.arange(len(data.ends)))
+    assert np.abs(actions[:, :6]).max() < 1e-9
+    assert np.allclose(integrate_action(targets.astype(np.float64), actions, data.embodiment), targets, atol=1e-6)
+    # The arm is where it is told to be.
+    columns = [data.embodiment.proprio.names.index(f"tcp_{axis}") for axis in "xyz"]
+    assert np.allclose(targets[:, :3], data.proprio[data.starts][:, columns], atol=5e-3)
+    unknown = dataclasses.replace(data.embodiment.action, mode="env", limits=(1.0,) * data.actions.shape[1])
+    foreign = dataclasses.replace(data.embodiment, action=unknown)
+    with pytest.raises(ConfigError, match="no motion is not known"):
+        actions_at_rest(dataclasses.replace(data, embodiment=foreign), np.arange(2))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25])
+def test_some_windows_show_an_arm_at_rest(data, share, monkeypatch):
+    config = dataclasses.replace(RESIDUAL, dynamics=dataclasses.replace(RESIDUAL.dynamics, rest_share=share))
+    model = WorldModel(config, data.embodiment, fit_world_statistics(data))
+    stage = DynamicsStage(
+        EncodedData(model, data, torch.device("cpu")), StageConfig(steps=9, batch_size=16).schedule(), fresh=True
+    )
+    stage.prepare()
+    seen: list[Window] = []
+    monkeypatch.setattr(model.dynamics, "loss", lambda window: seen.append(window) or {})
+    stage.loss(8)
+    window = seen[0]
+    still = (window.latents == window.state.reference[:, None]).flatten(1).all(1)
+    assert (len(still), int(still.sum())) == (16, round(16 * share))
+    assert (window.latents.shape[1], window.valid[still].min() if share else 1) == (8, 1)
+    actions, targets = (torch.from_numpy(part) for part in actions_at_rest(data, np.flatnonzero(~data.held_out)))
+    allowed = model.scale_commands(actions, targets)
+    for commands, proprio, state in zip(
+        window.commands[still], window.proprio[still], window.state.proprio[still], strict=True
+    ):
+        assert (commands == commands[0]).all()
+        assert (allowed == commands[0]).all(1).any()
+        assert (proprio == state[-1]).all()
+
+
+def test_an_arm_at_rest_stays_in_the_picture(data, trained, tmp_path):
+    never = dataclasses.replace(RESIDUAL, dynamics=dataclasses.replace(RESIDUAL.dynamics, rest_share=0.0))
+    other = train_world_model(never, short_training(), data, tmp_path / "never", device="cpu")
+    episodes = np.flatnonzero(data.held_out)
+    lengths = data.ends[episodes] - data.starts[episodes]
+    actions = np.repeat(actions_at_rest(data, episodes)[0], lengths, 0)
+    changed = {}
+    for name, run in {"shown": trained.run, "never shown": other.run}.items():
+        model = load_world_model(run, "cpu").model
+        clips = imagine_clips(model, data, episodes, actions)
+        first = reconstruct(model, clips.images[clips.starts])[clips.episode]
+        changed[name] = np.abs(clips.images.astype(float) - first)[clips.step > 0].mean()
+    assert changed["shown"] < 0.85 * changed["never shown"], changed
 
 
 def test_what_any_training_learned_from_stays_known(tmp_path, monkeypatch):

@@ -126,6 +126,18 @@ def test_a_frozen_model_is_found_out(loaded, data, judges):
         assert any("does not follow" in text for text in found["warnings"])
 
 
+def test_a_picture_that_dissolves_at_rest_is_found_out(loaded, data, judges):
+    real = real_clips(loaded.model, data, np.flatnonzero(data.held_out))
+    noisy = np.random.default_rng(0).integers(0, 256, real.images.shape, np.uint8)
+    blurred = dataclasses.replace(real, images=np.where(real.step[:, None, None, None, None] > 0, noisy, real.images))
+    stays = dataclasses.replace(real, images=real.images[real.starts][real.episode])
+    for resting, warned in ((blurred, True), (stays, False)):
+        found = judge_videos(loaded, data, judges, ~data.held_out, real, real, None, resting)
+        assert any("dissolves" in text for text in found["warnings"]) == warned
+        assert (found["psnr_at_rest_db"]["mean"] == measure.LARGEST_PSNR_DB) != warned
+    assert judge_videos(loaded, data, judges, ~data.held_out, real, real)["psnr_at_rest_db"] is None
+
+
 def test_following_is_a_share_of_what_can_be_read(loaded, data, judges, monkeypatch):
     from simtoreal.world_models import action_following as module
 
@@ -384,7 +396,8 @@ def test_the_command_writes_results_page_and_videos(folder, run, tmp_path, capsy
     command_line(arguments)
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["episodes"]["judged"] == 3
-    assert len(results["psnr_db"]["curve"]["mean"]) == results["episodes"]["longest"]
+    for measured in ("psnr_db", "psnr_reconstructed_db", "psnr_at_rest_db"):
+        assert len(results[measured]["curve"]["mean"]) == results["episodes"]["longest"]
     assert results["policies"]["n"] == 3
     assert len(results["policies"]["rows"]) == 3
     assert {"real", "imagined", "swapped"} <= set(results["actions"])

@@ -73,6 +73,10 @@ class DynamicsConfig:
     """Additional loss weight of latent cells that differ from the last frame that is known, or from the first."""
     proprio_weight: float = 10.0
     """Loss weight of proprio against the images."""
+    rest_share: float = 0.0625
+    """Share of the windows to learn from in which the first frame of an episode stays as it is, under actions that
+    change nothing. No demonstration shows that, and a model that never saw it lets the picture dissolve. 0 where
+    recordings begin in motion."""
     unroll: tuple[int, ...] = (8, 16, 24)
     """Steps for which ``residual`` lives on its own predictions while it learns; every entry gets an equal share of
     the training steps, in turn."""
@@ -88,6 +92,8 @@ class DynamicsConfig:
             raise ValueError(f"unroll is {self.unroll}; expected one or more numbers of at least 1")
         if min(self.context_noise, self.changed_weight, self.proprio_weight) < 0:
             raise ValueError("context_noise, changed_weight and proprio_weight must not be negative")
+        if not 0 <= self.rest_share < 1:
+            raise ValueError(f"rest_share is {self.rest_share}; expected a value in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)

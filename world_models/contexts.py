@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from simtoreal.envs import rotation
+from simtoreal.envs.action import action_towards
 from simtoreal.envs.embodiment import TARGET_NAMES
 from simtoreal.envs.errors import ConfigError
 from simtoreal.world_models.state import PROPRIO_STEPS, Imagination
@@ -104,6 +105,23 @@ def _encode(model: WorldModel, data: VideoData, frames: np.ndarray, starts: np.n
         torch.from_numpy(data.images[starts]).to(device), torch.from_numpy(data.images[kept]).to(device),
         torch.from_numpy(data.proprio[recent]).to(device), commands,
     )  # fmt: skip
+
+
+def actions_at_rest(data: VideoData, episodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return actions ``(E, A)`` that leave things as they are in the first frames of ``episodes``, and their targets.
+
+    Returns:
+        Actions ``(E, A)`` float32, and the end-effector targets ``(E, 10)`` float32 that they repeat.
+
+    Raises:
+        ConfigError: actions of a foreign environment, whose meaning is not known.
+    """
+    if data.embodiment.action.mode == "env":
+        raise ConfigError(f"which action of '{data.embodiment.name}' means no motion is not known (mode 'env')")
+    targets = np.stack([_target(data, int(data.starts[episode]), 0) for episode in episodes])
+    delta = data.embodiment.action.mode == "ee_delta"
+    actions = action_towards(targets, targets, data.embodiment) if delta else targets
+    return actions.astype(np.float32), targets.astype(np.float32)
 
 
 def _target(data: VideoData, frame: int, step: int) -> np.ndarray:

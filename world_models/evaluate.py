@@ -27,6 +27,7 @@ from simtoreal.world_models import measure
 from simtoreal.world_models.action_following import action_following, require_judge, train_judge
 from simtoreal.world_models.checkpoint import LoadedWorldModel, load_world_model
 from simtoreal.world_models.clips import Clips, altered_actions, imagine_clips, real_clips, reconstruct
+from simtoreal.world_models.contexts import actions_at_rest
 from simtoreal.world_models.learned_episodes import fresh_episodes
 from simtoreal.world_models.policy_evaluation import evaluate_policies, evaluated_task, load_policies
 from simtoreal.world_models.positions import (
@@ -187,10 +188,13 @@ def evaluate_world_model(
     say(f"imagining {len(judged)} episodes")
     net = loaded.model
     real, imagined = real_clips(net, data, judged), imagine_clips(net, data, judged, seed=seed)
-    swapped = None
+    swapped = resting = None
     if loaded.embodiment.action.mode == "ee_delta":
         swapped = imagine_clips(net, data, judged, altered_actions(data, judged, "swapped"), seed=seed)
-    results = judge_videos(loaded, data, judges, learned, real, imagined, swapped)
+    if loaded.embodiment.action.mode != "env":
+        still = np.repeat(actions_at_rest(data, judged)[0], real.ends - real.starts, 0)
+        resting = imagine_clips(net, data, judged, still, seed=seed)
+    results = judge_videos(loaded, data, judges, learned, real, imagined, swapped, resting)
     results["notes"] = [*data.notes, *results["notes"]]
     results["videos"] = _write_videos(output, data, real, imagined, results, videos)
     if policies:
@@ -225,6 +229,7 @@ def judge_videos(
     real: Clips,
     imagined: Clips,
     swapped: Clips | None = None,
+    resting: Clips | None = None,
 ) -> dict[str, Any]:
     """Measure imagined against real videos of the same episodes.
 
@@ -235,6 +240,7 @@ def judge_videos(
         learned: ``(E,)`` bool: episodes from which limits of physics are learned.
         real, imagined: videos of the same episodes.
         swapped: videos of the same first frames under the actions of other episodes.
+        resting: videos of the same first frames under actions that change nothing, so that they should stay.
     """
     positions, probe = judges.positions, judges.probe
     again = dataclasses.replace(real, images=reconstruct(loaded.model, real.images))
@@ -247,8 +253,11 @@ def judge_videos(
         "psnr_db": measure.against_horizon(real, measure.psnr_db(real.images, imagined.images)),
         "psnr_reconstructed_db": measure.against_horizon(real, measure.psnr_db(real.images, again.images)),
         "proprio_tcp_m": measure.proprio_error(tcp_columns(data.embodiment), real, imagined),
-        "perceptual": None, "positions": None, "violations": None,
+        "psnr_at_rest_db": None, "perceptual": None, "positions": None, "violations": None,
     }  # fmt: skip
+    if resting is not None:
+        first = resting.images[resting.starts][resting.episode]
+        results["psnr_at_rest_db"] = measure.against_horizon(resting, measure.psnr_db(first, resting.images))
     if probe is not None:
         distance = perceptual_distance(probe, real.images, imagined.images)
         results["perceptual"] = measure.against_horizon(real, distance)
@@ -302,6 +311,12 @@ def find_warnings(results: dict[str, Any]) -> list[str]:
                 f"the model does not follow {under}: {100 * max(0.0, actions[name]['following']):.0f} % of what can be "
                 "read from real videos"
             )
+    moving, resting = results["psnr_db"]["mean"], (results["psnr_at_rest_db"] or {"mean": None})["mean"]
+    if moving is not None and resting is not None and resting < moving:
+        found.append(
+            f"the picture dissolves while the arm is told to stay where it is: PSNR {resting:.1f} dB, and {moving:.1f} "
+            "dB while it moves"
+        )
     for rule, rates in (results["violations"] or {}).items():
         if rates["imagined"]["rate"] > rates["real"]["rate"] + NOTABLE:
             texts = {"vanishes": "vanish", "duplicates": "appear twice", "moves": "move untouched"}

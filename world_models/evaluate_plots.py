@@ -71,6 +71,8 @@ def all_plots(results: Mapping[str, Any]) -> dict[str, Figure]:
         "imagined": results["psnr_db"]["curve"],
         "real frames, through the tokenizer": results["psnr_reconstructed_db"]["curve"],
     }
+    if results["psnr_at_rest_db"]:
+        curves["imagined, told to stay where it is"] = results["psnr_at_rest_db"]["curve"]
     found = {"psnr": horizon_plot(curves, "PSNR [dB]")}
     if results["perceptual"]:
         found["perceptual"] = horizon_plot({"imagined": results["perceptual"]["curve"]}, "perceptual distance")

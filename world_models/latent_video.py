@@ -40,6 +40,12 @@ class Window:
     weight: Tensor
     valid: Tensor
 
+    def join(self, other: Window) -> Window:
+        """These stretches and then those of ``other``, which are as long."""
+        mine, theirs = ((one.latents, one.proprio, one.commands, one.weight, one.valid) for one in (self, other))
+        parts = [torch.cat(pair) for pair in zip(mine, theirs, strict=True)]
+        return Window(Imagination.join([self.state, other.state]), *parts)
+
     def mean(self, error: Tensor) -> Tensor:
         """Mean of ``(B, K)`` over the frames that exist."""
         return (error * self.valid).sum() / self.valid.sum()
@@ -98,6 +104,15 @@ class LatentVideo:
         return Window(
             self.state(frames), self.latents[ahead].float(), self.proprio[ahead], self.commands[ahead - 1],
             self.weight[ahead].float(), valid,
+        )  # fmt: skip
+
+    def at_rest(self, frames: np.ndarray, commands: Tensor, steps: int) -> Window:
+        """Windows in which the first ``frames`` ``(B,)`` of episodes stay the same under ``commands`` ``(B, C')``."""
+        shown = np.repeat(frames[:, None], steps, 1)
+        return Window(
+            self.state(frames), self.latents[shown].float(), self.proprio[shown],
+            commands[:, None].expand(-1, steps, -1), self.weight[shown].float(),
+            torch.ones(shown.shape, device=self.proprio.device),
         )  # fmt: skip
 
     def usable(self, frames: np.ndarray, steps: int) -> np.ndarray:

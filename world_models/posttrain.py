@@ -38,6 +38,7 @@ from simtoreal.world_models.learned_episodes import describe_episodes
 from simtoreal.world_models.posttrain_config import PosttrainConfig
 from simtoreal.world_models.random_videos import video_walk
 from simtoreal.world_models.stages import EncodedData
+from simtoreal.world_models.training_windows import TrainingWindows
 from simtoreal.world_models.video_data import VideoData
 from simtoreal.world_models.world_model import WorldModel
 
@@ -157,6 +158,8 @@ class _Posttraining:
             folders.clear_leftovers(self.output)
             with torch.no_grad(), self._autocast():
                 self.video: LatentVideo = EncodedData(self.model, self.data, self.device).video
+                followed = self.video.usable(self.frames, 1)
+                self.windows = TrainingWindows(self.model, self.data, self.video, followed, self.episodes)
             self.dynamics.train()
             with TrainingLog(self.output, first_step=self.step, last_step=total, progress=self.progress) as log:
                 while self.step < total:
@@ -259,10 +262,9 @@ class _Posttraining:
     def _supervise(self) -> dict[str, Tensor]:
         config = self.config
         steps = self.dynamics.window_steps(1.0)
-        usable = self.video.usable(self.frames, 1)
         self.dynamics.train()
         with self._autocast():
-            losses = self.dynamics.loss(self.video.window(np.random.choice(usable, config.batch_size), steps))
+            losses = self.dynamics.loss(self.windows.draw(config.batch_size, steps))
             loss = losses["loss"]
             if config.method == "sft_idm":
                 frames, commands, wanted = self._draw(1)

@@ -17,6 +17,7 @@ from simtoreal.world_models.imagined_frames import ImaginedFrames, imagine_episo
 from simtoreal.world_models.latent_video import LatentVideo, join_float16, weighted_error
 from simtoreal.world_models.pixel_weights import PixelWeights
 from simtoreal.world_models.tokenizer import cell_weights
+from simtoreal.world_models.training_windows import TrainingWindows
 from simtoreal.world_models.video_data import VideoData
 from simtoreal.world_models.world_model import WorldModel
 
@@ -149,17 +150,18 @@ class DynamicsStage(Stage):
     def prepare(self) -> None:
         """Encode the data once, and fit the linear model of proprio."""
         self.video = self.encoded.video
-        self.followed = self.video.usable(self.train_frames, 1)
+        followed = self.video.usable(self.train_frames, 1)
         if self.fresh:
             video = self.video
-            self.model.dynamics.linear.fit(video.proprio, video.commands, video.first, self.followed)
+            self.model.dynamics.linear.fit(video.proprio, video.commands, video.first, followed)
+        self.windows = TrainingWindows(self.model, self.data, self.video, followed, ~self.data.held_out)
 
     def loss(self, step: int) -> dict[str, Tensor]:
         """Error over a window; its length depends on the progress of the training."""
         # Somebody who trains on has a model that can live on its own predictions already.
         done = step / self.schedule.steps if self.fresh else 1.0
         steps = self.model.dynamics.window_steps(done)
-        return self.model.dynamics.loss(self.video.window(self.draw(self.followed), steps))
+        return self.model.dynamics.loss(self.windows.draw(self.schedule.batch_size, steps))
 
     def finish(self) -> dict[str, float]:
         """Open-loop error on held-out episodes, weighted as in training, beside that of a still picture."""
