@@ -1,6 +1,7 @@
 """Does reinforcement in simulation help in the real world, and does the anchor on real demonstrations matter (RL-Co)?
 
     python benchmarks/rlco.py                     # profile cpu, resumable, about an hour on two cores
+    python benchmarks/rlco.py --seeds 2           # another training: results/rlco_seed2.json
     python benchmarks/rlco.py --profile gpu       # one GPU: three training seeds, 400 episodes
     python benchmarks/rlco.py --summarize         # only write benchmarks/results/rlco.json from what is finished
 
@@ -198,8 +199,8 @@ def evaluation_of(name: str, folder: Path, world: str) -> Path:
     return folder / name / "measurements" / last / world
 
 
-def summarize(profile: Profile, output: Path, label: str) -> None:
-    """Write the benchmark's JSON from the finished arms."""
+def summarize(profile: Profile, output: Path, result: str) -> None:
+    """Write the benchmark's JSON, named ``result``, from the finished arms."""
     arms, notes, comparisons, results = [], [], {}, []
     for task in profile.tasks:
         folders = {seed: output / f"{task}-{seed}" for seed in profile.seeds}
@@ -238,8 +239,7 @@ def summarize(profile: Profile, output: Path, label: str) -> None:
         return
     task = min(comparisons, key=lambda one: comparisons[one]["difference"])
     store(
-        "rlco" if label == "cpu" else f"rlco_{label}",
-        "Does reinforcement in simulation, anchored on few real demonstrations, help in the real world?",
+        result, "Does reinforcement in simulation, anchored on few real demonstrations, help in the real world?",
         f"{task}: success with the twin's hidden gap, beta 0.05", comparisons[task], BASELINE, arms,
         parts=parts_of(results), seeds=[*profile.seeds, FIRST_EPISODE], notes=notes,
     )  # fmt: skip
@@ -253,11 +253,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None, help="work folder, resumable")
     parser.add_argument("--tasks", nargs="*", help="only these")
     parser.add_argument("--arms", nargs="*", help=f"only these; {BASELINE} before those with beta")
+    parser.add_argument("--seeds", nargs="*", type=int, help="training seeds, with a result of their own")
     parser.add_argument("--jobs", type=int, help="arms at the same time; default: one per core, on a GPU one")
     parser.add_argument("--device", default=None)
     parser.add_argument("--summarize", action="store_true", help="only write the result of the finished arms")
     options = parser.parse_args()
     profile = known[options.profile]
+    if options.seeds:
+        profile = dataclasses.replace(profile, seeds=tuple(options.seeds))
     output = options.output or Path(f"outputs/benchmark_rlco_{options.profile}")
     if not options.summarize:
         tasks, names = options.tasks or profile.tasks, options.arms or (*IMITATIONS, *BETAS)
@@ -267,7 +270,10 @@ def main() -> None:
     if options.profile == "smoke":
         print("the profile smoke measures nothing; no result is written")
         return
-    summarize(profile, output, options.profile)
+    result = "rlco" if options.profile == "cpu" else f"rlco_{options.profile}"
+    if options.seeds:
+        result = "_seed".join([result, *map(str, options.seeds)])
+    summarize(profile, output, result)
 
 
 if __name__ == "__main__":
