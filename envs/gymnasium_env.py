@@ -20,6 +20,7 @@ from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.env_observations import RENDER, ObservationMap
 from simtoreal.envs.errors import ConfigError, closest
 from simtoreal.envs.registration import find_spec
+from simtoreal.envs.seeds import one_seed_each
 
 # What environments call success in their info; without any of them, termination counts.
 SUCCESS_KEYS = ("success", "is_success")
@@ -154,7 +155,7 @@ class GymnasiumVectorEnv(VectorEnv):  # type: ignore[misc]
             raise ConfigError(f"reset_mask must be bool of shape ({self.num_envs},), got {mask.dtype} {mask.shape}")
         if not self._started and not mask.all():
             raise ConfigError("the first reset must reset every environment; leave out reset_mask")
-        seeds = self._complete_seeds(seed)
+        seeds = one_seed_each(seed, self.num_envs)
         for slot in np.flatnonzero(mask):
             value = seeds[slot]
             observation, _ = self.envs[slot].reset(seed=value, options=options or None)
@@ -233,14 +234,6 @@ class GymnasiumVectorEnv(VectorEnv):  # type: ignore[misc]
         return float(rate) if rate else None
 
     # Parts ------------------------------------------------------------------------------------------------
-
-    def _complete_seeds(self, seed: int | Sequence[int | None] | None) -> list[int | None]:
-        if isinstance(seed, int | np.integer):
-            return [int(seed) + index for index in range(self.num_envs)]
-        given: list[int | None] = [None] * self.num_envs if seed is None else list(seed)
-        if len(given) != self.num_envs:
-            raise ConfigError(f"got {len(given)} seeds for {self.num_envs} environments")
-        return [None if value is None else int(value) for value in given]
 
     def _take(self, slot: int, observation: Any) -> None:
         picture = self.picture(slot) if self.observation_map.draws else None

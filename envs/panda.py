@@ -123,7 +123,7 @@ def panda_embodiment(
         render_profile: ``fast`` or ``high``.
 
     Raises:
-        ConfigError: unknown camera, or images that cannot be drawn.
+        ConfigError: unknown camera, one that is named twice, or images that cannot be drawn.
     """
     from simtoreal.envs.errors import ConfigError, closest
 
@@ -134,6 +134,8 @@ def panda_embodiment(
     for name in cameras:
         if name not in available:
             raise ConfigError(f"unknown camera '{name}'. {closest(name, available)}")
+    if len(set(cameras)) < len(cameras):
+        raise ConfigError(f"cameras are {', '.join(cameras)}; name each once")
     return Embodiment(
         name="panda",
         control_hz=20.0,

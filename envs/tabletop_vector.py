@@ -29,6 +29,7 @@ from simtoreal.envs.rendering import DRAWN_FIELDS, BatchRenderer
 from simtoreal.envs.scene import TABLE_LOOKS, build_model, index_objects
 from simtoreal.envs.scene_motion import SceneMotion, SceneMover, load_motion, put_planar
 from simtoreal.envs.scene_state import object_state, view_scene
+from simtoreal.envs.seeds import one_seed_each
 from simtoreal.envs.task import SUCCESS_HOLD_STEPS, TaskSpec, sample_initial_condition
 from simtoreal.envs.task_file import load_task
 from simtoreal.envs.varied_models import VariedModels
@@ -66,11 +67,12 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
         motion: name of ``SCENE_MOTIONS`` or settings: how objects and cameras move during an episode (MOVE). The
             initial condition of a seed is the same with and without it.
         autoreset_mode: ``DISABLED`` (reset with ``options={"reset_mask": ...}``) or ``NEXT_STEP``.
-        threads: physics threads.
+        threads: physics threads; 0 means one per CPU.
         record_state: put ``sim_state`` (the exact state, see :meth:`get_state`) into every info.
 
     Raises:
-        ConfigError: no simulations, an embodiment whose action mode is not ``ee_delta``, or images without cameras.
+        ConfigError: no simulations, negative threads, an embodiment whose action mode is not ``ee_delta``, or images
+            without cameras.
         ConfigError, TaskError: see :func:`load_task`, :func:`load_randomization`, :class:`SceneMover`.
         TaskError: an arm is to start anywhere above an object that reaches to the end of its workspace.
     """
@@ -97,6 +99,8 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
             raise ConfigError(f"observe is '{observe}'; expected 'image' or 'state'")
         if num_envs < 1:
             raise ConfigError(f"num_envs is {num_envs}; expected at least 1")
+        if threads < 0:
+            raise ConfigError(f"threads is {threads}; expected at least 0, which means all CPUs")
         if autoreset_mode not in (AutoresetMode.DISABLED, AutoresetMode.NEXT_STEP):
             raise ConfigError(f"autoreset_mode {autoreset_mode} is not supported; use DISABLED or NEXT_STEP")
         self.task = load_task(task)
@@ -203,7 +207,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
             Observation and info of all simulations.
 
         Raises:
-            ConfigError: unknown option or wrong shapes.
+            ConfigError: unknown option, wrong shapes, or seeds that are none.
             TaskError: the task's goal holds before anything is done.
         """
         options = dict(options or {})
@@ -335,17 +339,14 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
     # Reset ------------------------------------------------------------------------------------------------
 
     def _complete_seeds(self, seed: int | Sequence[int | None] | None) -> list[int]:
+        given = one_seed_each(seed, self.num_envs)
         if isinstance(seed, int | np.integer):
             # With its seed: without one, asking for np_random_seed would put another generator in its place.
             self._np_random, self._np_random_seed = np.random.default_rng(int(seed)), int(seed)
-            return [int(seed) + index for index in range(self.num_envs)]
-        given = [None] * self.num_envs if seed is None else list(seed)
-        if len(given) != self.num_envs:
-            raise ConfigError(f"got {len(given)} seeds for {self.num_envs} simulations")
-        if None not in given:
+        elif None not in given:
             # Episodes that begin by themselves later follow from these seeds, too.
             self._np_random, self._np_random_seed = np.random.default_rng(given), -1
-        return [int(self.np_random.integers(2**31)) if value is None else int(value) for value in given]
+        return [int(self.np_random.integers(2**31)) if value is None else value for value in given]
 
     def _reset_slots(self, slots: np.ndarray, seeds: list[int]) -> None:
         """Begin new episodes; a draw that is over before it begins is followed by another from the same seed."""

@@ -369,6 +369,26 @@ def test_nothing_to_simulate_and_nothing_to_draw_are_refused():
     with pytest.raises(ConfigError, match="embodiment 'panda' has no cameras; expected at least one, or 'state'"):
         make_env("reach", cameras=())
     make_env("reach", cameras=(), observe="state").reset(seed=0)
+    with pytest.raises(ConfigError, match="cameras are front, front; name each once"):
+        make_env("reach", cameras=("front", "front"))
+    with pytest.raises(ConfigError, match="threads is -1; expected at least 0"):
+        make_vector_env("reach", 2, threads=-1)
+
+
+@pytest.mark.parametrize(
+    ("seed", "message"),
+    [
+        (-1, "seed is -1; expected an integer of at least 0"), ([0, -3], "seed is -3; expected an integer"),
+        (1.5, "seed is 1.5; expected an integer, or one per episode"), ("12", "seed is '12'; expected an integer, or"),
+        ([0, 1.5], "seed is 1.5; expected"), ([0, True], "seed is True; expected"), ([0, 1, 2], "got 3 seeds for 2"),
+    ],
+)  # fmt: skip
+def test_seeds_that_are_none_are_refused(seed, message):
+    env = make_vector_env("reach", 2, observe="state", cameras=())
+    with pytest.raises(ConfigError, match=message):
+        env.reset(seed=seed)
+    _, info = env.reset(seed=np.array([4, 2]))
+    assert info["init_id"].tolist() == [4, 2]
 
 
 def test_pictures_are_taken_with_the_cameras_of_the_embodiment():

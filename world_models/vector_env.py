@@ -15,6 +15,7 @@ from gymnasium.vector.utils import batch_space
 from simtoreal.envs.action import check_action, integrate_action
 from simtoreal.envs.embodiment import Embodiment
 from simtoreal.envs.errors import ConfigError
+from simtoreal.envs.seeds import one_seed_each
 from simtoreal.envs.task import SUCCESS_HOLD_STEPS, TaskSpec
 from simtoreal.envs.task_file import load_task, parse_task
 from simtoreal.policies.trainer import choose_precision
@@ -158,14 +159,11 @@ class WorldModelVectorEnv(VectorEnv):  # type: ignore[misc]
         return self._observation(), self._info()
 
     def _complete_seeds(self, seed: int | Sequence[int | None] | None) -> list[int]:
+        given = one_seed_each(seed, self.num_envs)
         if isinstance(seed, int | np.integer):
             # With its seed: without one, asking for np_random_seed would put another generator in its place.
             self._np_random, self._np_random_seed = np.random.default_rng(int(seed)), int(seed)
-            return [int(seed) + index for index in range(self.num_envs)]
-        given = [None] * self.num_envs if seed is None else list(seed)
-        if len(given) != self.num_envs:
-            raise ConfigError(f"got {len(given)} seeds for {self.num_envs} episodes")
-        return [int(self.np_random.integers(2**31)) if value is None else int(value) for value in given]
+        return [int(self.np_random.integers(2**31)) if value is None else value for value in given]
 
     def _allocate(self) -> None:
         count = self.num_envs
