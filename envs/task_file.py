@@ -161,6 +161,8 @@ def parse_task(content: Any, source: str = "task") -> TaskSpec:
     reader.finish()
     if spec.horizon < 1:
         raise reader.fail("horizon", "a positive whole number of control steps", spec.horizon)
+    if "".join(spec.failure.split()) == "".join(spec.goal.split()):
+        raise reader.fail("failure", "another predicate than that of the goal, or nobody could succeed", spec.failure)
     _ = spec.goal_predicate, spec.milestone_predicates, spec.failure_predicate, spec.behavior_predicates
     return spec
 

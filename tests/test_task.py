@@ -148,6 +148,7 @@ def test_files_that_are_not_text_are_named(tmp_path):
         (lambda c: c.update(goal="released(cube) and stacked(cube, cube)"),
          r"goal: stacked\(cube, cube\) relates 'cube' to itself; expected two objects"),
         (lambda c: c.update(failure="at(tcp, tcp, 0.1)"), r"failure: at\(tcp, tcp, 0\.1\) relates 'tcp' to itself"),
+        (lambda c: c.update(failure="  " + c["goal"].replace(", ", ",")), "another predicate than that of the goal"),
         (lambda c: c.update(goal="at(tcp, cube, 0)"), "goal: at got '0' where it needs more than 0 metres"),
         (lambda c: c.update(milestones={"over": "not above(cube, plate, 0.0)"}), r"milestones\.over: above got '0\.0'"),
         (lambda c: c.update(behaviors={"way": {"a": "aligned(cube, plate, 0.1, 0)", "b": "past(cube, plate)"}}),
