@@ -1,6 +1,6 @@
 """Does reinforcement in simulation help in the real world, and does the anchor on real demonstrations matter (RL-Co)?
 
-    python benchmarks/rlco.py                     # profile cpu, resumable, three quarters of an hour to an hour on two cores
+    python benchmarks/rlco.py                     # profile cpu, resumable, 48 min or more on two cores
     python benchmarks/rlco.py --seeds 2           # another training: results/rlco_seed2.json
     python benchmarks/rlco.py --profile gpu       # one GPU: three training seeds, 400 episodes
     python benchmarks/rlco.py --summarize         # only write benchmarks/results/rlco.json from what is finished
