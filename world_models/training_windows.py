@@ -26,10 +26,10 @@ class TrainingWindows:
         self, model: WorldModel, data: VideoData, video: LatentVideo, frames: np.ndarray, episodes: np.ndarray
     ) -> None:
         self._video, self._frames = video, frames
-        self._rest_share = 0.0
         # What an action of a foreign environment does is not known, so neither is the one that does nothing.
-        if data.embodiment.action.mode != "env":
-            self._rest_share = model.config.dynamics.rest_share
+        known = data.embodiment.action.mode != "env"
+        self._rest_share = model.config.dynamics.rest_share if known else 0.0
+        if self._rest_share:
             chosen = np.flatnonzero(episodes)
             self._first = data.starts[chosen]
             moves = (torch.from_numpy(part).to(model.device) for part in actions_at_rest(data, chosen))
