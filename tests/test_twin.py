@@ -312,7 +312,8 @@ def test_skipped_time_is_published_per_episode(config, listener, monkeypatch) ->
     thread.start()
     try:
         listener.spin_until(lambda: listener.truth().get("skipped_s", 0.0) > 0.5)
-        assert json.loads(listener.heard["truth"][0].data)["skipped_s"] == 0.0
+        # A busy machine may have lost some time before the second that this one loses.
+        assert json.loads(listener.heard["truth"][0].data)["skipped_s"] < 0.5
         assert listener.truth()["skipped_s"] <= twin.skipped_s
         listener.spin_until(lambda: listener.requests.get_subscription_count() == 1)
         listener.ask({"request": "next", "episode": 1, "seed": 4, "task": "pick_place"})
