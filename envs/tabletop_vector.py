@@ -207,7 +207,7 @@ class TabletopVectorEnv(VectorEnv):  # type: ignore[misc]
             Observation and info of all simulations.
 
         Raises:
-            ConfigError: unknown option, wrong shapes, or seeds that are none.
+            ConfigError: unknown option, wrong shapes, or invalid seeds.
             TaskError: the task's goal holds before anything is done.
         """
         options = dict(options or {})

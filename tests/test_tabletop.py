@@ -383,7 +383,7 @@ def test_nothing_to_simulate_and_nothing_to_draw_are_refused():
         ([0, 1.5], "seed is 1.5; expected"), ([0, True], "seed is True; expected"), ([0, 1, 2], "got 3 seeds for 2"),
     ],
 )  # fmt: skip
-def test_seeds_that_are_none_are_refused(seed, message):
+def test_invalid_seeds_are_refused(seed, message):
     env = make_vector_env("reach", 2, observe="state", cameras=())
     with pytest.raises(ConfigError, match=message):
         env.reset(seed=seed)
